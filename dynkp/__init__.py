@@ -1,0 +1,55 @@
+"""Train vision-language models to predict keyphrases, on top of TRL.
+
+`import dynkp` is cheap: a name is imported from its module when it is first used, so torch is loaded by the trainers
+and by nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "DynamicCoTConfig": "dynkp.trainer.dynamic_cot_config",
+    "DynamicCoTTrainer": "dynkp.trainer.dynamic_cot_trainer",
+    "KeyphraseTask": "dynkp.data.prompts",
+    "KeyphraseTrainer": "dynkp.trainer.keyphrase_trainer",
+    "PairedTargetCollator": "dynkp.data.collators",
+    "TASKS": "dynkp.data.prompts",
+    "generate_keyphrases": "dynkp.generation",
+    "load_posts": "dynkp.data.sources",
+    "parse_answer": "dynkp.data.prompts",
+    "score_keyphrases": "dynkp.mmkp_f1.scoring",
+    "write_predictions": "dynkp.generation",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # the table above is the only list of names
+
+if TYPE_CHECKING:  # what editors and mypy see
+    from dynkp.data.collators import PairedTargetCollator as PairedTargetCollator
+    from dynkp.data.prompts import TASKS as TASKS
+    from dynkp.data.prompts import KeyphraseTask as KeyphraseTask
+    from dynkp.data.prompts import parse_answer as parse_answer
+    from dynkp.data.sources import load_posts as load_posts
+    from dynkp.generation import generate_keyphrases as generate_keyphrases
+    from dynkp.generation import write_predictions as write_predictions
+    from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases
+    from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig as DynamicCoTConfig
+    from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer
+    from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer as KeyphraseTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'dynkp' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value  # later uses do not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

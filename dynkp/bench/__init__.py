@@ -1,0 +1,1 @@
+"""The ratios of every method against its reference (`dynkp bench`)."""

@@ -1,0 +1,1 @@
+"""Posts: their schema and sources, prompts and targets, and the collators."""

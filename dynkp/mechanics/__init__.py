@@ -1,0 +1,1 @@
+"""How the objectives are computed: each module states one contract and has a plain, slow twin."""

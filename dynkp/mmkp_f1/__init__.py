@@ -1,0 +1,1 @@
+"""The keyphrase metric. Nothing here imports torch or the rest of the package."""

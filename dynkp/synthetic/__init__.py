@@ -1,0 +1,1 @@
+"""Drawn posts and a tiny model, both made in code: the default of `examples/train.py`."""

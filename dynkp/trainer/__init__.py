@@ -1,0 +1,1 @@
+"""Drop-in subclasses of `trl.SFTTrainer`, one per method, and their configs."""
