@@ -1,0 +1,340 @@
+"""A small world of drawn posts, in which a keyphrase needs the picture and the text both.
+
+The picture shows two icons side by side. The text points at one of them, by its side or its colour, and carries a
+mood cue; cue words come in pairs that stand for one slogan. The keyphrase is "<icon meant> <slogan>", for example
+"boat season". So the icon needs picture and text, the slogan needs the text. Of the 128 compositions of 16 icons and
+8 slogans, 16 are frequent and 64 rare in training, 24 are held out for the test ("unseen": compositions nobody
+posted before, of words everybody knows), and 24 never occur.
+
+Some posts are noise: their text forgets the reference or the cue. Their keyphrase cannot be derived, which gives a
+training method hard posts to tell from easy ones.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
+IMAGE_SIZE = 32
+ICON_SIZE = 14
+JITTER = 4
+BACKGROUND = 235
+DESCRIBE_QUESTION = "describe"
+WHICH_QUESTION = "which"
+
+SHAPES = (
+    "star", "heart", "moon", "sun", "fish", "tree", "house", "cup",
+    "key", "bell", "flag", "boat", "leaf", "cloud", "crown", "kite",
+)  # fmt: skip
+COLOURS = {
+    "red": (215, 40, 40),
+    "green": (30, 150, 60),
+    "blue": (40, 80, 215),
+    "yellow": (240, 195, 20),
+    "purple": (150, 50, 175),
+    "black": (25, 25, 25),
+}
+SLOGANS = {
+    "love": ("adore", "sweetest"),
+    "vibes": ("cosy", "mellow"),
+    "goals": ("dreaming", "someday"),
+    "season": ("autumn", "weather"),
+    "drama": ("ugh", "crying"),
+    "party": ("cheers", "dancing"),
+    "magic": ("wow", "sparkling"),
+    "sale": ("bargain", "cheap"),
+}
+FILLERS = ("so", "this", "my", "just", "today", "look", "really", "again", "tonight", "finally", "friends", "yes")
+
+NOISE_SHARE = 0.15
+UNSEEN_SHARE = 0.4
+FREQUENT_SHARE = 0.6
+
+POST_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "text": Value("string"),
+        "keyphrases": List(Value("string")),
+        "images": List(Image()),
+        "rationale": Value("string"),
+        "kind": Value("string"),
+        "scene": {
+            "left": {"colour": Value("string"), "shape": Value("string")},
+            "right": {"colour": Value("string"), "shape": Value("string")},
+            "meant": Value("string"),
+            "reference": Value("string"),
+            "cue": Value("string"),
+            "slogan": Value("string"),
+        },
+    }
+)
+
+DESCRIPTION_FEATURES = Features(
+    {
+        "images": List(Image()),
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "completion": List({"role": Value("string"), "content": Value("string")}),
+    }
+)
+
+
+def compositions() -> dict[str, list[tuple[str, str]]]:
+    """The 128 (icon, slogan) pairs by how often they are posted: `frequent`, `rare`, `unseen` and `never`.
+
+    The division is fixed, whatever the seed: with icon i and slogan s it goes by (s - i) mod 8, so that every icon
+    and every slogan occurs in each group about equally often.
+
+    Returns:
+        Lists of 16, 64, 24 and 24 pairs.
+
+    Example:
+        >>> {group: len(pairs) for group, pairs in compositions().items()}
+        {'frequent': 16, 'rare': 64, 'unseen': 24, 'never': 24}
+    """
+    groups: dict[str, list[tuple[str, str]]] = {"frequent": [], "rare": [], "unseen": [], "never": []}
+    slogans = list(SLOGANS)
+    for i, shape in enumerate(SHAPES):
+        for s, slogan in enumerate(slogans):
+            distance = (s - i) % len(slogans)
+            if distance == 0:
+                group = "frequent"
+            elif distance <= 4:
+                group = "rare"
+            elif distance == 5 or (distance == 6 and i < 8):
+                group = "unseen"
+            else:
+                group = "never"
+            groups[group].append((shape, slogan))
+    return groups
+
+
+def draw_posts(count: int, *, split: str = "train", seed: int = 0) -> Dataset:
+    """Draw posts of the world.
+
+    Args:
+        count: Number of posts, at least 1.
+        split: `"train"` or `"test"`. Training posts are `seen` compositions (60 % of them the frequent ones) and
+            15 % `noise`; of the test posts 40 % are `unseen` compositions and the others as in training.
+        seed: The same count, split and seed give the same posts, and the two splits never share a draw.
+
+    Returns:
+        Post rows: `id`, `text`, `keyphrases` (one), `images` (one, 32x32 pixels), `rationale`, and beside them
+        `kind` (`seen`, `unseen` or `noise`) and `scene` (what was drawn and meant; `reference` or `cue` is empty in
+        a noise post).
+
+    Raises:
+        ValueError: If `count` is below 1 or `split` is unknown.
+
+    Example:
+        >>> post = draw_posts(1, seed=3)[0]
+        >>> post["keyphrases"] == [f"{post['scene'][post['scene']['meant']]['shape']} {post['scene']['slogan']}"]
+        True
+    """
+    if count < 1:
+        raise ValueError(f"`count` is {count}, but at least 1 post must be drawn.")
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` is {split!r}, but the world has the splits 'train' and 'test'.")
+    rng = np.random.default_rng([seed, split == "test"])
+    groups = compositions()
+    rows = []
+    for number in range(count):
+        if split == "test" and rng.random() < UNSEEN_SHARE:
+            kind, group = "unseen", "unseen"
+        else:
+            kind = "noise" if rng.random() < NOISE_SHARE else "seen"
+            group = "frequent" if rng.random() < FREQUENT_SHARE else "rare"
+        shape, slogan = _choice(rng, groups[group])
+        scene = _draw_scene(rng, shape)
+        scene["slogan"] = slogan
+        scene["cue"] = _choice(rng, SLOGANS[slogan])
+        if kind == "noise":
+            scene["reference" if rng.random() < 0.5 else "cue"] = ""
+        rows.append(
+            {
+                "id": f"drawn-{split}-{seed}-{number}",
+                "text": _write_text(rng, scene),
+                "keyphrases": [f"{shape} {slogan}"],
+                "images": [_draw_picture(rng, scene)],
+                "rationale": _explain(scene),
+                "kind": kind,
+                "scene": scene,
+            }
+        )
+    return Dataset.from_list(rows, features=POST_FEATURES)
+
+
+def describe_posts(count: int, *, seed: int = 0) -> Dataset:
+    """Draw rows that teach to see and to read, without keyphrases: a stand-in for a pretrained model's skills.
+
+    Half of the rows ask to describe the picture, half which icon a text means. Slogans and mood cues appear in
+    neither, so nothing here says which keyphrase a post has.
+
+    Args:
+        count: Number of rows, at least 1.
+        seed: The same count and seed give the same rows.
+
+    Returns:
+        TRL's conversational prompt-completion rows: `images`, `prompt`, `completion`.
+
+    Raises:
+        ValueError: If `count` is below 1.
+
+    Example:
+        >>> describe_posts(1)[0]["completion"][0]["role"]
+        'assistant'
+    """
+    if count < 1:
+        raise ValueError(f"`count` is {count}, but at least 1 row must be drawn.")
+    rng = np.random.default_rng([seed, 2])
+    rows = []
+    for number in range(count):
+        scene = _draw_scene(rng, _choice(rng, SHAPES))
+        if number % 2:
+            question, answer = f"{WHICH_QUESTION} {_write_text(rng, scene)}", f"the {scene[scene['meant']]['shape']} ."
+        else:
+            question, answer = DESCRIBE_QUESTION, _describe(scene)
+        rows.append(
+            {
+                "images": [_draw_picture(rng, scene)],
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+        )
+    return Dataset.from_list(rows, features=DESCRIPTION_FEATURES)
+
+
+def _choice(rng: np.random.Generator, options: Any) -> Any:
+    """`rng.choice` without turning the options into an array (which would make strings of pairs)."""
+    return options[int(rng.integers(len(options)))]
+
+
+def _draw_scene(rng: np.random.Generator, shape: str) -> dict[str, Any]:
+    """A scene in which `shape` is meant: the other icon differs in shape and colour, so a reference is never vague."""
+    other = _choice(rng, [s for s in SHAPES if s != shape])
+    colour, other_colour = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:2])
+    meant, side = ("left", "right") if rng.random() < 0.5 else ("right", "left")
+    return {
+        meant: {"colour": colour, "shape": shape},
+        side: {"colour": other_colour, "shape": other},
+        "meant": meant,
+        "reference": meant if rng.random() < 0.5 else colour,
+        "cue": "",
+        "slogan": "",
+    }
+
+
+def _write_text(rng: np.random.Generator, scene: dict[str, Any]) -> str:
+    """Four to six words: what the post says (reference, cue) in either order among fillers."""
+    words = [word for word in (scene["reference"], scene["cue"]) if word]
+    fillers = list(rng.permutation(FILLERS)[: int(rng.integers(4, 7)) - len(words)])
+    return " ".join(str(word) for word in rng.permutation(words + fillers))
+
+
+def _describe(scene: dict[str, Any]) -> str:
+    left, right = scene["left"], scene["right"]
+    return f"left a {left['colour']} {left['shape']} , right a {right['colour']} {right['shape']} ."
+
+
+def _explain(scene: dict[str, Any]) -> str:
+    """The rationale a teacher would write who was told the keyphrase: from picture and text to icon and slogan."""
+    reference, cue = scene["reference"] or "somebody", scene["cue"] or "something"
+    shape = scene[scene["meant"]]["shape"]
+    return f"{_describe(scene)} {reference} means the {shape} , {cue} means {scene['slogan']} ."
+
+
+def _draw_picture(rng: np.random.Generator, scene: dict[str, Any]) -> PILImage.Image:
+    """Both icons, each somewhere in its half of the picture, on light paper with a little grain."""
+    paper = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), float(BACKGROUND))
+    paper += rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 1))
+    for side, start in (("left", 0), ("right", IMAGE_SIZE // 2)):
+        icon = scene[side]
+        x = start + int(rng.integers(0, IMAGE_SIZE // 2 - ICON_SIZE + 1))
+        y = (IMAGE_SIZE - ICON_SIZE) // 2 + int(rng.integers(-JITTER, JITTER + 1))
+        cover = _icon_mask(icon["shape"])[:, :, None]
+        area = paper[y : y + ICON_SIZE, x : x + ICON_SIZE]
+        area += cover * (np.array(COLOURS[icon["colour"]], dtype=float) - area)
+    return PILImage.fromarray(paper.clip(0, 255).astype(np.uint8))
+
+
+@lru_cache(maxsize=None)
+def _icon_mask(shape: str) -> np.ndarray:
+    """How much of each pixel the icon covers: `(ICON_SIZE, ICON_SIZE)` in 0..1, drawn four times as large."""
+    scale = 4 * ICON_SIZE
+    mask = PILImage.new("L", (scale, scale), 0)
+    draw = ImageDraw.Draw(mask)
+
+    def points(*pairs: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(x * scale, y * scale) for x, y in pairs]
+
+    def box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+        return [x0 * scale, y0 * scale, x1 * scale - 1, y1 * scale - 1]
+
+    if shape == "star":
+        corners = [(0.5 + r * np.sin(a), 0.52 - r * np.cos(a)) for a, r in _rays(10, 0.52, 0.21)]
+        draw.polygon(points(*corners), fill=255)
+    elif shape == "heart":
+        draw.ellipse(box(0.0, 0.08, 0.54, 0.58), fill=255)
+        draw.ellipse(box(0.46, 0.08, 1.0, 0.58), fill=255)
+        draw.polygon(points((0.04, 0.44), (0.96, 0.44), (0.5, 1.0)), fill=255)
+    elif shape == "moon":
+        draw.ellipse(box(0.0, 0.0, 1.0, 1.0), fill=255)
+        draw.ellipse(box(0.35, -0.1, 1.25, 0.8), fill=0)
+    elif shape == "sun":
+        for a, _ in _rays(8, 1, 1):
+            draw.line(points((0.5, 0.5), (0.5 + 0.5 * np.sin(a), 0.5 - 0.5 * np.cos(a))), fill=255, width=scale // 12)
+        draw.ellipse(box(0.27, 0.27, 0.73, 0.73), fill=255)
+    elif shape == "fish":
+        draw.ellipse(box(0.0, 0.22, 0.72, 0.78), fill=255)
+        draw.polygon(points((0.6, 0.5), (1.0, 0.15), (1.0, 0.85)), fill=255)
+    elif shape == "tree":
+        draw.polygon(points((0.5, 0.0), (0.92, 0.72), (0.08, 0.72)), fill=255)
+        draw.rectangle(box(0.4, 0.7, 0.6, 1.0), fill=255)
+    elif shape == "house":
+        draw.polygon(points((0.5, 0.0), (1.0, 0.46), (0.0, 0.46)), fill=255)
+        draw.rectangle(box(0.12, 0.46, 0.88, 1.0), fill=255)
+        draw.rectangle(box(0.4, 0.62, 0.6, 1.0), fill=0)
+    elif shape == "cup":
+        draw.ellipse(box(0.5, 0.22, 1.0, 0.72), fill=255)
+        draw.ellipse(box(0.62, 0.34, 0.88, 0.6), fill=0)
+        draw.rectangle(box(0.08, 0.12, 0.7, 0.9), fill=255)
+    elif shape == "key":
+        draw.ellipse(box(0.0, 0.25, 0.5, 0.75), fill=255)
+        draw.ellipse(box(0.15, 0.4, 0.35, 0.6), fill=0)
+        draw.rectangle(box(0.48, 0.43, 1.0, 0.57), fill=255)
+        draw.rectangle(box(0.8, 0.5, 0.94, 0.8), fill=255)
+    elif shape == "bell":
+        draw.ellipse(box(0.2, 0.02, 0.8, 0.7), fill=255)
+        draw.polygon(points((0.2, 0.38), (0.8, 0.38), (1.0, 0.8), (0.0, 0.8)), fill=255)
+        draw.ellipse(box(0.4, 0.76, 0.6, 1.0), fill=255)
+    elif shape == "flag":
+        draw.rectangle(box(0.1, 0.0, 0.22, 1.0), fill=255)
+        draw.rectangle(box(0.22, 0.05, 1.0, 0.55), fill=255)
+    elif shape == "boat":
+        draw.polygon(points((0.0, 0.7), (1.0, 0.7), (0.78, 1.0), (0.22, 1.0)), fill=255)
+        draw.polygon(points((0.48, 0.0), (0.48, 0.62), (0.05, 0.62)), fill=255)
+        draw.polygon(points((0.58, 0.15), (0.9, 0.62), (0.58, 0.62)), fill=255)
+    elif shape == "leaf":
+        draw.polygon(points((1.0, 0.0), (0.9, 0.6), (0.55, 0.85), (0.2, 0.8), (0.15, 0.45), (0.4, 0.1)), fill=255)
+        draw.line(points((0.0, 1.0), (0.3, 0.7)), fill=255, width=scale // 10)
+    elif shape == "cloud":
+        draw.ellipse(box(0.0, 0.4, 0.5, 0.85), fill=255)
+        draw.ellipse(box(0.22, 0.12, 0.76, 0.66), fill=255)
+        draw.ellipse(box(0.5, 0.38, 1.0, 0.85), fill=255)
+        draw.rectangle(box(0.22, 0.5, 0.78, 0.85), fill=255)
+    elif shape == "crown":
+        crown = ((0.0, 0.2), (0.27, 0.55), (0.5, 0.1), (0.73, 0.55), (1.0, 0.2), (0.9, 0.92), (0.1, 0.92))
+        draw.polygon(points(*crown), fill=255)
+    else:
+        draw.polygon(points((0.62, 0.0), (0.95, 0.33), (0.62, 0.72), (0.3, 0.33)), fill=255)
+        draw.line(points((0.62, 0.7), (0.35, 0.85), (0.1, 1.0)), fill=255, width=scale // 14)
+    return np.asarray(mask.resize((ICON_SIZE, ICON_SIZE), PILImage.Resampling.BOX), dtype=float) / 255
+
+
+def _rays(count: int, long: float, short: float) -> list[tuple[float, float]]:
+    """Angles around the circle with a long and a short radius in turn."""
+    return [(2 * np.pi * i / count, short if i % 2 else long) for i in range(count)]
