@@ -1,1 +1,1 @@
-"""The papers' equations, as pure tensor functions."""
+"""The papers' equations as pure tensor functions: no model, no trainer, no state but what an equation itself names."""

@@ -1,0 +1,173 @@
+"""The switch of Dynamic CoT (Ma et al., EMNLP 2025, Eq. 5) and the thresholds it is compared with.
+
+Given   a post's direct loss ℓ, nats per token, under the current weights.
+Gives   whether the post is easy (ℓ < γ), that is, taught the teacher's reasoning instead of the bare answer.
+Holds   a tie is direct; a threshold learned from the losses changes between optimizer steps only, so that the number
+        of micro-batches and of ranks never changes a decision, and its state is plain JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from typing import Any
+
+import torch
+
+
+def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Easy posts: ℓ < γ, strictly (Eq. 5: a tie gets the direct answer).
+
+    Args:
+        direct_loss (`torch.Tensor` of shape `(B,)`): mean negative log-likelihood of the direct target, nats per token.
+        gamma (`float`): γ, nats per token; 0 makes no post easy, `inf` every post.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, bool.
+
+    Example:
+
+    ```python
+    >>> below_threshold(torch.tensor([0.1, 0.4, 0.9]), 0.4)
+    tensor([ True, False, False])
+    ```
+    """
+    return direct_loss < gamma
+
+
+class Threshold:
+    """γ as a constant, and the interface of those that follow the losses.
+
+    `value` is γ in force for the whole optimizer step; `observe` takes the direct losses of a finished optimizer step
+    (all ranks' posts) and moves γ for the next one.
+    """
+
+    def __init__(self, gamma: float):
+        self._gamma = gamma
+
+    @property
+    def value(self) -> float:
+        """γ in force, nats per token."""
+        return self._gamma
+
+    def observe(self, direct_losses: list[float]) -> None:
+        """Take in one optimizer step's direct losses. A constant ignores them."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold (JSON)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+
+
+class RunningMeanThreshold(Threshold):
+    """γ = mean of all direct losses seen so far (the paper's "avg", Table 5).
+
+    Before the first step there is no mean: no post is below it, so the first step is direct.
+    """
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._count if self._count else 0.0
+
+    def observe(self, direct_losses: list[float]) -> None:
+        # fsum: the order in which ranks or micro-batches report must not change the last bit.
+        self._sum = math.fsum([self._sum, *direct_losses])
+        self._count += len(direct_losses)
+
+    def state(self) -> dict[str, Any]:
+        return {"sum": self._sum, "count": self._count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._sum, self._count = float(state["sum"]), int(state["count"])
+
+
+class QuantileThreshold(Threshold):
+    """γ = the q-quantile of the last `window` direct losses: it fixes the share of reasoning instead of the level.
+
+    Not in the paper. Linear interpolation between order statistics, as `numpy.quantile`. The first step is direct.
+    """
+
+    def __init__(self, q: float, window: int):
+        self.q = q
+        self._losses: deque[float] = deque(maxlen=window)
+
+    @property
+    def value(self) -> float:
+        if not self._losses:
+            return 0.0
+        ordered = sorted(self._losses)
+        rank = self.q * (len(ordered) - 1)
+        below = math.floor(rank)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
+
+    def observe(self, direct_losses: list[float]) -> None:
+        # Sorted, because which of a step's losses leave the window must not depend on how ranks split the step.
+        self._losses.extend(sorted(direct_losses))
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": list(self._losses)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._losses.clear()
+        self._losses.extend(float(loss) for loss in state["losses"])
+
+
+def parse_gamma(gamma: float | int | str, window: int = 1024) -> Threshold:
+    """Turn the option `gamma` into a threshold.
+
+    Args:
+        gamma (`float` or `str`): a number >= 0 (0 and `inf` included), `"avg"`, or `"quantile:q"` with 0 <= q <= 1.
+        window (`int`): number of recent posts that `"quantile:q"` looks at.
+
+    Returns:
+        [`Threshold`]
+
+    Raises:
+        ValueError: if `gamma` is none of these.
+    """
+    wanted = "Give a number >= 0 (the paper's value is 0.4), 'inf', 'avg' or 'quantile:q' with q between 0 and 1."
+    if isinstance(gamma, str):
+        kind, _, argument = gamma.strip().lower().partition(":")
+        try:
+            if kind == "avg" and not argument:
+                return RunningMeanThreshold()
+            if kind == "quantile":
+                q = float(argument)
+                if 0.0 <= q <= 1.0:
+                    return QuantileThreshold(q, window)
+                raise ValueError
+            gamma = float(gamma)
+        except ValueError:
+            raise ValueError(f"`gamma` is {gamma!r}, which is not a threshold. {wanted}") from None
+    if math.isnan(gamma) or gamma < 0:
+        raise ValueError(f"`gamma` is {gamma!r}, which is not a threshold. {wanted}")
+    return Threshold(float(gamma))
+
+
+def dropped_at_random(post_ids: list[str], epoch: int, rate: float, seed: int) -> list[bool]:
+    """The control for "dynamic": drop each post's rationale with probability `rate`, anew each epoch.
+
+    The draw is a hash of seed, epoch and id, not a generator's state: a resumed run, another batch size and another
+    number of ranks draw the same.
+
+    Args:
+        post_ids (`list[str]`): ids of the batch's posts.
+        epoch (`int`): number of completed epochs.
+        rate (`float`): probability of dropping, between 0 (never) and 1 (always).
+        seed (`int`): the run's seed.
+
+    Returns:
+        `list[bool]`: True where the rationale is dropped.
+    """
+    dropped = []
+    for post_id in post_ids:
+        digest = hashlib.sha256(f"{seed}\t{epoch}\t{post_id}".encode()).digest()
+        dropped.append(int.from_bytes(digest[:8], "big") / 2**64 < rate)
+    return dropped
