@@ -1,0 +1,234 @@
+"""Prompts, targets and the answer parser: what the model is asked, what it is taught to say, how its output is read.
+
+Given a post's text and its keyphrases, a `KeyphraseTask` writes the chat messages of the prompt and the two targets of
+Dynamic CoT; `parse_answer` reads a model's output. Holds: for distinct keyphrases in which `keyphrase_problem` finds nothing,
+`parse_answer(target).keyphrases == keyphrases` for the direct and for the reasoning target, whatever the rationale
+says; and `parse_answer` takes any string, in time linear in its length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+THINK, END_THINK = "<think>", "</think>"
+ANSWER, END_ANSWER = "<answer>", "</answer>"
+_TAG = re.compile("</?(?:think|answer)>")
+
+# Every blank of Unicode (none lies beyond U+3000) and "#": what the parser strips from a keyphrase's ends.
+_STRIPPED = "".join(character for character in map(chr, range(0x3001)) if character.isspace()) + "#"
+
+
+class Answer(NamedTuple):
+    """A model's output, read.
+
+    Attributes:
+        keyphrases: in the order given, without exact repeats; may be empty.
+        reasoned: whether the output holds reasoning (a `<think>` or `</think>`).
+    """
+
+    keyphrases: list[str]
+    reasoned: bool
+
+
+def parse_answer(output: str, separator: str = ";") -> Answer:
+    """Read the keyphrases in a model's output.
+
+    The answer is the first `<answer>…</answer>` if there is one, else the whole output. From it any `<think>…</think>`
+    is removed; what is left is split on the separator, "#" and blanks are stripped from both ends of each piece, and
+    empty pieces and repeats are dropped. Where methods leave it open:
+
+    - an unclosed `<think>` (the output was cut off) leaves nothing after it: it is all reasoning, not an answer;
+    - a `</think>` before any `<think>` closes reasoning that the chat template had opened in the prompt;
+    - tags left over (an unclosed `<answer>`) are markup, never part of a keyphrase, and separate;
+    - repeats are exact, after stripping: the metric folds case and word forms itself.
+
+    Args:
+        output: what the model wrote, special tokens removed but for the four tags.
+        separator: as in `KeyphraseTask`; blanks around it do not matter. AimKP-style checkpoints use ",".
+
+    Returns:
+        The keyphrases and whether the output reasoned.
+
+    Raises:
+        TypeError: if `output` is not a string.
+
+    Example:
+        >>> parse_answer("<think>A dog.</think><answer>#beagles; dogs; beagles</answer>")
+        Answer(keyphrases=['beagles', 'dogs'], reasoned=True)
+    """
+    if not isinstance(output, str):
+        raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
+    answer = output
+    # find, not a regular expression: "<answer>" a million times over must not cost a million scans.
+    start = output.find(ANSWER)
+    end = output.find(END_ANSWER, start) if start >= 0 else -1
+    if end >= 0:
+        answer = output[start + len(ANSWER) : end]
+    mark = separator.strip() or separator
+    # Tags left over become separators: merely removed, their surroundings could close up to a new tag.
+    pieces = _TAG.sub(lambda tag: mark, _without_reasoning(answer)).split(mark)
+    stripped = (piece.strip(_STRIPPED) for piece in pieces)
+    return Answer(
+        keyphrases=list(dict.fromkeys(piece for piece in stripped if piece)),
+        reasoned=THINK in output or END_THINK in output,
+    )
+
+
+def _without_reasoning(text: str) -> str:
+    opened, closed = text.find(THINK), text.find(END_THINK)
+    position = closed + len(END_THINK) if closed >= 0 and not 0 <= opened < closed else 0
+    kept = []
+    while (opened := text.find(THINK, position)) >= 0:
+        kept.append(text[position:opened])
+        closed = text.find(END_THINK, opened)
+        if closed < 0:
+            return "".join(kept)
+        position = closed + len(END_THINK)
+    return "".join([*kept, text[position:]])
+
+
+def keyphrase_problem(phrase: Any, separator: str = "; ") -> str | None:
+    """Say why a keyphrase cannot be written into a target and read back, or None if it can.
+
+    Args:
+        phrase: a gold keyphrase.
+        separator: what joins keyphrases in the targets.
+
+    Returns:
+        The rest of a sentence that begins with the keyphrase, or None.
+
+    Example:
+        >>> keyphrase_problem("rock; roll")
+        "contains the separator ';'"
+        >>> keyphrase_problem("rock & roll") is None
+        True
+    """
+    if not isinstance(phrase, str):
+        return f"is not a string but {type(phrase).__name__}"
+    if not phrase.strip(_STRIPPED):
+        return "is empty"
+    if phrase != phrase.strip(_STRIPPED):
+        return "begins or ends with a blank or '#'"
+    if separator.strip() in phrase:
+        return f"contains the separator {separator.strip()!r}"
+    if tag := _TAG.search(phrase):
+        return f"contains the tag {tag.group()}"
+    return None
+
+
+@dataclass(frozen=True)
+class KeyphraseTask:
+    """What the model is asked for, and the form of its answer.
+
+    Args:
+        name: the key in `TASKS`, or a name of your own.
+        instruction: what follows the post's text in the prompt.
+        separator: what joins keyphrases; one punctuation mark, with or without blanks around it.
+
+    Raises:
+        ValueError: if the separator is not of that form.
+
+    Example:
+        >>> task = KeyphraseTask("tags", "Which tags?", separator=", ")
+        >>> task.direct_target(["beagles", "dogs"])
+        'beagles, dogs'
+        >>> task.reasoning_target(["beagles"], "A dog.")
+        '<think>A dog.</think><answer>beagles</answer>'
+    """
+
+    name: str
+    instruction: str
+    separator: str = "; "
+
+    def __post_init__(self) -> None:
+        mark = self.separator.strip()
+        # One mark that no tag contains: so a tag can neither be cut by a separator nor arise across one.
+        if len(mark) != 1 or mark.isalnum() or mark in "<>/#":
+            raise ValueError(
+                f"separator={self.separator!r} must be one punctuation mark other than '<', '>', '/' and '#', "
+                "with or without blanks around it, such as '; ' or ', '"
+            )
+
+    def prompt(self, text: str, num_images: int = 0) -> list[dict[str, Any]]:
+        """Write the chat messages of a post's prompt: its images, its text, a line break, the instruction.
+
+        Args:
+            text: the post's text; may be empty.
+            num_images: how many image placeholders to write, at least 0.
+
+        Returns:
+            One user message with content parts, as chat templates of vision-language models take it.
+
+        Example:
+            >>> TASKS["aimkp"].prompt("my dog", 1)[0]["content"][1]["text"]
+            'my dog\\nWhat phrases should be used to tag the media?'
+        """
+        question = f"{text}\n{self.instruction}" if text else self.instruction
+        images = [{"type": "image"} for _ in range(num_images)]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+
+    def direct_target(self, keyphrases: Sequence[str]) -> str:
+        """Write the direct target, `k1; k2`.
+
+        Args:
+            keyphrases: at least one, in the order to be learned.
+
+        Raises:
+            ValueError: if there is none, or one cannot be read back (`keyphrase_problem`).
+        """
+        if isinstance(keyphrases, str) or not keyphrases:
+            raise ValueError(f"keyphrases must be a list of at least one string, got {keyphrases!r}")
+        for phrase in keyphrases:
+            if problem := keyphrase_problem(phrase, self.separator):
+                raise ValueError(f"the keyphrase {phrase!r} {problem}: change or remove it")
+        return self.separator.join(keyphrases)
+
+    def reasoning_target(self, keyphrases: Sequence[str], rationale: str) -> str:
+        """Write the reasoning target, `<think>r</think><answer>k1; k2</answer>`.
+
+        Tags inside the rationale are written with square brackets: teachers asked to reason do write them, and as tags
+        they would end the reasoning or give another answer.
+
+        Args:
+            keyphrases: as in `direct_target`.
+            rationale: why these keyphrases fit the post; not blank.
+
+        Raises:
+            ValueError: as in `direct_target`, or if the rationale is blank.
+        """
+        if not rationale.strip():
+            raise ValueError("rationale is blank: a post without rationale has only the direct target")
+        reasoning = _TAG.sub(lambda tag: f"[{tag.group()[1:-1]}]", rationale.strip())
+        return f"{THINK}{reasoning}{END_THINK}{ANSWER}{self.direct_target(keyphrases)}{END_ANSWER}"
+
+    def parse(self, output: str) -> Answer:
+        """Read a model's output with this task's separator (`parse_answer`)."""
+        return parse_answer(output, self.separator)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        # The paper does not print its prompt. Ours asks neither for reasoning nor for a plain answer: to begin with
+        # <think> or not is what Dynamic CoT teaches.
+        KeyphraseTask("dynamic_cot", "Which keyphrases would the author tag this post with?"),
+        # AimKP, as printed; answers joined by ", ".
+        KeyphraseTask("aimkp", "What phrases should be used to tag the media?", separator=", "),
+    )
+}
+
+
+def resolve_task(task: str | KeyphraseTask) -> KeyphraseTask:
+    """Look up a task by its name; a `KeyphraseTask` is returned as it is.
+
+    Raises:
+        ValueError: if no task has that name.
+    """
+    if isinstance(task, KeyphraseTask):
+        return task
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is not known: use one of {', '.join(TASKS)}, or a KeyphraseTask of your own")
+    return TASKS[task]
