@@ -1,9 +1,9 @@
 """Prompts, targets and the answer parser: what the model is asked, what it is taught to say, how its output is read.
 
 Given a post's text and its keyphrases, a `KeyphraseTask` writes the chat messages of the prompt and the two targets of
-Dynamic CoT; `parse_answer` reads a model's output. Holds: for distinct keyphrases in which `keyphrase_problem` finds nothing,
-`parse_answer(target).keyphrases == keyphrases` for the direct and for the reasoning target, whatever the rationale
-says; and `parse_answer` takes any string, in time linear in its length.
+Dynamic CoT; `parse_answer` reads a model's output. Holds: for distinct keyphrases in which `keyphrase_problem` finds
+nothing, `parse_answer(target).keyphrases == keyphrases` for the direct and for the reasoning target, whatever the
+rationale says; and `parse_answer` takes any string, in time linear in its length.
 """
 
 from __future__ import annotations
