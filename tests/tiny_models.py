@@ -1,17 +1,24 @@
 """Tiny random models of every supported family, with processor and chat template, built in code.
 
-Nothing is downloaded, nothing needs a GPU or torchvision, and building a pair takes a fraction of a second. Models have
-0.05-0.3 million parameters; what makes families differ is kept: grouped-query attention everywhere, 3-D rope (Qwen-VL),
-deepstack (Qwen3-VL), window attention in the vision tower (Qwen2.5-VL), tiles (Idefics3, SmolVLM, InternVL, Mllama),
-sliding windows and bidirectional image blocks (Gemma 3), cross-attention (Mllama), a beginning-of-sequence token that both
-template and tokenizer would like to add (Llama, Gemma), and LLaVA-1.5's template without any end-of-turn token.
+Nothing is downloaded, nothing needs a GPU or torchvision, and building a pair takes a fraction of a second. Models
+have 0.05-0.15 million parameters; what makes families differ is kept: grouped-query attention everywhere, 3-D rope
+(Qwen-VL), deepstack (Qwen3-VL), window attention in the vision tower (Qwen2.5-VL), tiles (Idefics3, SmolVLM, InternVL,
+Mllama), sliding windows and bidirectional image blocks (Gemma 3), cross-attention (Mllama), a beginning-of-sequence
+token that both template and tokenizer would add (Llama 3, Gemma 3, Idefics3: hence add_special_tokens=False below) or
+that only the tokenizer adds (LLaVA), and LLaVA-1.5's template without any end-of-turn token.
 
     model, processor = build("qwen2_vl")
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     batch = processor(images=[[image]], text=[text], padding=True, add_special_tokens=False, return_tensors="pt")
 
-Two things exist only because the tests run without torchvision: processors are built and loaded without a video processor,
-and SmolVLM's wish for num2words (which spells out the number of video frames) is granted by ``str``.
+Every processor takes batches that mix numbers of images, given as one list of images per text (None when all lists
+are empty), and every model but Mllama then computes for each post what it computes for the post alone. Mllama skips
+its cross-attention layers for a post alone without image; beside a post with one, transformers lets that post's tokens
+attend evenly to the padding tiles.
+
+Importing this module has two effects, needed because the tests run without torchvision: processors are built and
+loaded without a video processor, and SmolVLM's wish for num2words (it spells out the number of video frames) is
+granted by ``str``.
 """
 
 from __future__ import annotations
@@ -49,7 +56,8 @@ _SENTENCES = (
     "What phrases should be used to tag the media? Answer with keyphrases separated by semicolons.",
     "sunset at the beach; golden hour; summer holidays; sea view from the old harbour",
     "The new phone has a great camera and the battery lasts two days #tech #review",
-    "You are a helpful assistant. user assistant system <think> the picture shows a dog </think><answer>dog; park</answer>",
+    "You are a helpful assistant. user assistant system",
+    "<think> the picture shows a dog </think><answer>dog; park</answer>",
     "Breaking: the home team wins the cup final 3:2 after extra time! What a match!",
 )
 
@@ -79,7 +87,8 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
     config, processor = _BUILDERS[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = transformers.AutoModelForImageTextToText if family in VISION_FAMILIES else transformers.AutoModelForCausalLM
+        vision = family in VISION_FAMILIES
+        auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
         model = auto.from_config(config, attn_implementation="sdpa")
         _add_noise_to_constants(model)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -93,9 +102,9 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
 def exact_float64(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Turns the model to float64 and, within the block, every request for float32 into one for float64.
 
-    transformers computes norms, rope, softmax and the loss in float32 whatever the weights are, which leaves float64 runs
-    with errors of 1e-7 and (eager attention: float64's lowest number cast to float32) with NaN. Forward and backward (which
-    recomputes under gradient checkpointing) belong inside the block. The model stays float64 afterwards.
+    transformers computes norms, rope, softmax and the loss in float32 whatever the weights are, which leaves float64
+    runs with errors of 1e-7 and (eager attention: float64's lowest number cast to float32) with NaN. Forward and
+    backward (which recomputes under gradient checkpointing) belong inside the block. The model stays float64.
 
     Args:
         model: Converted in place. Floating inputs such as ``pixel_values`` may be float32 or float64.
@@ -122,8 +131,8 @@ class _Float32MeansFloat64(TorchFunctionMode):
 def _add_noise_to_constants(model: torch.nn.Module) -> None:
     """Norm weights of one, biases, gates and projections of zero get noise.
 
-    Mllama's gates and Gemma 3's projector start at zero, where the image has no influence and no gradient; and a test on
-    unit norm weights cannot see a norm that is left out.
+    Mllama's gates and Gemma 3's projector start at zero, where the image has no influence and no gradient; and a test
+    on unit norm weights cannot see a norm that is left out.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -200,8 +209,8 @@ def _tokenizer(
 _NORMALIZE = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 # Chat templates ------------------------------------------------------------------------------------------------------
-# As published with the families' instruction models, less tools and video. The published text-only templates (and LLaVA's)
-# take strings (lists of parts) only; here both kinds of content are taken by all.
+# As published with the families' instruction models, less tools and video, but lenient: content may be a string or a
+# list of parts everywhere, where the published text-only templates want strings and LLaVA's and Idefics3's want lists.
 
 _TEXT_OF_CONTENT = """\
 {%- macro text_of(content) -%}
@@ -227,14 +236,16 @@ _CHATML = """\
 
 
 def _chatml(image_placeholder: str = "", default_system: str = "") -> str:
-    settings = f"{{%- set image_placeholder = {image_placeholder!r} -%}}{{%- set default_system = {default_system!r} -%}}"
-    return settings + _CHATML
+    return (
+        f"{{%- set image_placeholder = {image_placeholder!r} -%}}\n"
+        f"{{%- set default_system = {default_system!r} -%}}\n" + _CHATML
+    )
 
 
 _QWEN_VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
-# Reasoning is cut out of the assistant's content and rendered anew, and only after the last user message; there the last
-# message gets an empty block if it has none.
+# Reasoning is cut out of the assistant's content and rendered anew, and only after the last user message; there the
+# conversation's last message gets an empty block if it has none.
 _QWEN3 = (
     _TEXT_OF_CONTENT
     + """\
@@ -325,7 +336,8 @@ _GEMMA = (
 {%- if loop.first -%}{{ ns.prefix }}{%- endif -%}
 {%- if message.content is string -%}{{ message.content | trim }}{%- else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}{{ '<start_of_image>' }}{%- elif part.type == 'text' -%}{{ part.text | trim }}{%- endif -%}
+{%- if part.type == 'image' -%}{{ '<start_of_image>' }}
+{%- elif part.type == 'text' -%}{{ part.text | trim }}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {{ '<end_of_turn>\\n' }}
 {%- endfor -%}
@@ -335,7 +347,7 @@ _GEMMA = (
 
 # Families ------------------------------------------------------------------------------------------------------------
 
-# 0.1 instead of 0.02: with 32 hidden units the usual spread leaves activations, and differences between them, too small.
+# Not the usual 0.02: with 32 hidden units that leaves activations, and the differences between them, too small.
 _SPREAD = {"initializer_range": 0.1}
 
 
@@ -476,7 +488,7 @@ def _llava() -> tuple[Any, Any]:
 
 
 def _idefics3_or_smolvlm(family: str) -> tuple[Any, Any]:
-    """4 image tokens a tile; a square image gives 2 x 2 tiles and the whole image, one of 2:1 two tiles and the whole."""
+    """4 image tokens a tile; a square image gives 2 x 2 tiles, one of 2:1 two, and both a tile of the whole image."""
     idefics3 = family == "idefics3"
     tiles = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
     image_tokens = {
@@ -559,9 +571,7 @@ def _gemma3() -> tuple[Any, Any]:
         **_SPREAD,
     )
     image_processor = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28}, **_NORMALIZE)
-    return config, transformers.Gemma3Processor(
-        image_processor, tokenizer, image_seq_length=4, chat_template=_GEMMA
-    )
+    return config, transformers.Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=_GEMMA)
 
 
 def _llama3_tokenizer(**named: str) -> PreTrainedTokenizerFast:
@@ -577,10 +587,10 @@ def _llama3_tokenizer(**named: str) -> PreTrainedTokenizerFast:
 
 
 def _mllama() -> tuple[Any, Any]:
-    """One image token; its 1-4 tiles of 17 patch states are reached by cross-attention in the second of three layers."""
+    """One image token; the 1-4 tiles of 17 states it stands for are seen by cross-attention in the middle layer."""
     tokenizer = _llama3_tokenizer(image_token="<|image|>")
     config = transformers.MllamaConfig(
-        # As in the published checkpoints the image token, the last of all, has an embedding but no place in the output.
+        # As published: the image token, the last of all, has an embedding but no place in the output layer.
         text_config=_text_config(
             tokenizer, vocab_size=tokenizer.image_token_id, num_hidden_layers=3, cross_attention_layers=[1]
         ),
