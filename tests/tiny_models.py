@@ -12,9 +12,9 @@ that only the tokenizer adds (LLaVA), and LLaVA-1.5's template without any end-o
     batch = processor(images=[[image]], text=[text], padding=True, add_special_tokens=False, return_tensors="pt")
 
 Every processor takes batches that mix numbers of images, given as one list of images per text (None when all lists
-are empty), and every model but Mllama then computes for each post what it computes for the post alone. Mllama skips
-its cross-attention layers for a post alone without image; beside a post with one, transformers lets that post's tokens
-attend evenly to the padding tiles.
+are empty), and every model but Mllama then computes for each post what it computes for the post alone. With Mllama,
+batch posts of equal numbers of images only: transformers lets a post's tokens before its first image (all tokens, if
+it has none) attend evenly to every tile, also to those that pad the post to the batch's largest number of images.
 
 Importing this module has two effects, needed because the tests run without torchvision: processors are built and
 loaded without a video processor, and SmolVLM's wish for num2words (it spells out the number of video frames) is
