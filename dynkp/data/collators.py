@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from dynkp.data.posts import open_image
-from dynkp.data.prompts import TASKS, KeyphraseTask
+from dynkp.data.images import open_image
+from dynkp.data.prompts import KeyphraseTask, resolve_task
 from dynkp.mechanics.shared_prompt import Targets
 
 
@@ -34,7 +34,7 @@ class PromptRenderer:
 
     def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, task: KeyphraseTask | str = "dynamic_cot"):
         self.processor = processor
-        self.task = _task(task)
+        self.task = resolve_task(task)
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         self.takes_images = isinstance(processor, ProcessorMixin)
         if self.processor.chat_template is None:
@@ -85,7 +85,7 @@ class PromptRenderer:
             if row.get("reasoning_completion") is None:
                 return None
             content = _content(row["reasoning_completion"], row, "reasoning_completion")
-        elif row.get("rationale"):
+        elif (row.get("rationale") or "").strip():
             content = self._as_text(self.task.reasoning_target(list(row["keyphrases"]), row["rationale"]))
         else:
             return None
@@ -255,14 +255,6 @@ class PairedTargetCollator:
             weight[row, : len(tokens)] = torch.tensor(token_weights)
         mask = torch.arange(width) < torch.tensor(lengths, dtype=torch.long)[:, None]
         return Targets(input_ids=input_ids, mask=mask, weights=weight, lengths=lengths)
-
-
-def _task(task: KeyphraseTask | str) -> KeyphraseTask:
-    if isinstance(task, KeyphraseTask):
-        return task
-    if task not in TASKS:
-        raise ValueError(f"`task` is {task!r}, which is none of {', '.join(sorted(TASKS))}, nor a KeyphraseTask.")
-    return TASKS[task]
 
 
 def _text_only(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def following_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
 
 def select(tensor: torch.Tensor, rows: Sequence[int] | None, dim: int = 0) -> torch.Tensor:
     """The given rows, in order; the tensor itself for `None`."""
-    return tensor if rows is None else tensor.index_select(dim, torch.as_tensor(rows, device=tensor.device))
+    return tensor if rows is None else tensor.index_select(dim, torch.as_tensor(rows, dtype=torch.long, device=tensor.device))
 
 
 class _PromptLayer(DynamicLayer):

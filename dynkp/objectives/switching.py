@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dynkp.objectives.token_loss import TargetLoss
+
 
 def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
     """Easy posts: ℓ < γ, strictly (Eq. 5: a tie gets the direct answer).
@@ -36,12 +38,44 @@ def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
     return direct_loss < gamma
 
 
+def mixed_loss(
+    direct: TargetLoss,
+    reasoning: TargetLoss,
+    direct_share: torch.Tensor,
+    reasoning_share: torch.Tensor,
+    over_tokens: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each post adds to numerator and denominator of the batch's loss (Eq. 4 and, with both shares, multi-task).
+
+    Over posts (the default; the paper's batch size is 1): a post adds its targets' mean losses, weighted by their
+    shares, and counts 1. Over tokens: it adds its targets' summed losses and their tokens.
+
+    Args:
+        direct, reasoning ([`TargetLoss`]): losses of both kinds of target, each part `(B,)`.
+        direct_share, reasoning_share (`torch.Tensor` of shape `(B,)`): weight of either objective, not both zero; the
+            switch gives one of them 1 and the other 0.
+        over_tokens (`bool`): normalise over tokens instead of posts.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: numerator and denominator, each `(B,)`.
+
+    Example: means 2.0 (direct) and 1.0 (reasoning) with shares 1 and 1 give 1.5 over 1.
+    """
+    if over_tokens:
+        total = direct_share * direct.total + reasoning_share * reasoning.total
+        return total, direct_share * direct.weight + reasoning_share * reasoning.weight
+    total = (direct_share * direct.mean + reasoning_share * reasoning.mean) / (direct_share + reasoning_share)
+    return total, torch.ones_like(total)
+
+
 class Threshold:
     """γ as a constant, and the interface of those that follow the losses.
 
     `value` is γ in force for the whole optimizer step; `observe` takes the direct losses of a finished optimizer step
     (all ranks' posts) and moves γ for the next one.
     """
+
+    is_constant = True
 
     def __init__(self, gamma: float):
         self._gamma = gamma
@@ -68,6 +102,8 @@ class RunningMeanThreshold(Threshold):
     Before the first step there is no mean: no post is below it, so the first step is direct.
     """
 
+    is_constant = False
+
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
 
@@ -92,6 +128,8 @@ class QuantileThreshold(Threshold):
 
     Not in the paper. Linear interpolation between order statistics, as `numpy.quantile`. The first step is direct.
     """
+
+    is_constant = False
 
     def __init__(self, q: float, window: int):
         self.q = q

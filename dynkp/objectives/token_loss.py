@@ -7,39 +7,44 @@ Holds   a post whose weights are all zero has no target and contributes an exact
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
-def weighted_sums(log_probs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator and denominator of a post's mean negative log-likelihood.
+class TargetLoss(NamedTuple):
+    """Negative log-likelihood of one target per post, numerator and denominator apart.
 
-    Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`): log-probabilities of the target's tokens, in nats.
-        weights (`torch.Tensor` of shape `(B, T)`): non-negative weight of each token, zero at padding.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the weighted sum of -log p and the sum of the weights, each `(B,)`.
+    Attributes:
+        total (`torch.Tensor` of shape `(B,)`): Σ_t w_t · (-log p_t), nats.
+        weight (`torch.Tensor` of shape `(B,)`): Σ_t w_t; 0 where the post has no such target.
     """
-    weights = weights.to(log_probs.dtype)
-    return -(log_probs * weights).sum(dim=1), weights.sum(dim=1)
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """NLL(y | prompt) of Dynamic CoT's Eq. 2 and 4, (B,), nats per token; 0 for a post without target."""
+        return self.total / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
 
 
-def mean_over_tokens(log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """NLL(y | prompt): the mean over y's tokens of -log p (Dynamic CoT, Eq. 2 and 4), per post.
+def target_loss(log_probs: torch.Tensor, weights: torch.Tensor) -> TargetLoss:
+    """Sum a target's token losses, post by post.
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, T)`): log-probabilities of the target's tokens, in nats.
-        weights (`torch.Tensor` of shape `(B, T)`): token weights; all ones over the target is the paper's mean.
+        weights (`torch.Tensor` of shape `(B, T)`): token weights; all ones over the target is the papers' mean.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: nats per token; 0 for a post without target.
+        [`TargetLoss`]
 
     Example:
 
     ```python
-    >>> mean_over_tokens(torch.tensor([[-1.0, -3.0, 0.0]]), torch.tensor([[1, 1, 0]]))
+    >>> target_loss(torch.tensor([[-1.0, -3.0, 0.0]]), torch.tensor([[1, 1, 0]])).mean
     tensor([2.])
     ```
     """
-    total, weight = weighted_sums(log_probs, weights)
-    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    weights = weights.to(log_probs.dtype)
+    return TargetLoss(-(log_probs * weights).sum(dim=1), weights.sum(dim=1))

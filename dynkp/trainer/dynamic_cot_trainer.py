@@ -1,0 +1,167 @@
+"""Dynamic CoT: teach the teacher's reasoning where the direct answer is easy, the bare answer where it is hard.
+
+Ma et al., "Boosting Multi-modal Keyphrase Prediction with Dynamic Chain-of-Thought in Vision-Language Models",
+EMNLP 2025, Section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynkp.data.collators import PairedTargetCollator
+from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, Targets, select
+from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma
+from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.trainer.choice_log import ChoiceLog
+from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses
+
+
+class DynamicCoTTrainer(KeyphraseTrainer):
+    r"""Dynamic CoT, and the rows it is compared with (`strategy`): `direct`, `cot`, `multitask`, `random:p`.
+
+    At every step, with the current weights θ, post i's direct loss decides its target (paper's Eq. 4 and 5):
+
+    $$\ell_i = \mathrm{NLL}(y^s_i \mid x_i), \qquad y^d_i = y^c_i \text{ if } \ell_i < \gamma \text{ else } y^s_i, \qquad
+    L = \frac{1}{N} \sum_i \mathrm{NLL}(y^d_i \mid x_i)$$
+
+    with NLL the mean over the target's tokens, end of turn included. A tie and a post without rationale are direct. N
+    counts all posts of the optimizer step (micro-batches and ranks); the paper's batch size is 1. Departure: the prompt
+    is computed once for both targets, which changes the cost, not the numbers.
+
+    Takes what [`KeyphraseTrainer`] takes. Logged per window: `reasoning_share` (posts taught the reasoning),
+    `direct_loss` (mean ℓ), `gamma`, `gamma_tokens` (γ times the mean length of the direct targets: with about 1.0 to 1.5
+    a model keeps answering in both ways), `direct_target_loss` and `reasoning_target_loss` (of what was taught).
+
+    Example:
+
+    ```python
+    >>> trainer = DynamicCoTTrainer(
+    ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
+    ...     args=DynamicCoTConfig(output_dir="out", gamma=0.4),
+    ...     train_dataset=load_posts("train.jsonl", image_dir="images"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _name = "Dynamic CoT"
+    args: DynamicCoTConfig
+
+    def __init__(self, model: Any, args: DynamicCoTConfig, **kwargs: Any):
+        self.gamma = parse_gamma(args.gamma, args.gamma_window)
+        self.drop_rate = args.drop_rate()
+        self.target_kinds = ("direct",) if args.strategy == "direct" else ("direct", "reasoning")
+        self.normalizes_over_tokens = args.loss_normalization == "token"
+        self._visits: list[tuple[str, float | None, bool]] = []  # of the current optimizer step
+        self.choice_log = ChoiceLog(args.output_dir) if args.log_choices else None
+        super().__init__(model, args, **kwargs)
+        if self.normalizes_over_tokens and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "`loss_normalization` is 'token' with gradient accumulation under DeepSpeed, which keeps the gradients to itself "
+                "until they are averaged. Use loss_normalization='sample' or gradient_accumulation_steps=1."
+            )
+
+    def build_collator(self) -> PairedTargetCollator:
+        return PairedTargetCollator(
+            self.processing_class,
+            task=self.task,
+            kinds=self.target_kinds,
+            answer_weight=self.args.answer_weight,
+            max_length=self.args.max_length,
+        )
+
+    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+        chosen = self.choose_ahead(inputs)  # (B,) bool, True for reasoning; None: the direct losses decide
+        asks_both = chosen is None or self.args.strategy == "multitask"
+        twice = asks_both or bool(chosen.any() and not chosen.all())
+        prompt = self.open_prompt(model, inputs["prompt"], continuations=2 if twice else 1)
+
+        direct = loss_of(prompt, inputs["direct"], None if asks_both else ~chosen)  # y^s
+        if chosen is None:
+            chosen = below_threshold(direct.mean.detach(), self.gamma.value) & inputs["has_rationale"]  # Eq. 5
+        reasoning = loss_of(prompt, inputs.get("reasoning"), chosen)  # y^c, for easy posts only
+
+        if self.args.strategy == "multitask":
+            shares = torch.ones_like(direct.total), chosen * self.args.multitask_weight
+        else:
+            shares = (~chosen).to(direct.total.dtype), chosen.to(direct.total.dtype)
+        self.record_choices(inputs, direct, reasoning, chosen, shares, observed=asks_both)
+        return PostLosses(*mixed_loss(direct, reasoning, *shares, over_tokens=self.normalizes_over_tokens))
+
+    def choose_ahead(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Which posts are taught to reason, (B,) bool, where that needs no loss; `None` under `dynamic`."""
+        has_rationale = inputs["has_rationale"]
+        if self.args.strategy == "dynamic":
+            return None
+        if self.args.strategy == "direct":
+            return torch.zeros_like(has_rationale)
+        if self.drop_rate is None:
+            return has_rationale
+        dropped = dropped_at_random(inputs["id"], int(self.state.epoch or 0), self.drop_rate, self.args.seed)
+        return has_rationale & ~torch.tensor(dropped, device=has_rationale.device)
+
+    def record_choices(
+        self,
+        inputs: dict[str, Any],
+        direct: TargetLoss,
+        reasoning: TargetLoss,
+        chosen: torch.Tensor,
+        shares: tuple[torch.Tensor, torch.Tensor],
+        observed: bool,
+    ) -> None:
+        """Log what was chosen; `observed`: every post's direct loss was computed."""
+        self.record("reasoning_share", chosen.float())
+        self.record("direct_target_loss", direct.mean, shares[0] > 0)
+        self.record("reasoning_target_loss", reasoning.mean, shares[1] > 0)
+        self.record("direct_tokens", torch.tensor(inputs["direct"]["lengths"], dtype=torch.float32))
+        if observed:
+            self.record("direct_loss", direct.mean)
+        if self.args.strategy == "dynamic":
+            self.record("gamma", torch.tensor([self.gamma.value]))
+        if self.model.training and (self.choice_log or self.args.strategy == "dynamic"):
+            losses = direct.mean.tolist() if observed else [None] * len(inputs["id"])
+            self._visits.extend(zip(inputs["id"], losses, chosen.tolist(), strict=True))
+
+    def end_of_step(self) -> None:
+        # A constant threshold needs nobody's losses: without a log there is nothing to gather.
+        if self.choice_log or not self.gamma.is_constant:
+            visits = self.gather_list(self._visits)
+            if self.choice_log and self.accelerator.is_main_process:
+                self.choice_log.write(visits, self.state, self.gamma.value)
+            self.gamma.observe([loss for _, loss, _ in visits if loss is not None])
+        self._visits.clear()
+
+    def method_state(self) -> dict[str, Any]:
+        return {"gamma": self.args.gamma, "statistics": self.gamma.state()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        if self.gamma.is_constant:
+            return
+        if state.get("gamma") != self.args.gamma:
+            raise ValueError(
+                f"`gamma` is {self.args.gamma!r}, but the checkpoint was written with gamma={state.get('gamma')!r} and has no "
+                f"statistics for it. Resume with the checkpoint's gamma, with a number, or start a new run."
+            )
+        self.gamma.load_state(state["statistics"])
+
+    def derive_metrics(self, logs: dict[str, float], prefix: str) -> None:
+        if f"{prefix}gamma" in logs:
+            logs[f"{prefix}gamma_tokens"] = logs[f"{prefix}gamma"] * logs[f"{prefix}direct_tokens"]
+
+
+def loss_of(prompt: SharedPrompt | PlainPrompt, targets: Targets | None, rows: torch.Tensor | None) -> TargetLoss:
+    """One kind of target's loss for the posts in `rows` ((B,) bool; all if `None`), zero for the others: (B,)."""
+    if targets is None:
+        zeros = rows.new_zeros(rows.shape, dtype=torch.float32)
+        return TargetLoss(zeros, zeros)
+    indices = None if rows is None or rows.all() else rows.nonzero().flatten().tolist()
+    log_probs = prompt.log_probs(targets, indices)
+    loss = target_loss(log_probs, select(targets["weights"], indices)[:, : log_probs.shape[1]])
+    if indices is None:
+        return loss
+    scattered = (part.new_zeros(rows.shape).masked_scatter(rows, part) for part in loss)
+    return TargetLoss(*scattered)

@@ -1,0 +1,82 @@
+"""Options that every keyphrase trainer has, on top of TRL's `SFTConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class KeyphraseConfig(SFTConfig):
+    """Configuration of [`KeyphraseTrainer`]: `trl.SFTConfig` and what posts and shared prompts add to it.
+
+    Options that `SFTConfig` already has keep their meaning; `max_length` and `remove_unused_columns` get another default.
+    """
+
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt plus target in tokens, image placeholders included; targets are cut at their end. "
+            "None (default) cuts nothing: a rationale that is cut loses its answer and teaches to reason without end."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Must stay False: the collator needs the posts' own columns."},
+    )
+    task: str = field(
+        default="dynamic_cot",
+        metadata={"help": "Template of prompt and targets: 'dynamic_cot' or 'aimkp' (answers joined by ', ')."},
+    )
+    separator: str | None = field(
+        default=None,
+        metadata={"help": "What stands between keyphrases in a target. None (default) takes the task's own, '; '."},
+    )
+    on_invalid: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with posts that cannot be trained on (unreadable picture, separator inside a keyphrase, "
+            "repeated id, ...): 'error' (default) lists them and stops, 'skip' drops them and writes `invalid_posts.jsonl` "
+            "to `output_dir`."
+        },
+    )
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Whether to open every picture once before training starts, to find unreadable ones."},
+    )
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the vision tower keeps its weights while projector and language model are trained, as in the "
+            "Dynamic CoT paper (default True)."
+        },
+    )
+    prompt_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "How a prompt with several targets is computed: 'shared' runs the prompt once, 'plain' once per target "
+            "(slower, same numbers), 'auto' (default) shares where the model can and says so once where it cannot."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self.on_invalid, "on_invalid", ("error", "skip"))
+        _one_of(self.prompt_backend, "prompt_backend", ("auto", "shared", "plain"))
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` is True, which would take text and keyphrases from the collator. Leave it False."
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` is {self.max_length}; prompt and target need at least 2 tokens. Use None or more.")
+        if self.packing or self.padding_free:
+            raise ValueError(
+                "`packing` and `padding_free` lay posts end to end, which a prompt shared by two targets does not allow. "
+                "Leave both False."
+            )
+
+
+def _one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")

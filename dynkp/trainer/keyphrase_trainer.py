@@ -1,0 +1,354 @@
+"""KeyphraseTrainer: what Dynamic CoT, AimKP and MulCoT-RD share, and the one seam to TRL's private names.
+
+A method implements [`KeyphraseTrainer.compute_post_losses`]: one loss per post. Everything between that and an
+optimizer step is here: posts become batches, the whole computation runs inside the wrapped model's forward (DDP and
+DeepSpeed reduce only what passes through it), and the loss is normalised over all posts of the optimizer step, so that
+batch size, gradient accumulation and ranks change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from trl import SFTTrainer
+from trl.models.utils import _ForwardRedirection
+
+from dynkp.data.collators import PairedTargetCollator
+from dynkp.data.prompts import KeyphraseTask, resolve_task
+from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, score_targets, unsupported_reason
+from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.preparation import prepare_posts
+
+
+logger = logging.getLogger(__name__)
+
+
+class PostLosses(NamedTuple):
+    """One loss per post, as numerator and denominator of the optimizer step's mean.
+
+    Attributes:
+        total (`torch.Tensor` of shape `(B,)`): what a post adds to the numerator, nats.
+        weight (`torch.Tensor` of shape `(B,)`): what it adds to the denominator: 1 (mean over posts) or its number of
+            target tokens (mean over tokens).
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+
+class KeyphraseTrainer(SFTTrainer):
+    """Base of the keyphrase trainers: `trl.SFTTrainer` on posts.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): as in `SFTTrainer`.
+        args ([`KeyphraseConfig`]): options.
+        train_dataset, eval_dataset: datasets of posts (`id`, `text`, `keyphrases`, `image` or `images`, `rationale`), or of
+            TRL's conversational prompt-completion rows (`prompt`, `completion`, optional `reasoning_completion`); streaming
+            ones included.
+        processing_class: processor or, for text models, tokenizer; loaded with the model's name if `None`.
+        task ([`KeyphraseTask`], *optional*): template and separator; by default what `args.task` names.
+        **kwargs: everything else `SFTTrainer` takes (`peft_config`, `callbacks`, `optimizers`, ...).
+
+    Raises:
+        InvalidPostsError: if posts cannot be trained on and `args.on_invalid` is `"error"`; it lists their ids.
+        ValueError: if options or model do not fit together.
+    """
+
+    _name = "Keyphrase"
+    _tag_names = ["dynkp"]
+    # Losses are normalised here over the whole optimizer step; Trainer must not divide them again.
+    loss_is_scaled_for_ga = True
+    # Target kinds the method trains on; the collator builds no others.
+    target_kinds: Sequence[str] = ("direct", "reasoning")
+
+    args: KeyphraseConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: KeyphraseConfig,
+        train_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        task: KeyphraseTask | None = None,
+        **kwargs: Any,
+    ):
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is None; give a dataset of posts.")
+        if processing_class is None:
+            processing_class = load_processor(model, args)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.task = _task_of(args, task)
+        takes_images = isinstance(processing_class, ProcessorMixin)
+        train_dataset = prepare_posts(train_dataset, "train", args, self.task, takes_images)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: prepare_posts(dataset, name, args, self.task, takes_images) for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = prepare_posts(eval_dataset, "eval", args, self.task, takes_images)
+
+        # Posts become tensors in the collator; TRL must neither tokenize nor drop their columns.
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        self._forward_redirection = _ForwardRedirection()
+        self._records: dict[str, dict[str, list[Any]]] = {"train": {}, "eval": {}}
+        self._step_total = self._step_weight = self._step_reported = 0.0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator or _not_yet_built,
+            **kwargs,
+        )
+        if data_collator is None:
+            self.data_collator = self.build_collator()
+        self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if self.args.freeze_vision_tower:
+            freeze_vision_tower(self.model)
+        self.shares_prompt = self._choose_prompt_backend()
+        self.add_callback(MethodState(self))
+
+    def build_collator(self) -> PairedTargetCollator:
+        """The collator of this trainer's batches."""
+        return PairedTargetCollator(
+            self.processing_class, task=self.task, kinds=self.target_kinds, max_length=self.args.max_length
+        )
+
+    # What a method implements
+
+    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+        """One loss per post of the micro-batch. `model` is the unwrapped model; call it as often as needed.
+
+        Must make no collective call: ranks may differ in what they compute.
+        """
+        raise NotImplementedError
+
+    def end_of_step(self) -> None:
+        """Called on every rank after each optimizer step: the place to gather and move the method's statistics."""
+
+    def method_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides weights (JSON); equal on every rank."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state` when training resumes."""
+
+    # From post losses to the optimizer step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the optimizer step's mean loss, times the number of ranks (DDP averages)."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        total, weight = self._forward_redirection(model, unwrapped, self._post_losses_in_forward, unwrapped, inputs)
+        if num_items_in_batch is None:  # evaluation
+            loss = total.sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        else:
+            # The number of posts is known beforehand; a denominator that is not is put right in `training_step`.
+            loss = total.sum() * self.accelerator.num_processes / num_items_in_batch
+            self._step_total += total.detach().sum()
+            self._step_weight += weight.detach().sum()
+        return (loss, {}) if return_outputs else loss
+
+    def _post_losses_in_forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.accelerator.autocast():
+            losses = self.compute_post_losses(model, inputs)
+        return losses.total, losses.weight
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """The optimizer step's micro-batches, and the number of posts in them on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        posts = torch.tensor(sum(len(batch["id"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(posts).sum() if batches else None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.accelerator.sync_gradients:
+            self._step_reported += loss
+            return loss
+        if self.normalizes_over_tokens:
+            loss = self._renormalize(loss, num_items_in_batch)
+        self._step_total = self._step_weight = self._step_reported = 0.0
+        return loss
+
+    # Whether a post's weight is its number of tokens, known only once all targets are chosen.
+    normalizes_over_tokens = False
+
+    def _renormalize(self, loss: torch.Tensor, posts: torch.Tensor | int | None) -> torch.Tensor:
+        """Turn the step's gradients from Σ total / posts into Σ total / Σ weight, before they are clipped."""
+        weight = self.accelerator.reduce(torch.as_tensor(self._step_weight, device=loss.device), "sum").clamp(min=1e-12)
+        factor = posts / weight
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        # Trainer adds up what the micro-batches report: the last one settles the account.
+        return self._step_total * self.accelerator.num_processes / weight - self._step_reported
+
+    # Prompts
+
+    def open_prompt(self, model: nn.Module, prompt: dict[str, Any], continuations: int = 2) -> SharedPrompt | PlainPrompt:
+        """The batch's prompts, ready for targets; computed once if they are to be continued more than once."""
+        backend = SharedPrompt if self.shares_prompt and continuations > 1 else PlainPrompt
+        return backend(model, prompt, score=self._scorer(prompt["input_ids"].device))
+
+    def _choose_prompt_backend(self) -> bool:
+        if self.args.prompt_backend == "plain":
+            return False
+        reason = unsupported_reason(self.model)
+        if reason is None:
+            return True
+        if self.args.prompt_backend == "shared":
+            raise ValueError(f"`prompt_backend` is 'shared', but {type(self.model).__name__} cannot share a prompt: {reason}.")
+        logger.warning("Prompts are computed once per target (prompt_backend='plain'): %s.", reason)
+        return False
+
+    def _scorer(self, device: torch.device) -> Scorer:
+        # TRL's fused head scores only labelled positions, in tiles, on accelerators; on a CPU it would score padding too.
+        return score_targets if device.type == "cpu" else fused_score_targets
+
+    # Metrics
+
+    def record(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add `values` to the mean that is logged as `name`: over posts, micro-batches and ranks, weighted.
+
+        Args:
+            name: key in the log; evaluation adds `eval_`.
+            values (`torch.Tensor`): one number per post, or any number of them.
+            weights (`torch.Tensor`, *optional*): their weights; a boolean mask selects.
+        """
+        values = values.detach().to(torch.float64 if values.device.type == "cpu" else torch.float32)
+        weights = torch.ones_like(values) if weights is None else weights.detach().to(values.dtype)
+        mode = "train" if self.model.training else "eval"
+        entry = self._records[mode].setdefault(name, [0.0, 0.0])
+        entry[0] += (values * weights).sum()
+        entry[1] += weights.sum()
+
+    def gather_list(self, values: list[Any]) -> list[Any]:
+        """The ranks' lists, one after the other. Collective: every rank must call it."""
+        return gather_object(values) if self.accelerator.num_processes > 1 else values
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        local = [(name, float(total), float(weight)) for name, (total, weight) in self._records[mode].items()]
+        self._records[mode].clear()
+        sums: dict[str, list[float]] = {}
+        for name, total, weight in self.gather_list(local):
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += total
+            entry[1] += weight
+        prefix = "eval_" if mode == "eval" else ""
+        # A mean over nothing (no post was taught reasoning in this window) is left out, not logged as a zero.
+        logs.update({f"{prefix}{name}": total / weight for name, (total, weight) in sums.items() if weight})
+        self.derive_metrics(logs, prefix)
+        super().log(logs, start_time)
+
+    def derive_metrics(self, logs: dict[str, float], prefix: str) -> None:
+        """Add metrics that follow from recorded ones."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Trainer's estimate, 6 · parameters · tokens, over the tokens of the prompt and its targets."""
+        tokens = inputs["prompt"]["input_ids"].numel()
+        tokens += sum(inputs[kind]["input_ids"].numel() for kind in self.target_kinds if kind in inputs)
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+
+class MethodState(TrainerCallback, ExportableState):
+    """Keeps a method's state in `trainer_state.json`, which Trainer writes last: a checkpoint has all of it or none."""
+
+    def __init__(self, trainer: KeyphraseTrainer):
+        self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self.trainer.method_state()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A checkpoint of another trainer has no such entry, and saving expects one.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if state.global_step:
+            self.trainer.load_method_state(saved.get("attributes", {}))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.end_of_step()
+
+
+def fused_score_targets(
+    model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, target_mask: torch.Tensor
+) -> torch.Tensor:
+    """[`score_targets`] through TRL's fused LM head: no (B, T, vocabulary) tensor exists at any time."""
+    length = target_ids.shape[1]
+    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    labels = target_ids.new_full(inputs["input_ids"].shape, -100)
+    labels[:, -length:] = target_ids.masked_fill(~target_mask, -100)
+    outputs = causal_lm(**inputs, shift_labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -length:]
+
+
+def freeze_vision_tower(model: nn.Module) -> None:
+    """Stop training of the vision tower, adapters on it included; the projector stays as it is.
+
+    Qwen-VL keeps its projector ("merger") inside the tower; it is not part of what the papers freeze.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tower = causal_lm.get_encoder(modality="image")
+    if tower is causal_lm or tower is causal_lm.base_model:
+        return  # a text model
+    for name, parameter in tower.named_parameters():
+        if "merger" not in name:
+            parameter.requires_grad_(False)
+
+
+def load_processor(
+    model: str | PreTrainedModel | nn.Module, args: KeyphraseConfig
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor that belongs to a model, with one sentence where torchvision is missing."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    try:
+        return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except ImportError as error:
+        if "torchvision" in str(error).lower():
+            raise ImportError(
+                f"The processor of {name!r} needs torchvision, which is not installed: pip install 'dynkp[vision]'."
+            ) from error
+        raise
+
+
+def _task_of(args: KeyphraseConfig, task: KeyphraseTask | None) -> KeyphraseTask:
+    task = resolve_task(args.task) if task is None else task
+    if args.separator is None or args.separator == task.separator:
+        return task
+    return KeyphraseTask(task.name, task.instruction, separator=args.separator)
+
+
+def _not_yet_built(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    raise AssertionError("the collator is built once SFTTrainer has settled on the processing class")
