@@ -235,7 +235,7 @@ def test_left_padded_generation_equals_generation_alone(family: str) -> None:
 def test_exact_float64_holds_for_gradients_and_ends_with_the_block(family: str) -> None:
     model, processor = build(family)
     batch = encode(processor, two_posts(family))
-    parameters = [parameter for parameter in model.double().parameters() if parameter.requires_grad]
+    parameters = list(model.double().train().parameters())
 
     def gradients(**options: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         loss = model(**batch, labels=batch["input_ids"], **options).loss
@@ -245,8 +245,11 @@ def test_exact_float64_holds_for_gradients_and_ends_with_the_block(family: str) 
         loss, sdpa = gradients()
         model.set_attn_implementation("eager")
         _, eager = gradients()
+        model.gradient_checkpointing_enable()
+        _, checkpointed = gradients(use_cache=False)
         assert loss.dtype == torch.float64
         assert max(largest_difference(*pair) for pair in zip(sdpa, eager, strict=True)) < 1e-13
+        assert max(largest_difference(*pair) for pair in zip(eager, checkpointed, strict=True)) < 1e-13
     assert gradients()[0].dtype == torch.float32
 
 

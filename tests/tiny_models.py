@@ -28,12 +28,12 @@ import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.smolvlm import processing_smolvlm
 
@@ -100,7 +100,7 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
 
 @contextlib.contextmanager
 def exact_float64(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Turns the model to float64 and, within the block, every request for float32 into one for float64.
+    """Turns the model to float64 and, within the block, every cast to float32 into one to float64.
 
     transformers computes norms, rope, softmax and the loss in float32 whatever the weights are, which leaves float64
     runs with errors of 1e-7 and (eager attention: float64's lowest number cast to float32) with NaN. Forward and
@@ -115,17 +115,22 @@ def exact_float64(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             loss.backward()
     """
     model.double()
-    with _Float32MeansFloat64():
+    # Not a TorchFunctionMode: torch switches that off within `backward`, where checkpointed layers run again.
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        for owner, name in ((torch.Tensor, "to"), (torch.nn.functional, "softmax"), (torch, "softmax")):
+            patches.enter_context(mock.patch.object(owner, name, _asking_for_float64(getattr(owner, name))))
         yield model
 
 
-class _Float32MeansFloat64(TorchFunctionMode):
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
+def _asking_for_float64(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in kwargs.items()}
+        return function(*args, **kwargs)
+
+    return replaced
 
 
 def _add_noise_to_constants(model: torch.nn.Module) -> None:
