@@ -245,7 +245,7 @@ def test_exact_float64_holds_for_gradients_and_ends_with_the_block(family: str) 
         loss, sdpa = gradients()
         model.set_attn_implementation("eager")
         _, eager = gradients()
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         _, checkpointed = gradients(use_cache=False)
         assert loss.dtype == torch.float64
         assert max(largest_difference(*pair) for pair in zip(sdpa, eager, strict=True)) < 1e-13
