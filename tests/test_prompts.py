@@ -16,7 +16,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dynkp.data import prompts
-from dynkp.data.prompts import TASKS, KeyphraseTask, keyphrase_problem, parse_answer, resolve_task
+from dynkp.data.prompts import TASKS, KeyphraseTask, count_words, keyphrase_problem, parse_answer, resolve_task
 
 SEPARATORS = st.sampled_from(["; ", ", ", ";", " | ", "\t&"])
 # Text in which the markup is as likely as a letter.
@@ -159,6 +159,11 @@ def test_prompts_put_images_first():
     assert TASKS["dynamic_cot"].prompt("")[0]["content"] == [
         {"type": "text", "text": TASKS["dynamic_cot"].instruction}
     ]
+
+
+def test_words_are_counted_without_tags():
+    assert count_words("<think>A dog.</think><answer>beagles; big dogs</answer>") == 5
+    assert count_words(" <think></think>\n") == 0
 
 
 def test_tasks_by_name():

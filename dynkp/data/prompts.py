@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
+TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 _TAG = re.compile("</?(?:think|answer)>")
 
 # Every blank of Unicode (none lies beyond U+3000) and "#": what the parser strips from a keyphrase's ends.
@@ -88,6 +89,16 @@ def _without_reasoning(text: str) -> str:
             return "".join(kept)
         position = closed + len(END_THINK)
     return "".join([*kept, text[position:]])
+
+
+def count_words(output: str) -> int:
+    """Count the blank-separated words of a model's output, reasoning and answer together, tags aside.
+
+    Example:
+        >>> count_words("<think>A dog.</think><answer>beagles</answer>")
+        3
+    """
+    return len(_TAG.sub(" ", output).split())
 
 
 def keyphrase_problem(phrase: Any, separator: str = "; ") -> str | None:

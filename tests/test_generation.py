@@ -1,0 +1,267 @@
+"""Invariants of generation:
+
+- predictions are the plain greedy decoding of the training prompt, for every family, at any batch size;
+- they come in the posts' order with the posts' ids, and depend on text and pictures alone, never on gold columns;
+- tags survive decoding, control tokens do not, and nothing after the end of turn is read;
+- the model is left as it was: modes, gradient checkpointing, PEFT;
+- a predictions file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny_models import FAMILIES, build
+
+from dynkp.data.collators import PairedTargetCollator, PromptRenderer
+from dynkp.generation import generate_keyphrases, write_predictions
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def posts(count: int = 7) -> list[dict]:
+    """Unequal lengths, one post in three without picture, gold columns as in training."""
+    words = "sunset at the old harbour with a dog and a new phone".split()
+    return [
+        {
+            "id": f"post-{index}",
+            "text": " ".join(words[: 1 + (5 * index) % 11]),
+            "images": [picture(index)] if index % 3 else [],
+            "keyphrases": ["sunset"],
+            "rationale": "The sun sets.",
+        }
+        for index in range(count)
+    ]
+
+
+def predict(model, processor, rows, **options):
+    return list(
+        generate_keyphrases(model, processor, rows, **{"max_new_tokens": 6, "progress": False, **options})
+    )
+
+
+@torch.no_grad()
+def greedy(model, processor, post: dict, steps: int) -> list[int]:
+    """One post, no padding, no cache, no `generate`."""
+    renderer = PromptRenderer(processor)
+    text = renderer.prompt(post, len(post["images"]))
+    inputs = processor(text=[text], images=[post["images"]], add_special_tokens=False, return_tensors="pt")
+    prompt_length = inputs["input_ids"].shape[1]
+    for _ in range(steps):
+        token = model(**inputs).logits[:, -1].argmax(dim=-1, keepdim=True)
+        if token.item() == renderer.tokenizer.eos_token_id:
+            break
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs["input_ids"][0, prompt_length:].tolist()
+
+
+def test_equals_plain_greedy_decoding():
+    model, processor = build("llava")
+    rows = [row for row in posts() if row["images"]]
+    predictions = predict(model, processor, rows, batch_size=3)
+    expected = [greedy(model, processor, row, steps=6) for row in rows]
+    assert [row["output_tokens"] for row in predictions] == [len(tokens) for tokens in expected]
+    special = set(processor.tokenizer.all_special_ids)
+    raws = [processor.tokenizer.decode([token for token in tokens if token not in special]) for tokens in expected]
+    assert [row["raw"] for row in predictions] == raws
+    assert len(set(raws)) > 1  # the posts do make a difference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_makes_no_difference(family):
+    model, processor = build(family)
+    rows = posts()
+    one = predict(model, processor, rows, batch_size=1)
+    assert predict(model, processor, rows, batch_size=5) == one
+    assert [row["id"] for row in one] == [row["id"] for row in rows]
+
+
+def test_order_across_windows(monkeypatch):
+    monkeypatch.setattr("dynkp.generation._BATCHES_PER_WINDOW", 2)
+    model, processor = build("llava")
+    rows = posts(9)
+    windowed = predict(model, processor, iter(rows), batch_size=2)  # a stream: no length, read once
+    assert [row["id"] for row in windowed] == [row["id"] for row in rows]
+    assert windowed == predict(model, processor, rows, batch_size=9)
+
+
+def test_the_gold_is_not_looked_at():
+    model, processor = build("llava")
+    rows = posts(4)
+    bare = [{name: row[name] for name in ("id", "text", "images")} for row in rows]
+    assert predict(model, processor, rows) == predict(model, processor, bare)
+
+
+def test_prompts_are_those_of_training(monkeypatch):
+    model, processor = build("qwen2_vl")
+    row = posts(2)[1]
+    trained = PairedTargetCollator(processor, task="aimkp")([row])["prompt"]
+    generated = {}
+
+    def record(**inputs):
+        generated.update(inputs)
+        return inputs["input_ids"]
+
+    monkeypatch.setattr(model, "generate", record)
+    predict(model, processor, [row], task="aimkp")
+    assert torch.equal(generated["input_ids"], trained["input_ids"])
+    assert torch.equal(generated["pixel_values"], trained["pixel_values"])
+
+
+def test_modalities():
+    model, processor = build("llava")
+    rows = posts(5)
+    without_pictures = [{**row, "images": []} for row in rows]
+    without_text = [{**row, "text": ""} for row in rows]
+    assert predict(model, processor, rows, modality="text") == predict(model, processor, without_pictures)
+    assert predict(model, processor, rows, modality="image") == predict(model, processor, without_text)
+    assert predict(model, processor, rows, modality="image") != predict(model, processor, rows)
+
+
+def test_a_datasets_dataset_and_conversational_rows():
+    model, processor = build("llama")
+    rows = [{"id": str(index), "text": text, "images": []} for index, text in enumerate(["a dog", "the sea"])]
+    expected = predict(model, processor, rows)
+    assert predict(model, processor, Dataset.from_list(rows)) == expected
+    task = PromptRenderer(processor).task
+    conversations = [{"id": row["id"], "prompt": task.prompt(row["text"])} for row in rows]
+    assert predict(model, processor, conversations) == expected
+    with pytest.raises(ValueError, match="post '0': modality='text' needs rows with `text` and `images`"):
+        predict(model, processor, conversations, modality="text")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_survive_and_control_tokens_do_not(monkeypatch, special):
+    model, processor = build("llama")
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    processor.add_tokens(tags, special_tokens=special)
+    eos, pad = processor.eos_token, processor.pad_token
+    output = processor(
+        f"<think>a dog</think>{pad}<answer>dog; park</answer>{eos}{pad}<think>", add_special_tokens=False
+    )["input_ids"]
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([output])], dim=1)
+    )
+    (prediction,) = predict(model, processor, [{"id": "x", "text": "t"}])
+    assert prediction == {
+        "id": "x",
+        "keyphrases": ["dog", "park"],
+        "raw": "<think>a dog</think><answer>dog; park</answer>",
+        "reasoned": True,
+        "output_tokens": output.index(processor.eos_token_id),
+        "output_words": 4,
+    }
+
+
+def test_stops_at_the_end_of_turn_that_training_writes(monkeypatch):
+    model, processor = build("qwen2")
+    # A base checkpoint knows its end of text only, not its chat template's end of turn.
+    end_of_text, end_of_turn = processor.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    processor.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = end_of_text
+    output = torch.tensor([[*processor("dog")["input_ids"], end_of_turn, *processor("park")["input_ids"]]])
+    options = {}
+
+    def fake(input_ids, **more):
+        options.update(more)
+        return torch.cat([input_ids, output], dim=1)
+
+    monkeypatch.setattr(model, "generate", fake)
+    (prediction,) = predict(model, processor, [{"id": "x", "text": "t"}])
+    assert set(options["eos_token_id"]) == {end_of_text, end_of_turn}
+    assert prediction["raw"] == "dog"
+
+
+def test_the_model_is_left_as_it_was():
+    model, processor = build("llava")
+    model.train()
+    model.model.vision_tower.eval()
+    model.activation_checkpointing_enable()
+    model.config.use_cache = False
+    modes = [module.training for module in model.modules()]
+    expected = predict(*build("llava"), posts(3))
+    assert predict(model, processor, posts(3)) == expected
+    assert [module.training for module in model.modules()] == modes
+    assert model.is_activation_checkpointing
+    assert model.config.use_cache is False
+
+    def fail(**_):
+        raise RuntimeError("out of memory")
+
+    model.generate = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict(model, processor, posts(3))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_peft_models_with_dropout():
+    model, processor = build("llava")
+    expected = predict(model, processor, posts(3))
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).train()
+    assert predict(adapted, processor, posts(3)) == expected  # LoRA starts at zero
+
+
+def test_pictures_follow_the_model_s_dtype():
+    model, processor = build("llava", dtype=torch.bfloat16)
+    assert len(predict(model, processor, posts(3))) == 3
+
+
+def test_generation_kwargs_win():
+    model, processor = build("llava")
+    rows = posts(3)
+    long = predict(model, processor, rows, generation_kwargs={"min_new_tokens": 6})
+    assert {row["output_tokens"] for row in long} == {6}
+    short = predict(model, processor, rows, generation_kwargs={"max_new_tokens": 2})
+    assert max(row["output_tokens"] for row in short) <= 2
+    assert len(predict(model, processor, rows, generation_kwargs={"num_beams": 2})) == 3
+
+
+def test_outputs_cut_off_are_reported(caplog):
+    model, processor = build("llava")
+    with caplog.at_level(logging.WARNING, logger="dynkp.generation"):
+        predict(model, processor, posts(3), generation_kwargs={"min_new_tokens": 6})
+    assert "3 outputs were cut off at 6 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"modality": "audio"}, "modality='audio' is not known"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "num_return_sequences must be 1"),
+        ({"task": "tags"}, "task='tags' is not known"),
+    ],
+)
+def test_arguments_are_checked_before_anything_runs(options, message):
+    model, processor = build("llama")
+    with pytest.raises(ValueError, match=message):
+        generate_keyphrases(model, processor, [], **options)
+
+
+def test_predictions_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "new" / "predictions.jsonl"
+    rows = [{"id": "1", "keyphrases": ["café ☀"]}, {"id": "2", "keyphrases": []}]
+    assert write_predictions(path, iter(rows)) == 2
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
+
+    def breaking():
+        yield rows[0]
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        write_predictions(path, breaking())
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
