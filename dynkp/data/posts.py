@@ -1,0 +1,302 @@
+"""Posts and their validation: what is wrong with which post, before training starts.
+
+The row format and the way into it are in `dynkp.data.rows`, the pictures in `dynkp.data.images`; `open_image`,
+`ImageError` and `normalise_posts` can be imported from here too. Holds: every finding names its post; posts are
+dropped only when asked for, and then counted and listed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from tqdm import tqdm
+
+from dynkp.data.images import ImageError, check_image, open_image
+from dynkp.data.prompts import keyphrase_problem
+from dynkp.data.rows import CONTENT, CONVERSATION, IDENTITY, LOAD_FINDINGS, Posts, fold_keyphrase, normalise_posts
+
+__all__ = [
+    "Finding",
+    "ImageError",
+    "InvalidPostsError",
+    "PostReport",
+    "normalise_posts",
+    "open_image",
+    "validate_posts",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a post.
+
+    Attributes:
+        id: the post's id.
+        index: its row, from 0 (in a stream read by several workers: from 0 in each worker).
+        code: the reason, one of those listed in `docs/data.md`.
+        message: the reason in words.
+    """
+
+    id: str
+    index: int
+    code: str
+    message: str
+
+
+@dataclass
+class PostReport:
+    """What `validate_posts` saw. For a stream it grows while the stream is read, and starts anew with each pass.
+
+    Attributes:
+        total: posts read.
+        dropped: posts dropped.
+        conversations: rows in TRL's prompt-completion form; they are not counted as lacking text and the like.
+        without_image, without_text, without_keyphrases, without_rationale: posts lacking each.
+        findings: what is wrong, in the order of the posts.
+    """
+
+    total: int = 0
+    dropped: int = 0
+    conversations: int = 0
+    without_image: int = 0
+    without_text: int = 0
+    without_keyphrases: int = 0
+    without_rationale: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Number of findings by code, the most frequent first."""
+        return dict(Counter(finding.code for finding in self.findings).most_common())
+
+    def summary(self) -> str:
+        """The counts in one sentence."""
+        without = (
+            f"{self.without_image} without image, {self.without_text} without text, {self.without_keyphrases} without "
+            f"keyphrases, {self.without_rationale} without rationale"
+        )
+        found = ", ".join(f"{code} {count}" for code, count in self.counts().items()) or "nothing to object to"
+        return f"{self.total} posts ({without}): {found}"
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Write one JSON row (`id`, `index`, `code`, `message`) for each finding; the file is replaced."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(_json_line(finding) for finding in self.findings)
+
+
+def _json_line(finding: Finding) -> str:
+    return json.dumps(asdict(finding), ensure_ascii=False) + "\n"
+
+
+class InvalidPostsError(ValueError):
+    """Posts that cannot be trained on; the message names the first of them.
+
+    Attributes:
+        report: the whole `PostReport`, None where the error has crossed a process boundary.
+    """
+
+    # One required argument only: `DataLoader` rebuilds a worker's exception from its message.
+    def __init__(self, message: str, report: PostReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+    @classmethod
+    def of(cls, report: PostReport) -> InvalidPostsError:
+        shown = [f"  post {finding.id!r}: {finding.code}: {finding.message}" for finding in report.findings[:10]]
+        if len(report.findings) > len(shown):
+            shown.append(f"  ... and {len(report.findings) - len(shown)} more")
+        invalid = len({finding.index for finding in report.findings})
+        return cls(
+            f"{invalid} invalid posts. Read: {report.summary()}\n" + "\n".join(shown) + "\n"
+            "Correct them, or drop them with on_invalid='skip' (report_file= then lists every one).",
+            report,
+        )
+
+
+class _Validator:
+    """Checks one post after another, in order."""
+
+    def __init__(self, separator: str, need_keyphrases: bool, unique_ids: bool) -> None:
+        self.separator = separator
+        self.need_keyphrases = need_keyphrases
+        self.unique_ids = unique_ids
+        self.report = PostReport()
+        self.first_seen: dict[int, int] = {}  # hash of the id -> row, to hold millions
+
+    def __call__(self, post: Mapping[str, Any], index: int, broken: Iterable[ImageError]) -> list[Finding]:
+        """Count the post, and return what is wrong with it; `broken` are the errors of its pictures."""
+        report = self.report
+        found = [(item["code"], item["message"]) for item in post.get(LOAD_FINDINGS) or ()]
+        found += [(error.code, str(error)) for error in broken]
+        first = self.first_seen.setdefault(hash(post["id"]), index)
+        if self.unique_ids and first != index:
+            found.append(("repeated_id", f"the id is that of row {first} too (this is row {index})"))
+        report.total += 1
+        report.without_image += not post["images"]
+        if post.get("prompt") is not None:
+            report.conversations += 1
+            if self.need_keyphrases and not post["completion"]:
+                found.append(("no_completion", "the completion is empty, so there is nothing to learn from the post"))
+        else:
+            found += self._content(post, found)
+        findings = [Finding(post["id"], index, code, message) for code, message in found]
+        report.findings += findings
+        return findings
+
+    def _content(self, post: Mapping[str, Any], found: Sequence[Any]) -> Iterable[tuple[str, str]]:
+        text, keyphrases = post.get("text") or "", post.get("keyphrases") or []
+        self.report.without_text += not text.strip()
+        self.report.without_keyphrases += not keyphrases
+        self.report.without_rationale += not (post.get("rationale") or "").strip()
+        if not text.strip() and not post["images"]:
+            yield "empty_post", "the post has neither text nor image"
+        explained = any(code in ("wrong_type", "bad_conversation") for code, _ in found)
+        if not keyphrases and self.need_keyphrases and not explained:
+            yield "no_keyphrases", "the post has no keyphrases, and training needs at least one"
+        seen: dict[str, str] = {}
+        for phrase in keyphrases:
+            folded = fold_keyphrase(phrase)
+            if not phrase:
+                yield "empty_keyphrase", "a keyphrase is empty, or nothing but blanks and '#'"
+            elif folded in seen:
+                yield "repeated_keyphrase", f"the keyphrase {phrase!r} repeats {seen[folded]!r}"
+            elif problem := keyphrase_problem(phrase, self.separator):
+                code = "separator" if self.separator.strip() in phrase else "tag"
+                yield f"{code}_in_keyphrase", f"the keyphrase {phrase!r:.120} {problem}"
+            seen.setdefault(folded, phrase)
+
+
+def validate_posts(
+    posts: Any,
+    *,
+    separator: str = "; ",
+    on_invalid: str = "error",
+    report_file: str | Path | None = None,
+    check_images: bool = True,
+    image_dir: str | Path | None = None,
+    need_keyphrases: bool = True,
+    unique_ids: bool = True,
+    progress: bool = True,
+) -> tuple[Posts, PostReport]:
+    """Check posts before training, and say by id what is wrong with which.
+
+    A stream is checked while it is read, post by post: nothing is found before, and the report grows meanwhile (in
+    the process that reads: with `DataLoader` workers it stays empty here, the report file does not).
+
+    Args:
+        posts: what `load_posts` returns, or any dataset or list of rows it takes.
+        separator: what joins keyphrases in the targets (the task's).
+        on_invalid: `"error"`, or `"skip"`: drop invalid posts and log how many.
+        report_file: JSONL file for all findings, one a row; replaced if it exists.
+        check_images: whether to look into the pictures, in several threads. Names are checked in any case.
+        image_dir: as in `load_posts`.
+        need_keyphrases: whether a post without keyphrases (or a row with an empty completion) is invalid: True to
+            train or to score, False to predict.
+        unique_ids: whether repeated ids are invalid. False for a mixture (`mix_posts`), which repeats posts.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The valid posts, in the same order, and the report.
+
+    Raises:
+        InvalidPostsError: a `ValueError` with the counts, the first ten findings and the remedy, if a post is invalid
+            and `on_invalid="error"` (a stream raises it at that post); or if no valid post is left.
+        ValueError: if `on_invalid` is neither.
+
+    Example:
+        >>> posts, report = validate_posts([{"text": "my dog", "keyphrases": ["beagles"]}], progress=False)
+        >>> report.summary()
+        '1 posts (1 without image, 0 without text, 0 without keyphrases, 1 without rationale): nothing to object to'
+    """
+    if on_invalid not in ("error", "skip"):
+        raise ValueError(f"on_invalid={on_invalid!r} is not known: use 'error' or 'skip'")
+    posts = normalise_posts(posts, image_dir=image_dir)
+    validator = _Validator(separator, need_keyphrases, unique_ids)
+    report = validator.report
+    if isinstance(posts, IterableDataset):
+        if report_file is not None:
+            Path(report_file).write_text("", encoding="utf-8")
+        check = _StreamCheck(validator, on_invalid, report_file, check_images)
+        checked = posts.filter(check, with_indices=True)
+        return checked.remove_columns(LOAD_FINDINGS), report
+
+    valid = _check_all(posts, validator, check_images, progress)
+    report.dropped = report.total - len(valid)
+    if report_file is not None:
+        report.write_jsonl(report_file)
+    if report.dropped and (on_invalid == "error" or not valid):
+        raise InvalidPostsError.of(report)
+    if report.dropped:
+        where = f"; they are listed in {report_file}" if report_file is not None else ""
+        logger.warning("%d of %s%s. Dropped.", report.dropped, report.summary(), where)
+        posts = posts.select(valid)
+    if LOAD_FINDINGS in posts.column_names:
+        posts = posts.remove_columns(LOAD_FINDINGS)
+    return posts, report
+
+
+def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progress: bool) -> list[int]:
+    """Row numbers of the valid posts."""
+    columns = [*IDENTITY, *CONTENT, *CONVERSATION, LOAD_FINDINGS]
+    posts = posts.select_columns([name for name in columns if name in posts.column_names])
+    valid: list[int] = []
+    with (
+        ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(posts), desc="Checking posts", unit="post", disable=not progress) as bar,
+    ):
+        index = 0
+        for batch in posts.iter(batch_size=256):
+            rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+            # Pillow releases the interpreter lock while it reads and decodes.
+            checks = [[pool.submit(check_image, image) for image in row["images"] if check_images] for row in rows]
+            for row, pending in zip(rows, checks, strict=True):
+                broken = [error for check in pending if (error := check.result()) is not None]
+                if not validator(row, index, broken):
+                    valid.append(index)
+                index += 1
+            bar.update(len(rows))
+    return valid
+
+
+class _StreamCheck:
+    """The function for a stream's `filter`: whether a post is valid."""
+
+    def __init__(
+        self, validator: _Validator, on_invalid: str, report_file: str | Path | None, check_images: bool
+    ) -> None:
+        self.validator = validator
+        self.on_invalid = on_invalid
+        self.report_file = report_file
+        self.check_images = check_images
+        self.written: set[Finding] = set()
+
+    def __call__(self, post: Mapping[str, Any], index: int) -> bool:
+        report = self.validator.report
+        if index == 0:  # a new pass: the same ids come again
+            self.validator.first_seen.clear()
+            vars(report).update(vars(PostReport()))
+        images = post["images"] if self.check_images else []
+        broken = [error for image in images if (error := check_image(image)) is not None]
+        findings = self.validator(post, index, broken)
+        if not findings:
+            return True
+        if self.report_file is not None and (new := set(findings) - self.written):
+            with open(self.report_file, "a", encoding="utf-8") as file:
+                file.writelines(_json_line(finding) for finding in findings if finding in new)
+            self.written |= new
+        if self.on_invalid == "error":
+            raise InvalidPostsError.of(report)
+        if not report.dropped:
+            logger.warning("dropping invalid posts of the stream, first %r: %s", post["id"], findings[0].message)
+        report.dropped += 1
+        return False

@@ -1,0 +1,378 @@
+"""Where posts come from: files of several forms, saved and published datasets, and rows in memory.
+
+Given a path, a Hub id or data in memory, `load_posts` gives posts in the row format of `dynkp.data.rows`. Holds: a row
+that cannot be parsed is an error with file and line; a row that can is a post, whatever is wrong with it, and
+`validate_posts` says what; with `streaming=True` nothing is held but the row being read (JSON arrays and MASC files,
+which must be read whole, excepted).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from PIL import Image
+
+from dynkp.data.images import IMAGE_FORMATS
+from dynkp.data.rows import (
+    IDENTITY,
+    LOAD_FINDINGS,
+    Normaliser,
+    Posts,
+    enumerate_ids,
+    fold_keyphrase,
+    normalise_posts,
+    normalise_rows,
+    row_types,
+)
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("auto", "json", "cmkp", "masc", "parquet", "saved", "hub")
+_SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "cmkp", ".parquet": "parquet"}
+# Rows from which the columns of a streamed file are taken.
+_PROBE = 1000
+
+
+def load_posts(
+    source: Any,
+    *,
+    image_dir: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    format: str = "auto",
+    name: str | None = None,
+    data_dir: str | None = None,
+    data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
+) -> Posts:
+    """Load posts from anywhere.
+
+    Args:
+        source: one of
+            a JSON or JSON Lines file of posts or of AimKP/LLaVA-style conversations; CMKP's `*_src.txt`; a MASC
+            (Twitter-2015) JSON Lines file; a Parquet file; a list of files of one of these forms;
+            a folder: saved by `save_to_disk`, or with `{split}.jsonl`, `{split}.json` or `{split}_src.txt`, or any
+            that `datasets.load_dataset` reads; a Hub id; a `Dataset`, an `IterableDataset`, or a list of dicts.
+        image_dir: the folder that image names are relative to. Without it, posts with a relative image name count as
+            posts without image; this is announced once.
+        split: which split of a folder or Hub dataset. A file holds one split, whatever this says.
+        streaming: return an `IterableDataset` that reads as it goes.
+        format: one of `FORMATS`, if it cannot be seen from the source.
+        name: the configuration of a Hub dataset.
+        data_dir: as in `datasets.load_dataset`, for folders and Hub datasets.
+        data_files: as in `datasets.load_dataset`, for folders and Hub datasets.
+
+    Returns:
+        Posts with `id`, `text`, `keyphrases`, `images`, `rationale` and the source's other columns (rows in TRL's
+        prompt-completion form: `id`, `images` and what they had). Pictures are not decoded. Posts without id become
+        `<stem of the file>-<row from 0>`.
+
+    Raises:
+        FileNotFoundError: if a file or `image_dir` is missing.
+        ValueError: naming file and line, if a row cannot be parsed; naming the argument, if it does not fit.
+
+    Example:
+        >>> load_posts([{"text": "my dog", "keyphrases": ["beagles"]}])[0]["id"]
+        'post-0'
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
+    options: dict[str, Any] = {"image_dir": image_dir}
+    if not _names_files(source):
+        posts = normalise_posts(source, **options)
+        return posts.to_iterable_dataset() if streaming and isinstance(posts, Dataset) else posts
+
+    files = [os.fspath(path) for path in (source if isinstance(source, list | tuple) else [source])]
+    if format == "auto":
+        format, files = _recognise(files, split)
+    options["stem"] = _stem(files[0])
+    if format == "saved":
+        saved = load_from_disk(files[0])
+        if isinstance(saved, Mapping):
+            if split not in saved:
+                raise ValueError(f"split={split!r} is not in {files[0]}: it has {', '.join(saved)}")
+            saved = saved[split]
+        return normalise_posts(saved.to_iterable_dataset() if streaming else saved, **options)
+    if format == "hub":
+        loaded = load_dataset(
+            files[0], name=name, data_dir=data_dir, data_files=data_files, split=split, streaming=streaming
+        )
+        options["local"] = os.path.isdir(files[0])  # what was downloaded may not name files of this machine
+        return normalise_posts(loaded, **options)
+    for path in files:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no file {path!r}")
+    if format == "parquet":
+        key = split.partition("[")[0]
+        loaded = load_dataset("parquet", data_files={key: files}, split=split, streaming=streaming)
+        return normalise_posts(loaded, **options)
+    if "[" in split:
+        raise ValueError(f"split={split!r}: slices work for Parquet, folders and Hub datasets, not for {files[0]!r}")
+    if streaming:
+        return _stream(files, format, {**options, "stream": True})
+    return normalise_rows(_read(files, format), options)
+
+
+def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, rationales: str = "first") -> Dataset:
+    """Make keyphrase posts of a multimodal aspect-sentiment (MASC) dataset such as Twitter-2015 with reasoning chains.
+
+    Rows are `{"id", "text", "aspect", "label", "cot", "image", "image_id"}`, one per aspect. The rows of one picture
+    and text become one post: its `keyphrases` are the aspects (repeats, by case-insensitive comparison, kept once),
+    its `rationale` the chain `cot`, its id `image_id` (a second text with the same picture gets `-2`, and so on);
+    `labels` keeps the sentiment of each keyphrase. A null image makes a post without image.
+
+    Args:
+        path: the JSON Lines file.
+        image_dir: the folder of its pictures; without it no post has an image.
+        rationales: `"first"` takes the chain of the post's first aspect; `"joined"` all chains, with an empty line
+            between two (up to several thousand tokens).
+
+    Returns:
+        The posts, in the order of their first rows.
+
+    Raises:
+        ValueError: if a line cannot be parsed, or `rationales` is neither.
+    """
+    if rationales not in ("first", "joined"):
+        raise ValueError(f"rationales={rationales!r} is not known: use 'first' or 'joined'")
+    rows = _masc_posts(_read_json(os.fspath(path)), rationales)
+    return normalise_rows(rows, {"image_dir": image_dir, "stem": _stem(path), "local": True})
+
+
+def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path | None = None) -> None:
+    """Write posts to a JSON Lines file that `load_posts(path, image_dir=image_dir)` reads back.
+
+    Args:
+        posts: posts as `load_posts` returns them.
+        path: the file; replaced if it exists.
+        image_dir: a folder for the pictures, made if need be. Pictures in it are referred to by their names; others
+            are copied into it under their checksum. Needed as soon as a post has a picture.
+
+    Raises:
+        ValueError: naming the post, if it has a picture and there is no `image_dir`.
+    """
+    root = None if image_dir is None else os.path.realpath(image_dir)
+    with open(path, "w", encoding="utf-8") as file:
+        for post in posts.with_format(None) if isinstance(posts, Dataset) else posts:
+            row = {key: value for key, value in post.items() if key not in ("images", LOAD_FINDINGS)}
+            row["images"] = [_stored(image, root, post["id"]) for image in post["images"]]
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
+    """The name of a picture in the image folder, where it is put unless it lies there."""
+    if root is None:
+        raise ValueError(f"post {post_id!r} has an image: pass image_dir= for the images")
+    path, data = image["path"], image["bytes"]
+    if data is None:
+        if os.path.commonpath([root, os.path.realpath(path)]) == root:
+            return os.path.relpath(os.path.realpath(path), root)
+        data = Path(path).read_bytes()
+    try:
+        suffix = f".{Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).format}".lower()
+    except Exception:  # not a picture: that is for `validate_posts` to say
+        suffix = ".bin"
+    os.makedirs(root, exist_ok=True)
+    name = hashlib.sha256(data).hexdigest()[:24] + suffix
+    Path(root, name).write_bytes(data)
+    return name
+
+
+# --- which form ---
+
+
+def _names_files(source: Any) -> bool:
+    if isinstance(source, list | tuple) and source:
+        return isinstance(source[0], str | Path)
+    return isinstance(source, str | Path)
+
+
+def _stem(path: str | Path) -> str:
+    return Path(path).stem.removesuffix("_src") or "post"
+
+
+def _recognise(files: list[str], split: str) -> tuple[str, list[str]]:
+    path = files[0]
+    if os.path.isdir(path):
+        if any(os.path.isfile(os.path.join(path, marker)) for marker in ("dataset_dict.json", "state.json")):
+            return "saved", files
+        for name, format in ((f"{split}.jsonl", "json"), (f"{split}.json", "json"), (f"{split}_src.txt", "cmkp")):
+            if os.path.isfile(file := os.path.join(path, name)):
+                return _recognise_json([file]) if format == "json" else (format, [file])
+        return "hub", files
+    suffix = Path(path).suffix.lower()
+    format = _SUFFIXES.get(suffix, "hub")
+    if format == "hub" and (os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"there is no file or folder {path!r}")
+        raise ValueError(f"{path!r}: the form of a {suffix or 'bare'} file is not known; pass format=")
+    return _recognise_json(files) if format == "json" and os.path.isfile(path) else (format, files)
+
+
+def _recognise_json(files: list[str]) -> tuple[str, list[str]]:
+    first = next(_read_json(files[0]), ("", {}))[1]
+    if {"aspect", "image_id"} <= set(first) and "keyphrases" not in first:
+        logger.info("%s: aspects of pictures (MASC), the aspects become keyphrases", files[0])
+        return "masc", files
+    return "json", files
+
+
+# --- reading ---
+
+
+def _read(files: Iterable[str], format: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows, each with the id it gets if it has none."""
+    for path in files:
+        if format == "cmkp":
+            yield from enumerate_ids(_read_cmkp(path), _stem(path))
+        elif format == "masc":
+            yield from _masc_posts(_read_json(path), "first")
+        else:
+            yield from _read_json(path)
+
+
+def _lines(path: str) -> Iterator[tuple[str, str]]:
+    """Each line with the words that name it in an error."""
+    with open(path, "rb") as file:  # bytes end lines at \n only; text may hold other line ends of Unicode
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason}): convert the file") from error
+
+
+def _read_json(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    stem = _stem(path)
+    index = 0
+    for where, line in _lines(path):
+        if not line.strip():
+            continue
+        if index == 0 and line.lstrip().startswith("["):
+            yield from enumerate_ids(_read_array(path), stem)
+            return
+        row = _parse(line, where)
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a row must be a JSON object, got {line:.80}")
+        yield f"{stem}-{index}", row
+        index += 1
+
+
+def _read_array(path: str) -> list[dict[str, Any]]:
+    rows = _parse("\n".join(line for _, line in _lines(path)), path)
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, element {index}: a row must be a JSON object, got {row!r:.80}")
+    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise ValueError(f"{where}{at}: not valid JSON ({error.msg}, column {error.colno}): {text:.80}") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 10,000 deep
+        raise ValueError(f"{where}: not usable JSON ({error})") from error
+
+
+def _read_cmkp(path: str) -> Iterator[dict[str, Any]]:
+    """CMKP's raw files: `text<sep>k1;k2<sep>address of the picture`, one post a line.
+
+    The picture's file name is the last part of its address. Beside `X_src.txt` are read, where they are: `X_trg.txt`
+    (`k1;k2` for lines without `<sep>`), `X_ocr_final.txt` (column `ocr`), `X_attribute_cleaned.txt` (`attributes`).
+    """
+    base = path.removesuffix("_src.txt")
+    beside = {"trg": "_trg.txt", "ocr": "_ocr_final.txt", "attributes": "_attribute_cleaned.txt"}
+    companions = {
+        key: f"{base}{end}" for key, end in beside.items() if os.path.isfile(f"{base}{end}") and base != path
+    }
+    for lines in zip_longest(_lines(path), *map(_lines, companions.values())):
+        if None in lines:
+            raise ValueError(f"{path} and {', '.join(companions.values())} must have the same number of lines")
+        where, line = lines[0]
+        extra = {key: text for key, (_, text) in zip(companions, lines[1:], strict=True)}
+        target = extra.pop("trg", None)
+        fields = line.split("<sep>")
+        if len(fields) == 1 and target is not None:
+            fields = [line, target]
+        if len(fields) not in (2, 3):
+            raise ValueError(f"{where}: must be 'text<sep>keyphrase;keyphrase<sep>image', got {line[:80]!r}")
+        row: dict[str, Any] = {
+            "text": fields[0].strip(),
+            "keyphrases": fields[1].split(";") if fields[1].strip() else [],
+        }
+        if len(fields) == 3:
+            row["image"] = fields[2].strip().rpartition("/")[2]
+        if "attributes" in extra:
+            row["attributes"] = extra.pop("attributes").split()
+        yield row | extra
+
+
+def _masc_posts(rows: Iterable[tuple[str, dict[str, Any]]], rationales: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for fallback_id, row in rows:
+        if not isinstance(row.get("aspect"), str) or row.get("image_id") is None:
+            raise ValueError(
+                f"row {fallback_id}: a MASC row needs a string 'aspect' and an 'image_id', got {row!r:.200}"
+            )
+        groups.setdefault((str(row["image_id"]), row.get("text")), []).append(row)
+    texts_of: dict[str, int] = {}
+    for (image_id, text), members in groups.items():
+        texts_of[image_id] = nth = texts_of.get(image_id, 0) + 1
+        unique: dict[str, dict[str, Any]] = {}
+        for row in members:
+            unique.setdefault(fold_keyphrase(row["aspect"]), row)
+        chains = [row["cot"] for row in members if row.get("cot")]
+        post_id = image_id if nth == 1 else f"{image_id}-{nth}"
+        yield (
+            post_id,
+            {
+                "id": post_id,
+                "text": text,
+                "keyphrases": [row["aspect"] for row in unique.values()],
+                "image": next((row["image"] for row in members if row.get("image")), None),
+                "rationale": "\n\n".join(chains) if rationales == "joined" else next(iter(chains), None),
+                "labels": [row.get("label") for row in unique.values()],
+            },
+        )
+
+
+# --- streams ---
+
+
+def _stream(files: list[str], format: str, options: dict[str, Any]) -> IterableDataset:
+    probe = [row for _, row in islice(_read(files, format), _PROBE)]
+    normaliser, extra = row_types(probe, options)
+    return IterableDataset.from_generator(
+        _stream_rows,
+        features=Features({**normaliser.features, **extra}),
+        # A list among these is what the stream can be split by between workers.
+        gen_kwargs={"files": files, "format": format, "normaliser": normaliser, "extra": tuple(extra)},
+    )
+
+
+def _stream_rows(
+    files: list[str], format: str, normaliser: Normaliser, extra: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    known = {*normaliser.columns, *IDENTITY, *extra}
+    for fallback_id, row in _read(files, format):
+        if not row.keys() <= known:
+            new = sorted(row.keys() - known)
+            known |= set(new)  # said once
+            logger.warning(
+                "the column %s is first met in post %r, after the %d rows that settle the columns of a stream: it is "
+                "left out. Give it a value (null will do) in the first row.",
+                ", ".join(new),
+                row.get("id", fallback_id),
+                _PROBE,
+            )
+        yield {**normaliser(row, fallback_id), **{name: row.get(name) for name in extra}}
