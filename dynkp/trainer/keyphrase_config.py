@@ -37,13 +37,17 @@ class KeyphraseConfig(SFTConfig):
         default="error",
         metadata={
             "help": "What to do with posts that cannot be trained on (unreadable picture, separator inside a keyphrase, "
-            "repeated id, ...): 'error' (default) lists them and stops, 'skip' drops them and writes `invalid_posts.jsonl` "
-            "to `output_dir`."
+            "repeated id, ...): 'error' (default) lists them and stops, 'skip' drops them and lists them in "
+            "`invalid_posts.<set>.jsonl` in `output_dir`."
         },
     )
     check_images: bool = field(
         default=True,
         metadata={"help": "Whether to open every picture once before training starts, to find unreadable ones."},
+    )
+    unique_ids: bool = field(
+        default=True,
+        metadata={"help": "Whether two posts with the same id are an error. False for a mixture that repeats posts."},
     )
     freeze_vision_tower: bool = field(
         default=True,
