@@ -8,7 +8,7 @@ STAMP := $(VENV)/.dynkp-installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
-export TRL_EXPERIMENTAL_SILENCE := 1
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: install demo test lint docs bench
 .DEFAULT_GOAL := install
