@@ -15,14 +15,17 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DynamicCoTConfig": "dynkp.trainer.dynamic_cot_config",
     "DynamicCoTTrainer": "dynkp.trainer.dynamic_cot_trainer",
+    "KeyphraseConfig": "dynkp.trainer.keyphrase_config",
     "KeyphraseTask": "dynkp.data.prompts",
     "KeyphraseTrainer": "dynkp.trainer.keyphrase_trainer",
     "PairedTargetCollator": "dynkp.data.collators",
     "TASKS": "dynkp.data.prompts",
     "generate_keyphrases": "dynkp.generation",
     "load_posts": "dynkp.data.sources",
+    "mix_posts": "dynkp.data.mixing",
     "parse_answer": "dynkp.data.prompts",
     "score_keyphrases": "dynkp.mmkp_f1.scoring",
+    "validate_posts": "dynkp.data.posts",
     "write_predictions": "dynkp.generation",
 }
 
@@ -30,6 +33,8 @@ __all__ = ["__version__", *_EXPORTS]  # the table above is the only list of name
 
 if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.data.collators import PairedTargetCollator as PairedTargetCollator
+    from dynkp.data.mixing import mix_posts as mix_posts
+    from dynkp.data.posts import validate_posts as validate_posts
     from dynkp.data.prompts import TASKS as TASKS
     from dynkp.data.prompts import KeyphraseTask as KeyphraseTask
     from dynkp.data.prompts import parse_answer as parse_answer
@@ -39,6 +44,7 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases
     from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig as DynamicCoTConfig
     from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer
+    from dynkp.trainer.keyphrase_config import KeyphraseConfig as KeyphraseConfig
     from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer as KeyphraseTrainer
 
 
