@@ -1,0 +1,242 @@
+"""Train a model to predict keyphrases, predict the evaluation posts, score them.
+
+Without arguments: the embedded default. Posts with pictures are drawn, a small LLaVA-shaped model is built and
+trained on them from scratch, once on direct answers and once with Dynamic CoT, and the two are compared. A few
+minutes on two cores, nothing downloaded:
+
+    python examples/train.py
+
+Your own posts, still with a small model from scratch (JSONL rows: id, text, keyphrases, image, rationale):
+
+    python examples/train.py --train_file train.jsonl --eval_file test.jsonl --image_dir images --output_dir out
+
+A published setting, on as many GPUs as there are; any option of the recipe can be overridden behind it:
+
+    accelerate launch examples/train.py --config examples/recipes/mmkp_dynamic_cot_qwen2_5_vl_3b.yaml \
+        --train_file train.jsonl --eval_file test.jsonl --image_dir images --gamma avg
+
+Every run leaves `predictions.jsonl` and `metrics.json` in `--output_dir`, beside the model and its checkpoints.
+`--resume_from_checkpoint last` continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dynkp import DynamicCoTConfig, DynamicCoTTrainer, generate_keyphrases, load_posts, write_predictions
+from dynkp.data.baselines import most_frequent_keyphrase, nearest_neighbour_keyphrases
+from dynkp.data.mixing import PostMixtureConfig, load_mixture
+from dynkp.report.scores import summarise, table, write_json
+from dynkp.synthetic.tiny_model import build_tiny_vlm
+
+
+logger = logging.getLogger("train")
+
+# A model of a million parameters from scratch wants other settings than a pretrained one; the command line overrides.
+FROM_SCRATCH: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "num_train_epochs": 15.0,
+    "per_device_train_batch_size": 32,
+    "freeze_vision_tower": False,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 50.0,
+    "report_to": ["none"],
+}
+
+
+@dataclass
+class DataArguments(PostMixtureConfig):
+    """What to train, evaluate and predict on."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training posts: a JSONL, JSON or Parquet file, CMKP's raw files, AimKP/LLaVA conversations, a MASC file, a "
+            "saved dataset or a Hub id. Without it (and without `datasets:`) posts are drawn."
+        },
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "Posts to predict and score, in the same formats."})
+    eval_posts: int = field(
+        default=0, metadata={"help": "Without --eval_file: hold out this many training posts, drawn with the seed."}
+    )
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder that image names are relative to. Without it, posts have no pictures."}
+    )
+    eval_image_dir: str | None = field(
+        default=None, metadata={"help": "The same for --eval_file; --image_dir if not given."}
+    )
+
+
+@dataclass
+class PredictionArguments:
+    """How to predict."""
+
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest output in tokens."})
+    predict_batch_size: int = field(default=32, metadata={"help": "Posts per generation batch and process."})
+
+
+@dataclass
+class TinyModelArguments:
+    """The model that is built where none is named."""
+
+    tiny_hidden_size: int = field(default=128, metadata={"help": "Width of the language model built from scratch."})
+    tiny_layers: int = field(default=2, metadata={"help": "Its layers."})
+    tiny_vocab_size: int = field(default=8192, metadata={"help": "Size of its byte-level BPE vocabulary."})
+    tiny_image_size: int = field(default=64, metadata={"help": "Side of its square pictures in pixels; patches are 8 px."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = TrlParser(
+        (DataArguments, DynamicCoTConfig, ModelConfig, PredictionArguments, TinyModelArguments),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if "--model_name_or_path" not in argv and "--config" not in argv:
+        parser.set_defaults_with_config(**FROM_SCRATCH)
+    data, args, model_args, prediction, tiny = parser.parse_args_and_config(argv)
+    logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(message)s")
+    if not data.train_file and not data.datasets:
+        from drawn_posts import compare_on_drawn_posts
+
+        compare_on_drawn_posts(args, prediction.predict_batch_size)
+        return
+
+    train_posts, eval_posts = load_data(data, args)
+    model, processor = load_model(model_args, tiny, train_posts, args)
+    trainer = DynamicCoTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_posts,
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args) if model_args.model_name_or_path else None,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.save_model(args.output_dir)
+    if eval_posts is not None:
+        evaluate(trainer, eval_posts, prediction)
+
+
+def load_data(data: DataArguments, args: DynamicCoTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Training posts and, if there are any, evaluation posts."""
+    if data.datasets:
+        train_posts = load_mixture(data, on_invalid=args.on_invalid)
+        args.unique_ids = False  # each dataset was checked by itself, and a mixture may repeat its posts
+    else:
+        train_posts = load_posts(data.train_file, image_dir=data.image_dir, streaming=data.streaming)
+    if data.eval_file:
+        eval_image_dir = data.image_dir if data.eval_image_dir is None else data.eval_image_dir
+        return train_posts, load_posts(data.eval_file, image_dir=eval_image_dir, split="test")
+    if data.eval_posts:
+        if data.streaming:
+            raise ValueError("`eval_posts` cannot hold out posts of a stream; give `eval_file`, or streaming=False.")
+        split = train_posts.train_test_split(test_size=data.eval_posts, seed=args.seed)
+        return split["train"], split["test"]
+    return train_posts, None
+
+
+def load_model(
+    model_args: ModelConfig, tiny: TinyModelArguments, train_posts: Dataset | IterableDataset, args: DynamicCoTConfig
+) -> tuple[Any, Any]:
+    """What the trainer takes as `model` and `processing_class`."""
+    if model_args.model_name_or_path:
+        args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            "trust_remote_code": model_args.trust_remote_code,
+        }
+        return model_args.model_name_or_path, None
+    if isinstance(train_posts, IterableDataset):
+        raise ValueError("A model from scratch reads all training texts first; name one (--model_name_or_path) to stream.")
+    texts = train_posts.select_columns(["text", "keyphrases", "rationale"])
+    model, processor = build_tiny_vlm(
+        [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in texts],
+        word_level=False,
+        vocab_size=tiny.tiny_vocab_size,
+        hidden_size=tiny.tiny_hidden_size,
+        layers=tiny.tiny_layers,
+        image_size=tiny.tiny_image_size,
+        seed=args.seed,
+    )
+    logger.info("No model named: one of %.1f M parameters is trained from scratch.", model.num_parameters() / 1e6)
+    return model, processor
+
+
+def checkpoint_to_resume(args: DynamicCoTConfig) -> str | None:
+    """`--resume_from_checkpoint last` (or true) stands for the newest checkpoint in `output_dir`, if there is one."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() in ("false", "none"):
+        return None
+    if wanted.lower() not in ("last", "true"):
+        return wanted
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def evaluate(trainer: DynamicCoTTrainer, eval_posts: Dataset, options: PredictionArguments) -> None:
+    """Predict on all ranks; score, print and write on the first."""
+    state = trainer.accelerator
+    mine = range(state.process_index, len(eval_posts), state.num_processes)
+    model = state.unwrap_model(trainer.model)
+    predictions: list[Any] = list(
+        generate_keyphrases(
+            model,
+            trainer.processing_class,
+            eval_posts.select(mine),
+            task=trainer.task,
+            batch_size=options.predict_batch_size,
+            max_new_tokens=options.max_new_tokens,
+            progress=state.is_main_process and not trainer.args.disable_tqdm,
+        )
+    )
+    if state.num_processes > 1:
+        predictions = gather_object(predictions)
+    if not state.is_main_process:
+        return
+    train_posts = trainer.train_dataset
+    train_keyphrases = {phrase for phrases in train_posts["keyphrases"] for phrase in phrases}
+    systems = {f"{trainer.args.strategy}": summarise(predictions, eval_posts, train_keyphrases)}
+    for name, lists in baselines(train_posts, eval_posts).items():
+        rows = [{"id": post_id, "keyphrases": list_} for post_id, list_ in zip(eval_posts["id"], lists, strict=True)]
+        systems[name] = summarise(rows, eval_posts, train_keyphrases)
+    output_dir = Path(trainer.args.output_dir)
+    order = {post_id: index for index, post_id in enumerate(eval_posts["id"])}
+    write_predictions(output_dir / "predictions.jsonl", sorted(predictions, key=lambda row: order[row["id"]]))
+    write_json(
+        output_dir / "metrics.json",
+        {"strategy": trainer.args.strategy, "systems": systems, "log": trainer.state.log_history},
+    )
+    print(f"\n{table(systems)}\n\nPercent, convention cmkp. Written: {output_dir}/predictions.jsonl, {output_dir}/metrics.json")
+
+
+def baselines(train_posts: Dataset, eval_posts: Dataset) -> dict[str, list[list[str]]]:
+    """What needs no model: the yardsticks to print beside one."""
+    frequent = most_frequent_keyphrase(train_posts.select_columns(["keyphrases"]))
+    lists = {f"most frequent keyphrase ({frequent})": [[frequent]] * len(eval_posts)}
+    try:
+        texts = [text or "" for text in train_posts["text"]]
+        lists["nearest neighbour in text"] = nearest_neighbour_keyphrases(
+            texts, train_posts["keyphrases"], [text or "" for text in eval_posts["text"]]
+        )
+    except ImportError as error:
+        logger.warning("%s", error)
+    return lists
+
+
+if __name__ == "__main__":
+    main()
