@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Most pixels a picture may have (Pillow's own warning level, 256 MiB of RGB)."""
@@ -113,7 +113,7 @@ def _read(value: Any, post_id: str | None, decode: bool) -> Image.Image:
     path = None
     try:
         if isinstance(value, Image.Image):
-            return _decode(value, decode)
+            return _decode(value, decode=True)  # the cheap ways spoil the caller's image
         file, path = _open_file(value)
         with file, Image.open(file, formats=IMAGE_FORMATS) as image:
             return _decode(image, decode)
@@ -123,6 +123,9 @@ def _read(value: Any, post_id: str | None, decode: bool) -> Image.Image:
         raise ImageError(f"{post}there is no file {path or value!r:.200}", "missing_file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning under -W error
         raise ImageError(f"{post}{_named(path)} is a decompression bomb: {error}", "decompression_bomb") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(IMAGE_FORMATS)
+        raise ImageError(f"{post}{_named(path)} is not a picture in a format that is read ({known})") from error
     # Pillow's decoders raise nearly anything on damaged input (OSError, SyntaxError, ValueError, struct.error, ...).
     except Exception as error:
         raise ImageError(

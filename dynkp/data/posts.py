@@ -158,7 +158,8 @@ class _Validator:
         self.report.without_text += not text.strip()
         self.report.without_keyphrases += not keyphrases
         self.report.without_rationale += not (post.get("rationale") or "").strip()
-        if not text.strip() and not post["images"]:
+        # A field of the wrong type was read as empty; that is one finding, not two.
+        if not text.strip() and not post["images"] and not post.get(LOAD_FINDINGS):
             yield "empty_post", "the post has neither text nor image"
         explained = any(code in ("wrong_type", "bad_conversation") for code, _ in found)
         if not keyphrases and self.need_keyphrases and not explained:

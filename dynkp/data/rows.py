@@ -104,7 +104,8 @@ class Normaliser:
         content = {name: kind for name, kind in CONTENT.items() if not conversational or name in self.columns}
         self.features = Features({**IDENTITY, **content, LOAD_FINDINGS: _FINDINGS_TYPE})
 
-    def __call__(self, row: Mapping[str, Any], fallback_id: str) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, Any], fallback_id: str, extra: Iterable[str] = ()) -> dict[str, Any]:
+        """The row as a post, with the columns of `extra` carried along."""
         problems = list(row.get(LOAD_FINDINGS) or [])
 
         def report(code: str, message: str) -> None:
@@ -121,7 +122,8 @@ class Normaliser:
             "rationale": rationale if rationale and rationale.strip() else None,
             LOAD_FINDINGS: problems,
         }
-        return {name: post[name] for name in self.features}
+        carried = {name: _encodable(row.get(name), name, report) for name in extra}
+        return {name: post[name] for name in self.features} | carried
 
     def batch(self, batch: Mapping[str, list[Any]], indices: list[int], columns: list[str]) -> dict[str, list[Any]]:
         """The function for `map`: rows as columns, in and out."""
@@ -208,6 +210,16 @@ def _unicode(value: str, name: str, report: Any) -> str:
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         report("bad_unicode", f"{name} holds half a surrogate pair: {value!r:.120}")
         return value.encode("utf-8", "replace").decode("utf-8")
+    return value
+
+
+def _encodable(value: Any, name: str, report: Any) -> Any:
+    if isinstance(value, str):
+        return _unicode(value, name, report)
+    if isinstance(value, list):
+        return [_encodable(item, name, report) for item in value]
+    if isinstance(value, dict):
+        return {_encodable(key, name, report): _encodable(item, name, report) for key, item in value.items()}
     return value
 
 
@@ -299,11 +311,11 @@ def normalise_rows(rows: Iterable[tuple[str, Any]], options: Mapping[str, Any]) 
     """Build a `Dataset` in memory from Python rows, each with the id it gets if it has none."""
     pairs = list(rows)
     normaliser, extra = row_types([row for _, row in pairs], options)
-    posts = [normaliser(row, fallback_id) for fallback_id, row in pairs]
+    posts = [normaliser(row, fallback_id, extra) for fallback_id, row in pairs]
     normaliser.announce_ignored(len(posts))
-    data = {name: [post[name] for post in posts] for name in normaliser.features}
-    data |= {name: [row.get(name) for _, row in pairs] for name in extra}
-    return _without_empty_findings(Dataset.from_dict(data, features=Features({**normaliser.features, **extra})))
+    features = Features({**normaliser.features, **extra})
+    data = {name: [post[name] for post in posts] for name in features}
+    return _without_empty_findings(Dataset.from_dict(data, features=features))
 
 
 def row_types(rows: Sequence[Any], options: Mapping[str, Any]) -> tuple[Normaliser, Features]:
@@ -312,6 +324,9 @@ def row_types(rows: Sequence[Any], options: Mapping[str, Any]) -> tuple[Normalis
         if not isinstance(row, Mapping):
             raise TypeError(f"a post must be a dict, got {type(row).__name__} {row!r:.80}")
     columns = dict.fromkeys(name for row in rows for name in row)
+    for name in columns:
+        if not isinstance(name, str) or _encodable(name, "", lambda *_: None) != name:
+            raise TypeError(f"a column's name must be a valid string, got {name!r}")
     extra = {name: _extra_type(name, [row.get(name) for row in rows]) for name in columns if name not in _READ}
     return Normaliser(columns, **options), Features(extra)
 
@@ -322,9 +337,9 @@ def _extra_type(name: str, values: list[Any]) -> Any:
     if name in CONVERSATION:
         return Json()
     try:
-        kind = pa.array(values).type
+        kind = pa.array([_encodable(value, "", lambda *_: None) for value in values]).type
         return Value("string") if pa.types.is_null(kind) else Features.from_arrow_schema(pa.schema({name: kind}))[name]
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         return Json()  # of several types
 
 

@@ -375,4 +375,4 @@ def _stream_rows(
                 row.get("id", fallback_id),
                 _PROBE,
             )
-        yield {**normaliser(row, fallback_id), **{name: row.get(name) for name in extra}}
+        yield normaliser(row, fallback_id, extra)
