@@ -49,7 +49,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "num_train_epochs": 15.0,
     "per_device_train_batch_size": 32,
     "freeze_vision_tower": False,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "bf16": False,
     "save_strategy": "epoch",
     "save_total_limit": 2,

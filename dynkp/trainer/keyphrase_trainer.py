@@ -26,7 +26,7 @@ from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.prompts import KeyphraseTask, resolve_task
 from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, score_targets, unsupported_reason
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
-from dynkp.trainer.preparation import prepare_posts
+from dynkp.trainer.preparation import fit_max_length, prepare_posts
 
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,13 @@ class KeyphraseTrainer(SFTTrainer):
         )
         if data_collator is None:
             self.data_collator = self.build_collator()
+            self.train_dataset = fit_max_length(self.train_dataset, "train", args, self.data_collator)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: fit_max_length(posts, name, args, self.data_collator) for name, posts in self.eval_dataset.items()
+                }
+            else:
+                self.eval_dataset = fit_max_length(self.eval_dataset, "eval", args, self.data_collator)
         self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if self.args.freeze_vision_tower:
             freeze_vision_tower(self.model)

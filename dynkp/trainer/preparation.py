@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from tqdm import tqdm
 
+from dynkp.data.collators import PairedTargetCollator
+from dynkp.data.lengths import post_lengths
 from dynkp.data.posts import validate_posts
 from dynkp.data.prompts import KeyphraseTask
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
@@ -58,3 +62,47 @@ def prepare_posts(
             )
         posts = posts.remove_columns([column for column in ("image", "images") if column in (posts.column_names or ())])
     return posts
+
+
+def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: PairedTargetCollator) -> Any:
+    """Find posts whose prompt leaves no room for a target within `max_length`, before the first step.
+
+    Such a prompt would lose image placeholders or its end. Posts whose target is cut are counted. A stream is not
+    read ahead; there the collator raises at the post.
+
+    Returns:
+        The posts that fit: all of them, or with `args.on_invalid="skip"` the others dropped and listed in
+        `too_long_posts.<name>.jsonl`.
+
+    Raises:
+        ValueError: with the first ids and the remedy, if prompts are too long and `args.on_invalid` is `"error"`.
+    """
+    if args.max_length is None or not isinstance(dataset, Dataset):
+        return dataset
+    main = PartialState().is_main_process
+    bar = tqdm(dataset, desc="Measuring posts", unit="post", disable=not main or args.disable_tqdm)
+    lengths = list(post_lengths(collator, bar))
+    too_long = [length for length in lengths if length.prompt >= args.max_length]
+    cut = [length.id for length in lengths if length.prompt < args.max_length < length.prompt + length.target]
+    if cut and main:
+        logger.warning(
+            "%d of %d %s posts have a target that is cut at `max_length`=%d (first: %s); a rationale that is cut loses its "
+            "answer. The longest post has %d tokens.",
+            len(cut), len(lengths), name, args.max_length, ", ".join(cut[:5]),
+            max(length.prompt + length.target for length in lengths),
+        )  # fmt: skip
+    if not too_long:
+        return dataset
+    if args.on_invalid == "error":
+        first = ", ".join(f"{length.id} ({length.prompt} tokens)" for length in too_long[:10])
+        raise ValueError(
+            f"`max_length` is {args.max_length}, but the prompts of {len(too_long)} {name} posts, image placeholders included, "
+            f"leave nothing of it for a target: {first}. Set max_length to None or above "
+            f"{max(length.prompt for length in too_long)}, make the pictures smaller, or drop these posts with on_invalid='skip'."
+        )
+    if main:
+        report_file = Path(args.output_dir) / f"too_long_posts.{name}.jsonl"
+        report_file.write_text("".join(json.dumps(length._asdict()) + "\n" for length in too_long), encoding="utf-8")
+        logger.warning("%d %s posts are dropped: their prompts fill `max_length`; see %s.", len(too_long), name, report_file)
+    dropped = {length.id for length in too_long}
+    return dataset.select([index for index, length in enumerate(lengths) if length.id not in dropped])
