@@ -22,7 +22,7 @@ def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
     """Easy posts: ℓ < γ, strictly (Eq. 5: a tie gets the direct answer).
 
     Args:
-        direct_loss (`torch.Tensor` of shape `(B,)`): mean negative log-likelihood of the direct target, nats per token.
+        direct_loss (`torch.Tensor` of shape `(B,)`): mean negative log-likelihood of the direct target, nats a token.
         gamma (`float`): γ, nats per token; 0 makes no post easy, `inf` every post.
 
     Returns:
@@ -72,7 +72,8 @@ class Threshold:
     """γ as a constant, and the interface of those that follow the losses.
 
     `value` is γ in force for the whole optimizer step; `observe` takes the direct losses of a finished optimizer step
-    (all ranks' posts) and moves γ for the next one.
+    (all ranks' posts) and moves γ for the next one. Losses that are not finite (an overflow) are left out: one of them
+    would decide for all posts to come.
     """
 
     is_constant = True
@@ -112,9 +113,10 @@ class RunningMeanThreshold(Threshold):
         return self._sum / self._count if self._count else 0.0
 
     def observe(self, direct_losses: list[float]) -> None:
+        finite = list(filter(math.isfinite, direct_losses))
         # fsum: the order in which ranks or micro-batches report must not change the last bit.
-        self._sum = math.fsum([self._sum, *direct_losses])
-        self._count += len(direct_losses)
+        self._sum = math.fsum([self._sum, *finite])
+        self._count += len(finite)
 
     def state(self) -> dict[str, Any]:
         return {"sum": self._sum, "count": self._count}
@@ -147,7 +149,7 @@ class QuantileThreshold(Threshold):
 
     def observe(self, direct_losses: list[float]) -> None:
         # Sorted, because which of a step's losses leave the window must not depend on how ranks split the step.
-        self._losses.extend(sorted(direct_losses))
+        self._losses.extend(sorted(filter(math.isfinite, direct_losses)))
 
     def state(self) -> dict[str, Any]:
         return {"losses": list(self._losses)}
