@@ -93,6 +93,7 @@ def test_pictures_are_turned_as_their_exif_says():
     assert open_image(encoded(size=(64, 48), exif=exif)).size == (48, 64)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_exif_does_not_cost_the_picture():
     exif = Image.Exif()
     exif[0x0112] = 6

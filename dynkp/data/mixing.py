@@ -152,9 +152,9 @@ def mix_posts(
     posts = [normalise_posts(dataset) for dataset, _ in weighted]
     if len(posts) == 1:
         return posts[0]
-    posts = _aligned(posts)
     if any(isinstance(dataset, IterableDataset) for dataset in posts):
         posts = [data.to_iterable_dataset() if isinstance(data, Dataset) else data for data in posts]
+    posts = _aligned(posts)
     total = sum(weights)
     probabilities = [weight / total for weight in weights]
     return interleave_datasets(posts, probabilities=probabilities, seed=seed, stopping_strategy=stopping_strategy)
@@ -166,20 +166,23 @@ def _aligned(posts: list[Posts]) -> list[Posts]:
     for dataset in posts:
         for name, kind in dataset.features.items():
             common[name] = _common_type(name, common[name], kind) if name in common else kind
-    return [
-        dataset
-        if all(dataset.features[name] == common[name] for name in dataset.features)
-        else _retyped(dataset, Features({name: common[name] for name in dataset.features}))
-        for dataset in posts
-    ]
+    return [_retyped(dataset, Features(common)) for dataset in posts]
 
 
-def _retyped(dataset: Posts, features: Features) -> Posts:
-    # Arrow cannot cast a struct to JSON text; the values themselves pass through a `map` with the new types.
-    to_json = [name for name, kind in features.items() if kind == Json() != dataset.features[name]]
-    if to_json:
-        dataset = dataset.map(lambda row: row, features=features)
+def _retyped(dataset: Posts, common: Features) -> Posts:
+    if dataset.features == common:
+        return dataset
+    if isinstance(dataset, IterableDataset):  # a stream's rows do not get the columns they lack by themselves
+        return dataset.map(_filled, fn_kwargs={"columns": tuple(common)}, features=common)
+    features = Features({name: common[name] for name in dataset.features})
+    # Arrow cannot cast a struct to JSON text; the values themselves pass through a `map` to the new types.
+    if any(kind == Json() != dataset.features[name] for name, kind in features.items()):
+        return dataset.map(dict, features=features)
     return dataset.cast(features)
+
+
+def _filled(post: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {name: post.get(name) for name in columns}
 
 
 def _common_type(name: str, one: Any, other: Any) -> Any:
