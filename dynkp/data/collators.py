@@ -97,9 +97,10 @@ class PromptRenderer:
         reply: Any = [{"type": "text", "text": content}] if self.takes_images else content
         full = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         target = full.removeprefix(prompt)
-        # Some templates (Qwen3's) take an answer with <think> apart and set it anew, and some do not continue their own
-        # generation prompt. What is taught must be what the parser reads: the content as it is, then the end of turn.
-        if not full.startswith(prompt) or content not in target:
+        # Some templates (Qwen3's) take an answer with <think> apart and set it anew, put an empty <think></think> before
+        # one without, or do not continue their own generation prompt. What is taught must be what the parser reads: the
+        # content as it is, then the end of turn.
+        if not full.startswith(prompt) or not target.lstrip().startswith(content.strip()):
             target = content + self._end_of_turn
         elif not self._ends_turn(target):
             target += self.tokenizer.eos_token
