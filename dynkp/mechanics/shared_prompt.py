@@ -38,6 +38,8 @@ class Targets(TypedDict):
     lengths: list[int]  # B token counts, on the host: slicing by them needs no device synchronisation
 
 
+REENTRANT = "reentrant gradient checkpointing drops the graph of a layer's keys and values (set use_reentrant=False)"
+
 Scorer = Callable[[nn.Module, dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -179,7 +181,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     for layer in _checkpointed_layers(model):
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", False):
-            return "reentrant gradient checkpointing drops the graph of a layer's keys and values (set use_reentrant=False)"
+            return REENTRANT
     text_config = _text_config(model)
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention", "cross_attention"}:

@@ -24,7 +24,14 @@ from trl.models.utils import _ForwardRedirection
 
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.prompts import KeyphraseTask, resolve_task
-from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, score_targets, unsupported_reason
+from dynkp.mechanics.shared_prompt import (
+    REENTRANT,
+    PlainPrompt,
+    Scorer,
+    SharedPrompt,
+    score_targets,
+    unsupported_reason,
+)
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.preparation import fit_max_length, prepare_posts
 
@@ -223,7 +230,9 @@ class KeyphraseTrainer(SFTTrainer):
     def _choose_prompt_backend(self) -> bool:
         if self.args.prompt_backend == "plain":
             return False
-        reason = unsupported_reason(self.model)
+        # Trainer turns checkpointing on when training begins, so here the model does not show its kind yet.
+        reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        reason = REENTRANT if reentrant else unsupported_reason(self.model)
         if reason is None:
             return True
         if self.args.prompt_backend == "shared":
