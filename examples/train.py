@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import drawn_posts
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
@@ -106,14 +107,15 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if "--model_name_or_path" not in argv and "--config" not in argv:
+    named = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in argv if argument.startswith("--")}
+    if not named & {"model_name_or_path", "config"}:
         parser.set_defaults_with_config(**FROM_SCRATCH)
+    if not named & {"train_file", "datasets", "config"}:
+        parser.set_defaults_with_config(**drawn_posts.DEFAULTS)
     data, args, model_args, prediction, tiny = parser.parse_args_and_config(argv)
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(message)s")
     if not data.train_file and not data.datasets:
-        from drawn_posts import compare_on_drawn_posts
-
-        compare_on_drawn_posts(args, prediction.predict_batch_size)
+        drawn_posts.compare_on_drawn_posts(args, prediction.predict_batch_size)
         return
 
     train_posts, eval_posts = load_data(data, args)
