@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class ChoiceLog:
                 "id": post_id,
                 "epoch": round(state.epoch or 0.0, 6),
                 "step": state.global_step,
-                "direct_loss": loss,
-                "gamma": gamma,
+                "direct_loss": _finite(loss),
+                "gamma": _finite(gamma),
                 "choice": "reasoning" if reasoned else "direct",
             }
             for post_id, loss, reasoned in visits
@@ -65,3 +66,8 @@ class ChoiceLog:
                 if keep:
                     new.write(line)
         partial.replace(self.path)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows neither infinity nor NaN."""
+    return value if value is not None and math.isfinite(value) else None

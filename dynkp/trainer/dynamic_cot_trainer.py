@@ -121,7 +121,7 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         if observed:
             self.record("direct_loss", direct.mean)
         if self.args.strategy == "dynamic":
-            self.record("gamma", torch.tensor([self.gamma.value]))
+            self.record("gamma", torch.tensor([self.gamma.value], dtype=torch.float64))
         if self.model.training and (self.choice_log or self.args.strategy == "dynamic"):
             losses = direct.mean.tolist() if observed else [None] * len(inputs["id"])
             self._visits.extend(zip(inputs["id"], losses, chosen.tolist(), strict=True))

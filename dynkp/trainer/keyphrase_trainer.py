@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
@@ -34,7 +35,6 @@ from dynkp.mechanics.shared_prompt import (
 )
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.preparation import fit_max_length, prepare_posts
-
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class KeyphraseTrainer(SFTTrainer):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self._forward_redirection = _ForwardRedirection()
         self._records: dict[str, dict[str, list[Any]]] = {"train": {}, "eval": {}}
+        self._eval_prefix = "eval"
         self._step_total = self._step_weight = self._step_reported = 0.0
         super().__init__(
             model=model,
@@ -244,7 +245,37 @@ class KeyphraseTrainer(SFTTrainer):
         # TRL's fused head scores only labelled positions, in tiles, on accelerators; on a CPU it would score padding too.
         return score_targets if device.type == "cpu" else fused_score_targets
 
+    # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint's weights, whatever names the family publishes its parameters under.
+
+        `save_pretrained` writes the published names; Trainer would load them as they are, find none of LLaVA's or
+        Qwen2.5-VL's, and go on with the weights of the beginning (huggingface/transformers#43701).
+        """
+        model = self.model if model is None else model
+        saved_whole = Path(resume_from_checkpoint, "config.json").is_file()
+        if is_peft_model(model) or self.is_fsdp_enabled or not saved_whole:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved, info = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint!r} has no weights for {len(missing)} parameters of "
+                f"{type(model).__name__} ({', '.join(missing[:3])}, ...). Resume with the model it was written with."
+            )
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     # Metrics
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        self._eval_prefix = metric_key_prefix  # "eval_NAME" for one of several evaluation sets
+        return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def record(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add `values` to the mean that is logged as `name`: over posts, micro-batches and ranks, weighted.
@@ -274,7 +305,7 @@ class KeyphraseTrainer(SFTTrainer):
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0] += total
             entry[1] += weight
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         # A mean over nothing (no post was taught reasoning in this window) is left out, not logged as a zero.
         logs.update({f"{prefix}{name}": total / weight for name, (total, weight) in sums.items() if weight})
         self.derive_metrics(logs, prefix)
@@ -297,25 +328,26 @@ class KeyphraseTrainer(SFTTrainer):
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
 
-class MethodState(TrainerCallback, ExportableState):
-    """Keeps a method's state in `trainer_state.json`, which Trainer writes last: a checkpoint has all of it or none."""
+class MethodState(TrainerCallback):
+    """Keeps a method's state in `trainer_state.json`, which Trainer writes last: a checkpoint has all of it or none.
+
+    Not an `ExportableState`: Trainer would build another one from what it saved, without the trainer.
+    """
+
+    ENTRY = "dynkp"
 
     def __init__(self, trainer: KeyphraseTrainer):
         self.trainer = trainer
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": self.trainer.method_state()}
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A checkpoint of another trainer has no such entry, and saving expects one.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if state.global_step:
-            self.trainer.load_method_state(saved.get("attributes", {}))
+            self.trainer.load_method_state(state.stateful_callbacks.get(self.ENTRY, {}))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.end_of_step()
+        state.stateful_callbacks[self.ENTRY] = self.trainer.method_state()
 
 
 def fused_score_targets(
