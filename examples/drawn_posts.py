@@ -23,7 +23,6 @@ from dynkp.report.scores import summarise, table, write_json
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from dynkp.synthetic.world import describe_posts, draw_posts
 
-
 logger = logging.getLogger("train")
 
 TASK = KeyphraseTask("drawn_posts", "tags ?")

@@ -40,7 +40,6 @@ from dynkp.data.mixing import PostMixtureConfig, load_mixture
 from dynkp.report.scores import summarise, table, write_json
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 
-
 logger = logging.getLogger("train")
 
 # A model of a million parameters from scratch wants other settings than a pretrained one; the command line overrides.

@@ -11,10 +11,8 @@ from trl import ModelConfig, TrlParser
 
 from dynkp import DynamicCoTConfig
 
-
 sys.path.insert(0, str(REPOSITORY / "examples"))
 from train import DataArguments, PredictionArguments, TinyModelArguments  # noqa: E402
-
 
 RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("mmkp_dynamic_cot_*.yaml"))
 

@@ -24,7 +24,6 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
 # Processor outputs with one column per prompt token; all others (pixels, grids) belong to the pictures.
 SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from dynkp.objectives.switching import parse_gamma
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
-
 STRATEGIES = ("dynamic", "direct", "cot", "multitask", "random:p")
 
 

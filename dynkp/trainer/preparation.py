@@ -17,7 +17,6 @@ from dynkp.data.posts import validate_posts
 from dynkp.data.prompts import KeyphraseTask
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
-
 logger = logging.getLogger(__name__)
 
 
