@@ -65,8 +65,8 @@ class DataArguments(PostMixtureConfig):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training posts: a JSONL, JSON or Parquet file, CMKP's raw files, AimKP/LLaVA conversations, a MASC file, a "
-            "saved dataset or a Hub id. Without it (and without `datasets:`) posts are drawn."
+            "help": "Training posts: a JSONL, JSON or Parquet file, CMKP's raw files, AimKP/LLaVA conversations, a MASC file, "
+            "a saved dataset or a Hub id. Without it (and without `datasets:`) posts are drawn."
         },
     )
     eval_file: str | None = field(default=None, metadata={"help": "Posts to predict and score, in the same formats."})

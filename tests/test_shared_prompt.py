@@ -18,7 +18,6 @@ from tiny_models import FAMILIES, build, exact_float64
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, select, unsupported_reason
 
-
 TOLERANCE = 1e-10
 
 

@@ -150,7 +150,8 @@ class PairedTargetCollator:
     Args:
         processor: processor of a vision-language model, or tokenizer of a text model.
         task ([`KeyphraseTask`] or `str`, *optional*, defaults to `"dynamic_cot"`): template, targets and separator.
-        kinds (`Sequence[str]`, *optional*): target kinds to build, of `"direct"` and `"reasoning"`.
+        kinds (`Sequence[str]`, *optional*): target kinds to build, of `"direct"` and `"reasoning"`; in one
+            that is left out, every post's target has length 0.
         answer_weight (`float`, *optional*, defaults to `1.0`): weight of the tokens from `<answer>` on in a reasoning
             target, against 1 for those of the thinking; 1.0 is the paper's mean over tokens.
         max_length (`int`, *optional*): longest prompt plus target in tokens; targets are cut at their end, a prompt that
@@ -160,7 +161,7 @@ class PairedTargetCollator:
         `dict` with
         - `prompt`: the processor's output for the prompts, left-padded (`input_ids` (B, P), pixels, ...);
         - `direct`, `reasoning`: [`Targets`] of that kind, right-padded, (B, T);
-        - `has_rationale`: (B,), bool;
+        - `has_rationale`: (B,), bool: the post has a reasoning target;
         - `id`: the B ids.
 
     Raises:
@@ -203,14 +204,12 @@ class PairedTargetCollator:
                     "the pictures smaller."
                 )
         counts = [len(post_images) for post_images in images]
-        if "direct" in self.kinds:
-            texts: list[str | None] = [
-                self.renderer.direct_target(row, count) for row, count in zip(rows, counts, strict=True)
-            ]
-            batch["direct"] = self.collate_targets(texts, rooms)
-        reasoning = [self.renderer.reasoning_target(row, count) for row, count in zip(rows, counts, strict=True)]
-        if "reasoning" in self.kinds:
-            batch["reasoning"] = self.collate_targets(reasoning, rooms)
+        none: list[str | None] = [None] * len(rows)
+        pairs = list(zip(rows, counts, strict=True))
+        direct = [self.renderer.direct_target(row, count) for row, count in pairs] if "direct" in self.kinds else none
+        reasoning = [self.renderer.reasoning_target(row, count) for row, count in pairs] if "reasoning" in self.kinds else none
+        batch["direct"] = self.collate_targets(direct, rooms)
+        batch["reasoning"] = self.collate_targets(reasoning, rooms)
         batch["has_rationale"] = torch.tensor([text is not None for text in reasoning])
         batch["id"] = ids
         return batch

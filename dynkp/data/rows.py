@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps

@@ -219,7 +219,11 @@ def select(tensor: torch.Tensor, rows: Sequence[int] | None, dim: int = 0) -> to
 class _PromptLayer(DynamicLayer):
     """Keeps the first keys and values it is given, in the graph; a checkpoint's replay writes nothing."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+    is_initialized: bool
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
@@ -238,7 +242,9 @@ class _ContinuationLayer(DynamicLayer):
         if prompt.is_initialized:
             self.keys, self.values = select(prompt.keys, rows), select(prompt.values, rows)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -265,7 +271,7 @@ def _checkpointed_layers(model: nn.Module) -> Iterator[GradientCheckpointingLaye
             yield module
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def _causal_lm(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

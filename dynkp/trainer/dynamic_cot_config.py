@@ -43,8 +43,8 @@ class DynamicCoTConfig(KeyphraseConfig):
     loss_normalization: str = field(
         default="sample",
         metadata={
-            "help": "'sample' (default, as the paper's batch size of 1): mean over a target's tokens, then over posts. 'token': "
-            "mean over all target tokens of the optimizer step; long rationales then outweigh direct answers."
+            "help": "'sample' (default, as the paper's batch size of 1): mean over a target's tokens, then over posts. "
+            "'token': mean over all target tokens of the optimizer step; long rationales then outweigh direct answers."
         },
     )
     answer_weight: float = field(

@@ -61,8 +61,8 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         super().__init__(model, args, **kwargs)
         if self.normalizes_over_tokens and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
             raise ValueError(
-                "`loss_normalization` is 'token' with gradient accumulation under DeepSpeed, which keeps the gradients to itself "
-                "until they are averaged. Use loss_normalization='sample' or gradient_accumulation_steps=1."
+                "`loss_normalization` is 'token' with gradient accumulation under DeepSpeed, which keeps the gradients to "
+                "itself until they are averaged. Use loss_normalization='sample' or gradient_accumulation_steps=1."
             )
 
     def build_collator(self) -> PairedTargetCollator:
@@ -75,15 +75,15 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         )
 
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
-        chosen = self.choose_ahead(inputs)  # (B,) bool, True for reasoning; None: the direct losses decide
-        asks_both = chosen is None or self.args.strategy == "multitask"
-        twice = asks_both or bool(chosen.any() and not chosen.all())
-        prompt = self.open_prompt(model, inputs["prompt"], continuations=2 if twice else 1)
+        chosen = self.may_reason(inputs)  # (B,) bool
+        asks_both = self.args.strategy in ("dynamic", "multitask")
+        asked_direct = torch.ones_like(chosen) if asks_both else ~chosen
+        prompt = self.open_prompt(model, inputs["prompt"], continuations=int(asked_direct.any()) + int(chosen.any()))
 
-        direct = loss_of(prompt, inputs["direct"], None if asks_both else ~chosen)  # y^s
-        if chosen is None:
-            chosen = below_threshold(direct.mean.detach(), self.gamma.value) & inputs["has_rationale"]  # Eq. 5
-        reasoning = loss_of(prompt, inputs.get("reasoning"), chosen)  # y^c, for easy posts only
+        direct = loss_of(prompt, inputs["direct"], asked_direct)  # y^s
+        if self.args.strategy == "dynamic":
+            chosen = chosen & below_threshold(direct.mean.detach(), self.gamma.value)  # Eq. 5
+        reasoning = loss_of(prompt, inputs["reasoning"], chosen)  # y^c, for easy posts only
 
         if self.args.strategy == "multitask":
             shares = torch.ones_like(direct.total), chosen * self.args.multitask_weight
@@ -92,11 +92,9 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         self.record_choices(inputs, direct, reasoning, chosen, shares, observed=asks_both)
         return PostLosses(*mixed_loss(direct, reasoning, *shares, over_tokens=self.normalizes_over_tokens))
 
-    def choose_ahead(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """Which posts are taught to reason, (B,) bool, where that needs no loss; `None` under `dynamic`."""
+    def may_reason(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Which posts the strategy lets reason before any loss is known, (B,) bool."""
         has_rationale = inputs["has_rationale"]
-        if self.args.strategy == "dynamic":
-            return None
         if self.args.strategy == "direct":
             return torch.zeros_like(has_rationale)
         if self.drop_rate is None:
@@ -153,15 +151,14 @@ class DynamicCoTTrainer(KeyphraseTrainer):
             logs[f"{prefix}gamma_tokens"] = logs[f"{prefix}gamma"] * logs[f"{prefix}direct_tokens"]
 
 
-def loss_of(prompt: SharedPrompt | PlainPrompt, targets: Targets | None, rows: torch.Tensor | None) -> TargetLoss:
+def loss_of(
+    prompt: SharedPrompt | PlainPrompt, targets: Targets, rows: torch.Tensor | None = None
+) -> TargetLoss:
     """One kind of target's loss for the posts in `rows` ((B,) bool; all if `None`), zero for the others: (B,)."""
-    if targets is None:
-        zeros = rows.new_zeros(rows.shape, dtype=torch.float32)
-        return TargetLoss(zeros, zeros)
-    indices = None if rows is None or rows.all() else rows.nonzero().flatten().tolist()
+    if rows is None or rows.all():
+        log_probs = prompt.log_probs(targets)
+        return target_loss(log_probs, targets["weights"][:, : log_probs.shape[1]])
+    indices = rows.nonzero().flatten().tolist()
     log_probs = prompt.log_probs(targets, indices)
     loss = target_loss(log_probs, select(targets["weights"], indices)[:, : log_probs.shape[1]])
-    if indices is None:
-        return loss
-    scattered = (part.new_zeros(rows.shape).masked_scatter(rows, part) for part in loss)
-    return TargetLoss(*scattered)
+    return TargetLoss(*(part.new_zeros(rows.shape).masked_scatter(rows, part) for part in loss))

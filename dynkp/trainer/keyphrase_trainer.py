@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -78,6 +78,8 @@ class KeyphraseTrainer(SFTTrainer):
     target_kinds: Sequence[str] = ("direct", "reasoning")
 
     args: KeyphraseConfig
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -355,14 +357,14 @@ def fused_score_targets(
 ) -> torch.Tensor:
     """[`score_targets`] through TRL's fused LM head: no (B, T, vocabulary) tensor exists at any time."""
     length = target_ids.shape[1]
-    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    causal_lm: Any = cast(Any, model).get_base_model() if is_peft_model(model) else model
     labels = target_ids.new_full(inputs["input_ids"].shape, -100)
     labels[:, -length:] = target_ids.masked_fill(~target_mask, -100)
     outputs = causal_lm(**inputs, shift_labels=labels, fused_lm_head=True)
     return outputs.log_probs[:, -length:]
 
 
-def freeze_vision_tower(model: nn.Module) -> None:
+def freeze_vision_tower(model: Any) -> None:
     """Stop training of the vision tower, adapters on it included; the projector stays as it is.
 
     Qwen-VL keeps its projector ("merger") inside the tower; it is not part of what the papers freeze.
@@ -380,7 +382,7 @@ def load_processor(
     model: str | PreTrainedModel | nn.Module, args: KeyphraseConfig
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor that belongs to a model, with one sentence where torchvision is missing."""
-    name = model if isinstance(model, str) else model.config._name_or_path
+    name: Any = model if isinstance(model, str) else cast(Any, model).config._name_or_path
     try:
         return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except ImportError as error:

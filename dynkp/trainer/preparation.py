@@ -57,7 +57,9 @@ def prepare_posts(
     if not takes_images:
         if report.total > report.without_image:
             logger.warning(
-                "The model reads text only: the pictures of %d %s posts are left out.", report.total - report.without_image, name
+                "The model reads text only: the pictures of %d %s posts are left out.",
+                report.total - report.without_image,
+                name,
             )
         posts = posts.remove_columns([column for column in ("image", "images") if column in (posts.column_names or ())])
     return posts
@@ -97,7 +99,8 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Pai
         raise ValueError(
             f"`max_length` is {args.max_length}, but the prompts of {len(too_long)} {name} posts, image placeholders included, "
             f"leave nothing of it for a target: {first}. Set max_length to None or above "
-            f"{max(length.prompt for length in too_long)}, make the pictures smaller, or drop these posts with on_invalid='skip'."
+            f"{max(length.prompt for length in too_long)}, make the pictures smaller, or drop these posts "
+            "with on_invalid='skip'."
         )
     if main:
         report_file = Path(args.output_dir) / f"too_long_posts.{name}.jsonl"
