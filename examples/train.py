@@ -37,6 +37,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from dynkp import DynamicCoTConfig, DynamicCoTTrainer, generate_keyphrases, load_posts, write_predictions
 from dynkp.data.baselines import most_frequent_keyphrase, nearest_neighbour_keyphrases
 from dynkp.data.mixing import PostMixtureConfig, load_mixture
+from dynkp.data.prompts import resolve_task
 from dynkp.report.scores import summarise, table, write_json
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 
@@ -44,9 +45,10 @@ logger = logging.getLogger("train")
 
 # A model of a million parameters from scratch wants other settings than a pretrained one; the command line overrides.
 FROM_SCRATCH: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "warmup_steps": 50,
-    "num_train_epochs": 15.0,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.1,
+    "warmup_steps": 100,
+    "num_train_epochs": 30.0,
     "per_device_train_batch_size": 32,
     "freeze_vision_tower": False,
     "activation_checkpointing": False,
@@ -85,7 +87,9 @@ class DataArguments(PostMixtureConfig):
 class PredictionArguments:
     """How to predict."""
 
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest output in tokens."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest output in tokens; by default 32 after strategy 'direct', else 512."}
+    )
     predict_batch_size: int = field(default=32, metadata={"help": "Posts per generation batch and process."})
 
 
@@ -94,7 +98,12 @@ class TinyModelArguments:
     """The model that is built where none is named."""
 
     tiny_hidden_size: int = field(default=128, metadata={"help": "Width of the language model built from scratch."})
-    tiny_layers: int = field(default=2, metadata={"help": "Its layers."})
+    tiny_layers: int = field(default=1, metadata={"help": "Its layers."})
+    tiny_heads: int = field(default=2, metadata={"help": "Its attention heads."})
+    tiny_attention_dropout: float = field(
+        default=0.6,
+        metadata={"help": "Its attention dropout: with few heads it drops words, which keeps it from memorising posts."},
+    )
     tiny_vocab_size: int = field(default=8192, metadata={"help": "Size of its byte-level BPE vocabulary."})
     tiny_image_size: int = field(default=64, metadata={"help": "Side of its square pictures in pixels; patches are 8 px."})
 
@@ -167,11 +176,14 @@ def load_model(
         raise ValueError("A model from scratch reads all training texts first; name one (--model_name_or_path) to stream.")
     texts = train_posts.select_columns(["text", "keyphrases", "rationale"])
     model, processor = build_tiny_vlm(
-        [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in texts],
+        [resolve_task(args.task).instruction]
+        + [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in texts],
         word_level=False,
         vocab_size=tiny.tiny_vocab_size,
         hidden_size=tiny.tiny_hidden_size,
         layers=tiny.tiny_layers,
+        heads=tiny.tiny_heads,
+        attention_dropout=tiny.tiny_attention_dropout,
         image_size=tiny.tiny_image_size,
         seed=args.seed,
     )
@@ -201,7 +213,7 @@ def evaluate(trainer: DynamicCoTTrainer, eval_posts: Dataset, options: Predictio
             eval_posts.select(mine),
             task=trainer.task,
             batch_size=options.predict_batch_size,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=options.max_new_tokens or (32 if trainer.args.strategy == "direct" else 512),
             progress=state.is_main_process and not trainer.args.disable_tqdm,
         )
     )

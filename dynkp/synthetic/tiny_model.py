@@ -53,6 +53,7 @@ def build_tiny_vlm(
     hidden_size: int = 96,
     layers: int = 4,
     heads: int = 4,
+    attention_dropout: float = 0.0,
     vision_hidden: int = 64,
     vision_layers: int = 2,
     vocab_size: int = 2048,
@@ -73,6 +74,8 @@ def build_tiny_vlm(
         hidden_size: Width of the language model; a multiple of `heads`, twice over.
         layers: Layers of the language model.
         heads: Attention heads of the language model.
+        attention_dropout: Share of attention weights dropped in training. With few heads it drops whole words, which
+            keeps a model of a few thousand posts from learning them by heart.
         vision_hidden: Width of the vision tower; a multiple of 32, the width of its heads.
         vision_layers: Layers of the vision tower.
         vocab_size: Most tokens the tokenizer may have; byte-level BPE needs 256 and the special ones at least.
@@ -127,6 +130,7 @@ def build_tiny_vlm(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
+            attention_dropout=attention_dropout,
             max_position_embeddings=max_positions,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -166,7 +170,8 @@ def _train_tokenizer(texts: Iterable[str], *, vocab_size: int, word_level: bool)
                 "`word_level=True` for a closed world of few words."
             )
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # A word must be the same token at the start of a target as inside a text, or it cannot be copied.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(REASONING_TOKENS),
