@@ -169,7 +169,6 @@ def load_model(
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
-            "trust_remote_code": model_args.trust_remote_code,
         }
         return model_args.model_name_or_path, None
     if isinstance(train_posts, IterableDataset):

@@ -1,0 +1,139 @@
+"""examples/train.py end to end, as its users start it: posts in; model, predictions, scores and a table out.
+
+Real tweets without pictures, real photographs with rationales, the drawn default, a run killed and continued, a saved
+model named by its folder, and a mixture of datasets in YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+import drawn_posts  # noqa: E402
+import train  # noqa: E402
+
+QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_new_tokens", "24", "--logging_steps", "1"]
+TINY = ["--tiny_hidden_size", "32", "--tiny_vocab_size", "600", "--tiny_image_size", "32", "--per_device_train_batch_size", "8"]
+
+
+def head(source: Path, lines: int, target: Path) -> Path:
+    with source.open(encoding="utf-8") as file:
+        target.write_text("".join(next(file) for _ in range(lines)), encoding="utf-8")
+    return target
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture()
+def tweets(shared: Path, tmp_path: Path) -> list[str]:
+    train_file = head(shared / "data/cmkp/valid.jsonl", 48, tmp_path / "train.jsonl")
+    eval_file = head(shared / "data/cmkp/test.jsonl", 20, tmp_path / "eval.jsonl")
+    return ["--train_file", str(train_file), "--eval_file", str(eval_file), "--output_dir", str(tmp_path / "out")]
+
+
+def test_real_tweets_direct(tweets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*tweets, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "4"])
+    predictions = read_jsonl(tmp_path / "out/predictions.jsonl")
+    assert [row["id"] for row in predictions] == [f"test-{index:05d}" for index in range(20)]
+    assert all(row.keys() >= {"id", "keyphrases", "raw", "reasoned", "output_tokens"} for row in predictions)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    names = list(metrics["systems"])
+    assert names[0] == "direct" and names[1].startswith("most frequent") and names[2].startswith("nearest")
+    assert metrics["systems"]["direct"]["subsets"]["all"]["posts"] == 20
+    assert "nearest neighbour in text" in capsys.readouterr().out
+    assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/processor_config.json").exists()
+
+
+def test_a_saved_folder_is_a_model_name(tweets: list[str], tmp_path: Path) -> None:
+    train.main([*tweets, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "1"])
+    again = [argument.replace(str(tmp_path / "out"), str(tmp_path / "again")) for argument in tweets]
+    train.main(
+        [*again, *QUICK, "--model_name_or_path", str(tmp_path / "out"), "--max_steps", "1", "--bf16", "false"]
+        + ["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj"]
+    )
+    assert (tmp_path / "again/adapter_model.safetensors").exists()
+    assert len(read_jsonl(tmp_path / "again/predictions.jsonl")) == 20
+
+
+def test_real_photographs_dynamic(shared: Path, tmp_path: Path) -> None:
+    """γ inside the range of the first losses, so that both targets are chosen at once."""
+    masc = shared / "data/masc_t15"
+    arguments = ["--train_file", str(head(masc / "test.jsonl", 40, tmp_path / "masc.jsonl")), "--image_dir"]
+    arguments += [str(masc / "images"), "--eval_posts", "6", "--output_dir", str(tmp_path / "out"), "--log_choices", "true"]
+    train.main([*arguments, *QUICK, *TINY, "--strategy", "dynamic", "--gamma", "quantile:0.5", "--max_steps", "5"])
+    choices = {row["choice"] for row in read_jsonl(tmp_path / "out/choices.jsonl")}
+    assert choices == {"direct", "reasoning"}
+    assert len(read_jsonl(tmp_path / "out/predictions.jsonl")) == 6
+
+
+def test_drawn_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("TRAIN_POSTS", 48), ("TEST_POSTS", 20), ("PRETRAINING_ROWS", 48)):
+        monkeypatch.setattr(drawn_posts, name, value)
+    monkeypatch.setitem(drawn_posts.PRETRAINING, "max_steps", 2)
+    train.main([*QUICK, "--max_steps", "3", "--output_dir", str(tmp_path), "--per_device_train_batch_size", "8"])
+    systems = json.loads((tmp_path / "metrics.json").read_text())["systems"]
+    for strategy in ("direct", "dynamic"):
+        assert {strategy, f"{strategy}, no picture", f"{strategy}, no text"} <= systems.keys()
+        assert len(read_jsonl(tmp_path / f"predictions.{strategy}.jsonl")) == 20
+    assert "unseen" in capsys.readouterr().out
+
+
+def test_mixture_in_yaml(shared: Path, tmp_path: Path) -> None:
+    first = head(shared / "data/cmkp/valid.jsonl", 30, tmp_path / "first.jsonl")
+    second = head(shared / "data/cmkp/train_tiny.jsonl", 30, tmp_path / "second.jsonl")
+    datasets = [{"path": str(first), "weight": 3}, {"path": str(second), "weight": 1}]
+    config = {"datasets": datasets, "stopping_strategy": "all_exhausted", "strategy": "direct", "output_dir": str(tmp_path / "o")}
+    config |= {"max_steps": 2, "bf16": False}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(config))
+    train.main(["--config", str(tmp_path / "mix.yaml"), *QUICK, *TINY])
+    assert (tmp_path / "o/model.safetensors").exists()
+
+
+def test_killed_and_continued(tweets: list[str], tmp_path: Path) -> None:
+    """SIGKILL in the middle, then `--resume_from_checkpoint last`: the log goes on as if nothing had happened."""
+    arguments = [*tweets, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "12", "--save_strategy", "steps"]
+    arguments += ["--save_steps", "2", "--save_total_limit", "20"]
+    whole = [argument.replace(str(tmp_path / "out"), str(tmp_path / "whole")) for argument in arguments]
+    train.main(whole)
+
+    command = [sys.executable, str(REPOSITORY / "examples/train.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "out/checkpoint-4/trainer_state.json").exists() and process.poll() is None:
+        assert time.monotonic() < deadline, "the run never reached its second checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/predictions.jsonl").exists(), "the run ended before it was killed"
+    train.main([*arguments, "--resume_from_checkpoint", "last"])
+
+    def losses(folder: str) -> dict[int, float]:
+        log = json.loads((tmp_path / folder / "metrics.json").read_text())["log"]
+        return {row["step"]: row["loss"] for row in log if "loss" in row}
+
+    assert losses("out") == losses("whole") and len(losses("whole")) == 12
+    assert read_jsonl(tmp_path / "out/predictions.jsonl") == read_jsonl(tmp_path / "whole/predictions.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--strategy", "dynamik"], "dynamik"),
+        (["--gamma", "quantile:2"], "quantile:2"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.main([*arguments, *QUICK, "--output_dir", str(tmp_path)])
