@@ -8,6 +8,7 @@ batch size, gradient accumulation and ranks change nothing.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
@@ -249,6 +252,11 @@ class KeyphraseTrainer(SFTTrainer):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load a checkpoint's weights, whatever names the family publishes its parameters under.
 
@@ -350,6 +358,23 @@ class MethodState(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.end_of_step()
         state.stateful_callbacks[self.ENTRY] = self.trainer.method_state()
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """The newest checkpoint that was written to its end; the newest of all may be what a killed run left.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the last file to be written
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and passed over.", path)
+        else:
+            return str(path)
+    raise ValueError(f"`output_dir` {str(output_dir)!r} holds no complete checkpoint to resume from. Start a new run.")
 
 
 def fused_score_targets(
