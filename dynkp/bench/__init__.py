@@ -1,1 +1,1 @@
-"""The ratios of every method against its reference (`dynkp bench`)."""
+"""The ratios of docs/performance.md: each method timed in one process, in turn with what it is compared with."""

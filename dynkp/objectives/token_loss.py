@@ -28,6 +28,10 @@ class TargetLoss(NamedTuple):
         """NLL(y | prompt) of Dynamic CoT's Eq. 2 and 4, (B,), nats per token; 0 for a post without target."""
         return self.total / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
 
+    def detach(self) -> TargetLoss:
+        """The same numbers without their graph: to look at, not to learn from."""
+        return TargetLoss(self.total.detach(), self.weight)
+
 
 def target_loss(log_probs: torch.Tensor, weights: torch.Tensor) -> TargetLoss:
     """Sum a target's token losses, post by post.

@@ -83,6 +83,8 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         direct = loss_of(prompt, inputs["direct"], asked_direct)  # y^s
         if self.args.strategy == "dynamic":
             chosen = chosen & below_threshold(direct.mean.detach(), self.gamma.value)  # Eq. 5
+            if chosen.all():
+                direct = direct.detach()  # nobody learns from it: the backward pass need not walk it with zeros
         reasoning = loss_of(prompt, inputs["reasoning"], chosen)  # y^c, for easy posts only
 
         if self.args.strategy == "multitask":
