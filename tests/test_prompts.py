@@ -119,7 +119,7 @@ def test_the_problem_is_named(phrase, problem):
 
 def test_every_blank_is_stripped():
     blanks = {character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()}
-    assert set(prompts._STRIPPED) == blanks | {"#"}
+    assert set(prompts.STRIPPED) == blanks | {"#"}
 
 
 def test_tags_in_a_rationale_are_neutralised():
