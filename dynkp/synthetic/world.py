@@ -12,7 +12,7 @@ training method hard posts to tell from easy ones.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from PIL import ImageDraw
 
 IMAGE_SIZE = 32
 ICON_SIZE = 14
-JITTER = 4
 BACKGROUND = 235
 DESCRIBE_QUESTION = "describe"
 WHICH_QUESTION = "which"
@@ -195,7 +194,7 @@ def describe_posts(count: int, *, seed: int = 0) -> Dataset:
     for number in range(count):
         scene = _draw_scene(rng, _choice(rng, SHAPES))
         if number % 2:
-            question, answer = f"{WHICH_QUESTION} {_write_text(rng, scene)}", f"the {scene[scene['meant']]['shape']} ."
+            question, answer = f"{WHICH_QUESTION} {_write_text(rng, scene)}", f"{_resolve(scene)} ."
         else:
             question, answer = DESCRIBE_QUESTION, _describe(scene)
         rows.append(
@@ -235,33 +234,41 @@ def _write_text(rng: np.random.Generator, scene: dict[str, Any]) -> str:
     return " ".join(str(word) for word in rng.permutation(words + fillers))
 
 
+def _name(scene: dict[str, Any], side: str) -> list[str]:
+    return [side, scene[side]["colour"], scene[side]["shape"]]
+
+
+def _resolve(scene: dict[str, Any]) -> str:
+    """The icon meant: the reference and, as in the description, what follows it."""
+    name = _name(scene, scene["meant"])
+    start = name.index(scene["reference"]) if scene["reference"] else len(name) - 1
+    return " ".join(["the", *name[start:]])
+
+
 def _describe(scene: dict[str, Any]) -> str:
-    left, right = scene["left"], scene["right"]
-    return f"left a {left['colour']} {left['shape']} , right a {right['colour']} {right['shape']} ."
+    return " ".join([*_name(scene, "left"), ",", *_name(scene, "right"), "."])
 
 
 def _explain(scene: dict[str, Any]) -> str:
     """The rationale a teacher would write who was told the keyphrase: from picture and text to icon and slogan."""
-    reference, cue = scene["reference"] or "somebody", scene["cue"] or "something"
-    shape = scene[scene["meant"]]["shape"]
-    return f"{_describe(scene)} {reference} means the {shape} , {cue} means {scene['slogan']} ."
+    return f"{_describe(scene)} so {_resolve(scene)} , and {scene['cue'] or 'this'} means {scene['slogan']} ."
 
 
 def _draw_picture(rng: np.random.Generator, scene: dict[str, Any]) -> PILImage.Image:
-    """Both icons, each somewhere in its half of the picture, on light paper with a little grain."""
+    """Both icons, each in the upper or lower quarter of its side and a little off centre, on paper with some grain."""
     paper = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), float(BACKGROUND))
     paper += rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 1))
     for side, start in (("left", 0), ("right", IMAGE_SIZE // 2)):
         icon = scene[side]
         x = start + int(rng.integers(0, IMAGE_SIZE // 2 - ICON_SIZE + 1))
-        y = (IMAGE_SIZE - ICON_SIZE) // 2 + int(rng.integers(-JITTER, JITTER + 1))
+        y = int(rng.integers(0, 2)) * (IMAGE_SIZE // 2) + int(rng.integers(0, IMAGE_SIZE // 2 - ICON_SIZE + 1))
         cover = _icon_mask(icon["shape"])[:, :, None]
         area = paper[y : y + ICON_SIZE, x : x + ICON_SIZE]
         area += cover * (np.array(COLOURS[icon["colour"]], dtype=float) - area)
     return PILImage.fromarray(paper.clip(0, 255).astype(np.uint8))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _icon_mask(shape: str) -> np.ndarray:
     """How much of each pixel the icon covers: `(ICON_SIZE, ICON_SIZE)` in 0..1, drawn four times as large."""
     scale = 4 * ICON_SIZE
