@@ -6,6 +6,7 @@ EMNLP 2025, Section 3.3.
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed
 from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.trainer.choice_log import ChoiceLog
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
 
 
 class DynamicCoTTrainer(KeyphraseTrainer):
@@ -114,17 +115,19 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         observed: bool,
     ) -> None:
         """Log what was chosen; `observed`: every post's direct loss was computed."""
-        self.record("reasoning_share", chosen.float())
-        self.record("direct_target_loss", direct.mean, shares[0] > 0)
-        self.record("reasoning_target_loss", reasoning.mean, shares[1] > 0)
-        self.record("direct_tokens", torch.tensor(inputs["direct"]["lengths"], dtype=torch.float32))
+        counted = ~repeated_posts(inputs)
+        self.record("reasoning_share", chosen.float(), counted)
+        self.record("direct_target_loss", direct.mean, counted & (shares[0] > 0))
+        self.record("reasoning_target_loss", reasoning.mean, counted & (shares[1] > 0))
+        self.record("direct_tokens", torch.tensor(inputs["direct"]["lengths"], dtype=torch.float32), counted.cpu())
         if observed:
-            self.record("direct_loss", direct.mean)
+            self.record("direct_loss", direct.mean, counted)
         if self.args.strategy == "dynamic":
             self.record("gamma", torch.tensor([self.gamma.value], dtype=torch.float64))
         if self.model.training and (self.choice_log or self.args.strategy == "dynamic"):
             losses = direct.mean.tolist() if observed else [None] * len(inputs["id"])
-            self._visits.extend(zip(inputs["id"], losses, chosen.tolist(), strict=True))
+            visits = zip(inputs["id"], losses, chosen.tolist(), strict=True)
+            self._visits.extend(compress(visits, counted.tolist()))
 
     def end_of_step(self) -> None:
         # A constant threshold needs nobody's losses: without a log there is nothing to gather.

@@ -179,8 +179,11 @@ class KeyphraseTrainer(SFTTrainer):
         """The micro-batch's share of the optimizer step's mean loss, times the number of ranks (DDP averages)."""
         unwrapped = self.accelerator.unwrap_model(model)
         total, weight = self._forward_redirection(model, unwrapped, self._post_losses_in_forward, unwrapped, inputs)
+        total, weight = (part.masked_fill(repeated_posts(inputs), 0.0) for part in (total, weight))
         if num_items_in_batch is None:  # evaluation
             loss = total.sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+            # Trainer's own mean is over batches; this one replaces it in the log.
+            self.record("loss", loss, weight.sum())
         else:
             # The number of posts is known beforehand; a denominator that is not is put right in `training_step`.
             loss = total.sum() * self.accelerator.num_processes / num_items_in_batch
@@ -198,8 +201,24 @@ class KeyphraseTrainer(SFTTrainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The optimizer step's micro-batches, and the number of posts in them on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        posts = torch.tensor(sum(len(batch["id"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(posts).sum() if batches else None
+        if not batches:
+            return batches, None
+        posts = sum(len(batch["id"]) for batch in batches) - self._mark_repeated_posts(batches[-1])
+        return batches, self.accelerator.gather(torch.tensor(posts, device=device)).sum()
+
+    def _mark_repeated_posts(self, batch: dict[str, Any]) -> int:
+        """Mark and count the posts of an epoch's last batch that accelerate took from its first to give all ranks as many.
+
+        They stand behind the others, the ranks' batches one after the other. A stream does not tell its length: there
+        they count like any other post.
+        """
+        progress = self.accelerator.gradient_state
+        if not progress.end_of_dataloader or progress.remainder <= 0:
+            return 0
+        slots = torch.arange(len(batch["id"])) + self.accelerator.process_index * len(batch["id"])
+        repeated = slots >= progress.remainder
+        batch["repeated"] = repeated.to(batch["has_rationale"].device)
+        return int(repeated.sum())
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -285,6 +304,7 @@ class KeyphraseTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         self._eval_prefix = metric_key_prefix  # "eval_NAME" for one of several evaluation sets
+        self._records["eval"].clear()  # of a prediction, which logs nothing
         return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def record(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -297,6 +317,7 @@ class KeyphraseTrainer(SFTTrainer):
         """
         values = values.detach().to(torch.float64 if values.device.type == "cpu" else torch.float32)
         weights = torch.ones_like(values) if weights is None else weights.detach().to(values.dtype)
+        values = values.masked_fill(weights == 0, 0.0)  # what does not count may be infinite
         mode = "train" if self.model.training else "eval"
         entry = self._records[mode].setdefault(name, [0.0, 0.0])
         entry[0] += (values * weights).sum()
@@ -328,6 +349,7 @@ class KeyphraseTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
+        self._mark_repeated_posts(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -336,6 +358,12 @@ class KeyphraseTrainer(SFTTrainer):
         tokens = inputs["prompt"]["input_ids"].numel()
         tokens += sum(inputs[kind]["input_ids"].numel() for kind in self.target_kinds if kind in inputs)
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+
+def repeated_posts(inputs: dict[str, Any]) -> torch.Tensor:
+    """Posts that were already counted in this epoch and only fill up its last batch, (B,) bool."""
+    repeated = inputs.get("repeated")
+    return torch.zeros_like(inputs["has_rationale"]) if repeated is None else repeated
 
 
 class MethodState(TrainerCallback):
