@@ -3,6 +3,11 @@
 Given a model, its processor and posts, gives one prediction per post, in the posts' order. Holds: a prompt is rendered
 by the renderer that training uses, from the post's text and pictures alone, never from its keyphrases or rationale;
 a prediction does not depend on the batch size beyond floating-point noise; the model is left in the modes it was in.
+
+The model decides whether to reason (mode "auto"), or is made to. "think" writes `<think>` behind the rendered prompt, as
+it stands in front of a reasoning target, and the model goes on from there. "direct" takes from the model, as long as it
+has written nothing but blanks, every token that `<think>` could begin with, and everywhere the tags of reasoning that
+are tokens of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,14 +23,21 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
-from dynkp.data.collators import PairedTargetCollator
-from dynkp.data.prompts import TAGS, KeyphraseTask, count_words
+from dynkp.data.collators import PairedTargetCollator, PromptRenderer
+from dynkp.data.prompts import END_THINK, TAGS, THINK, KeyphraseTask, count_words
 
 logger = logging.getLogger(__name__)
 
 Modality = Literal["both", "text", "image"]
+Mode = Literal["auto", "think", "direct"]
 
 # All that a prompt may be made of: gold columns do not come near it.
 _PROMPT_COLUMNS = ("id", "text", "images", "image", "prompt")
@@ -41,8 +53,11 @@ class Prediction(TypedDict):
         keyphrases: as `parse_answer` reads them, in the order generated.
         raw: the whole output, with the tags of reasoning and answer, without control tokens.
         reasoned: whether it holds reasoning.
-        output_tokens: generated tokens, the end of turn not counted.
+        output_tokens: tokens of the output, the end of turn not counted, a `<think>` written for the model counted.
+        prompt_tokens: tokens of the prompt, image placeholders included.
         output_words: blank-separated words of `raw`, tags not counted.
+        mode: "auto", "think" or "direct".
+        modality: "both", "text" or "image".
     """
 
     id: str
@@ -50,7 +65,10 @@ class Prediction(TypedDict):
     raw: str
     reasoned: bool
     output_tokens: int
+    prompt_tokens: int
     output_words: int
+    mode: str
+    modality: str
 
 
 def generate_keyphrases(
@@ -62,6 +80,7 @@ def generate_keyphrases(
     batch_size: int = 8,
     max_new_tokens: int = 512,
     modality: Modality = "both",
+    mode: Mode = "auto",
     progress: bool = True,
     generation_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Prediction]:
@@ -79,6 +98,7 @@ def generate_keyphrases(
         batch_size: posts per call of `model.generate`, at least 1.
         max_new_tokens: longest output in tokens; one that is cut off inside its reasoning has no keyphrases.
         modality: "text" leaves the pictures out of the prompts, "image" the text.
+        mode: "think" makes the model reason first, "direct" answer at once, "auto" lets it decide.
         progress: whether to show a progress bar with posts per second.
         generation_kwargs: for `model.generate`, such as `num_beams`; these win over all of the above.
 
@@ -93,113 +113,239 @@ def generate_keyphrases(
         >>> [row["id"] for row in generate_keyphrases(model, processor, posts, max_new_tokens=8)]
         ['1']
     """
-    options = dict(generation_kwargs or {})
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if modality not in ("both", "text", "image"):
-        raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
-    if options.get("num_return_sequences", 1) != 1:
-        raise ValueError("generation_kwargs: num_return_sequences must be 1, a post has one prediction")
-    generator = _Generator(model, processor, task, {"max_new_tokens": max_new_tokens, **options})
-    return _predictions(generator, posts, batch_size, modality, progress)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    dialogue = PostDialogue(processor, task, mode=mode, modality=modality)
+    generator = TransformersGenerator(model, dialogue, **{"max_new_tokens": max_new_tokens, **(generation_kwargs or {})})
+    return _predictions(generator, posts, batch_size, progress)
 
 
 def _predictions(
-    generator: _Generator, posts: Iterable[Mapping[str, Any]], batch_size: int, modality: Modality, progress: bool
+    generator: TransformersGenerator, posts: Iterable[Mapping[str, Any]], batch_size: int, progress: bool
 ) -> Iterator[Prediction]:
     total = len(posts) if isinstance(posts, Sized) else None
-    rows = (_prompt_row(row, index, modality) for index, row in enumerate(posts))
+    rows = (generator.dialogue.prompt_row(row, index) for index, row in enumerate(posts))
     with tqdm(total=total, desc="Predicting", unit="post", disable=not progress) as bar:
         while window := list(islice(rows, batch_size * _BATCHES_PER_WINDOW)):
-            # Longest first: what does not fit into memory fails at once.
-            order = sorted(range(len(window)), key=lambda index: _size(window[index]), reverse=True)
             predictions: dict[int, Prediction] = {}
-            while order:
-                pictures = _size(window[order[0]])[0]
-                batch = [index for index in order[:batch_size] if _size(window[index])[0] == pictures]
-                order = order[len(batch) :]
+            for batch in plan_batches([prompt_size(row) for row in window], batch_size):
                 outputs = generator([window[index] for index in batch])
                 predictions.update(zip(batch, outputs, strict=True))
                 bar.update(len(batch))
             yield from (predictions[index] for index in range(len(window)))
-    if generator.cut_off:
-        logger.warning(
-            "%d outputs were cut off at %d tokens; raise max_new_tokens if their reasoning was longer than that.",
-            generator.cut_off,
-            generator.options["max_new_tokens"],
-        )
+    generator.dialogue.warn_of_cut_off(generator.options["max_new_tokens"])
 
 
-def _prompt_row(row: Mapping[str, Any], index: int, modality: Modality) -> dict[str, Any]:
-    kept = {column: row[column] for column in _PROMPT_COLUMNS if column in row}
-    kept["id"] = str(kept.get("id", index))
-    if modality != "both":
-        if kept.get("prompt") is not None:
-            raise ValueError(
-                f"post {kept['id']!r}: modality={modality!r} needs rows with `text` and `images`; "
-                "a written-out `prompt` cannot be taken apart"
-            )
-        if modality == "image":
-            kept["text"] = ""
-        else:
-            kept["images"] = []
-    return kept
+def plan_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Batches of posts with equally many pictures and prompts of similar length.
+
+    Args:
+        sizes: per post what `prompt_size` says.
+        batch_size: the most posts in a batch.
+
+    Returns:
+        Lists of indices into `sizes`, longest posts first: what does not fit into memory fails at once.
+
+    Example:
+        >>> plan_batches([(1, 5), (0, 9), (1, 80), (1, 7)], 2)
+        [[2, 3], [0], [1]]
+    """
+    order = sorted(range(len(sizes)), key=lambda index: sizes[index], reverse=True)
+    batches = []
+    while order:
+        pictures = sizes[order[0]][0]
+        batch = [index for index in order[:batch_size] if sizes[index][0] == pictures]
+        order = order[len(batch) :]
+        batches.append(batch)
+    return batches
 
 
-def _size(row: Mapping[str, Any]) -> tuple[int, int]:
+def prompt_size(row: Mapping[str, Any]) -> tuple[int, int]:
     """Pictures and characters: a stand-in for the prompt's length that neither reads pictures nor tokenizes."""
     pictures = row.get("images")
     count = len(pictures) if pictures is not None else int(row.get("image") is not None)
     return count, len(str(row.get("prompt") or row.get("text") or ""))
 
 
-class _Generator:
-    """One model with its way of stopping and decoding; called with the rows of a batch."""
+class _OpenedRenderer(PromptRenderer):
+    """Prompts with the first words of the answer behind them."""
+
+    opening = ""
+
+    def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
+        return super().prompt(row, num_images) + self.opening
+
+
+class PostDialogue:
+    """What a model is asked about a post, and how its output is read; the same for every backend.
+
+    Args:
+        processor: processor of a vision-language model, or tokenizer of a text model.
+        task: the prompt's template and the answer's separator.
+        mode: as in `generate_keyphrases`.
+        modality: as in `generate_keyphrases`.
+
+    Raises:
+        ValueError: if mode or modality is not known, or mode is "direct" and the chat template opens the reasoning.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
         processor: ProcessorMixin | PreTrainedTokenizerBase,
-        task: KeyphraseTask | str,
-        options: Mapping[str, Any],
+        task: KeyphraseTask | str = "dynamic_cot",
+        *,
+        mode: Mode = "auto",
+        modality: Modality = "both",
     ):
-        self.model = model
+        if modality not in ("both", "text", "image"):
+            raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
+        if mode not in ("auto", "think", "direct"):
+            raise ValueError(f"mode={mode!r} is not known: use 'auto', 'think' or 'direct'")
+        self.mode = mode
+        self.modality = modality
         self.collator = PairedTargetCollator(processor, task=task)
-        self.renderer = self.collator.renderer
+        self.collator.renderer = self.renderer = _OpenedRenderer(processor, task)
         tokenizer = self.tokenizer = self.renderer.tokenizer
-        self.stop_ids = self._stop_ids()
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         # A vocabulary may hold the tags as special tokens; without them the answer could not be read.
         self.dropped_ids = special - {index for tag, index in tokenizer.get_added_vocab().items() if tag in TAGS}
+        self.cut_off = 0
+
+        opened = self.renderer.prompt({"text": "?"}, 0).rstrip().endswith(THINK)
+        if opened and mode == "direct":
+            raise ValueError(
+                f"mode='direct': the chat template of {tokenizer.name_or_path!r} itself writes {THINK} behind the prompt; "
+                "use 'auto' or 'think', or a template that leaves it to the model"
+            )
+        if mode == "think" and not opened:
+            # With the blanks, if any, that the template puts between prompt and answer.
+            example = {"text": "?", "keyphrases": ["keyphrase"], "rationale": "why"}
+            before, tag, _ = (self.renderer.reasoning_target(example, 0) or "").partition(THINK)
+            self.renderer.opening = before + THINK if tag else THINK
+        # Part of what is read, whoever wrote it: an output cut off inside its reasoning has no answer.
+        self.prefix = THINK if opened else self.renderer.opening.lstrip()
+        self.opening_tokens = len(tokenizer(self.renderer.opening, add_special_tokens=False)["input_ids"])
+
+    def prompt_row(self, row: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
+        """The columns of a row that a prompt may be made of, by the modality; an `id` in any case."""
+        kept = {column: row[column] for column in _PROMPT_COLUMNS if column in row}
+        kept["id"] = str(kept.get("id", index))
+        if self.modality != "both":
+            if kept.get("prompt") is not None:
+                raise ValueError(
+                    f"post {kept['id']!r}: modality={self.modality!r} needs rows with `text` and `images`; "
+                    "a written-out `prompt` cannot be taken apart"
+                )
+            if self.modality == "image":
+                kept["text"] = ""
+            else:
+                kept["images"] = []
+                kept.pop("image", None)
+        return kept
+
+    def stop_ids(self, eos_token_id: int | list[int] | None) -> set[int]:
+        """The checkpoint's own end tokens, and the one that training puts behind every answer."""
+        target = self.renderer.direct_target({"text": "", "keyphrases": ["keyphrase"]}, 0)
+        after = self.tokenizer(target.rpartition("keyphrase")[2], add_special_tokens=False)["input_ids"]
+        end_of_turn = next((index for index in after if index in self.tokenizer.added_tokens_decoder), None)
+        own = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        return {index for index in (*own, self.tokenizer.eos_token_id, end_of_turn) if index is not None}
+
+    def forbidden_ids(self) -> tuple[set[int], set[int], set[int]]:
+        """For mode "direct": tokens forbidden at the start of an output, tokens forbidden anywhere, and blank tokens."""
+        ids = range(len(self.tokenizer))
+        start, anywhere, blank = set(), set(), set(self.dropped_ids)
+        for index, text in zip(ids, self.tokenizer.batch_decode([[index] for index in ids]), strict=True):
+            stripped = text.strip()
+            if not stripped:
+                blank.add(index)
+            elif THINK.startswith(stripped) or stripped.startswith(THINK):
+                start.add(index)
+            if THINK in text or END_THINK in text:
+                anywhere.add(index)
+        return start, anywhere, blank
+
+    def prediction(self, post_id: str, prompt_tokens: int, tokens: Sequence[int], stop_ids: set[int]) -> Prediction:
+        """Read the generated tokens of one post; what follows a stop token is padding."""
+        end = next((position for position, token in enumerate(tokens) if token in stop_ids), None)
+        self.cut_off += end is None
+        tokens = tokens[:end]
+        raw = self.prefix + self.tokenizer.decode([token for token in tokens if token not in self.dropped_ids])
+        answer = self.renderer.task.parse(raw)
+        return Prediction(
+            id=post_id,
+            keyphrases=answer.keyphrases,
+            raw=raw,
+            reasoned=answer.reasoned,
+            output_tokens=self.opening_tokens + len(tokens),
+            prompt_tokens=prompt_tokens - self.opening_tokens,
+            output_words=count_words(raw),
+            mode=self.mode,
+            modality=self.modality,
+        )
+
+    def warn_of_cut_off(self, max_new_tokens: int) -> None:
+        """Say once, at the end, how many outputs did not come to their end."""
+        if self.cut_off:
+            logger.warning(
+                "%d outputs were cut off at %d tokens; raise max_new_tokens if their reasoning was longer than that.",
+                self.cut_off,
+                max_new_tokens,
+            )
+
+
+class TransformersGenerator:
+    """One model with its way of stopping and decoding; called with the rows of a batch.
+
+    Args:
+        model: a model that generates, on its device; PEFT models too.
+        dialogue: the prompts, and the reading of outputs.
+        max_new_tokens: longest output in tokens.
+        options: for `model.generate`.
+    """
+
+    def __init__(self, model: PreTrainedModel, dialogue: PostDialogue, *, max_new_tokens: int = 512, **options: Any):
+        self.model = model
+        self.dialogue = dialogue
+        tokenizer = dialogue.tokenizer
+        self.stop_ids = dialogue.stop_ids(model.generation_config.eos_token_id)
         self.options = {
+            "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "use_cache": True,  # trainers turn it off in the model's config while gradients are checkpointed
             "eos_token_id": sorted(self.stop_ids),
             "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **options,
         }
-        self.cut_off = 0
+        if self.options["max_new_tokens"] < 1:
+            raise ValueError(f"max_new_tokens={self.options['max_new_tokens']} must be at least 1")
+        if options.get("num_return_sequences", 1) != 1:
+            raise ValueError("generation_kwargs: num_return_sequences must be 1, a post has one prediction")
+        self._forbidden = dialogue.forbidden_ids() if dialogue.mode == "direct" else None
 
-    def _stop_ids(self) -> set[int]:
-        """The checkpoint's own end tokens, and the one that training puts behind every answer."""
-        eos = self.model.generation_config.eos_token_id
-        stop_ids = set(eos) if isinstance(eos, list) else {eos}
-        stop_ids.add(self.tokenizer.eos_token_id)
-        target = self.renderer.direct_target({"text": "", "keyphrases": ["keyphrase"]}, 0)
-        end_of_turn = self.tokenizer(target.rpartition("keyphrase")[2], add_special_tokens=False)["input_ids"]
-        stop_ids.add(next((index for index in end_of_turn if index in self.tokenizer.added_tokens_decoder), None))
-        return stop_ids - {None}
+    def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Prediction]:
+        """Predict a batch of rows as `PostDialogue.prompt_row` makes them.
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[Prediction]:
-        prompts = self.collator.collate_prompts(rows, [self.renderer.images(row) for row in rows])
+        Args:
+            rows: at least one; equally many pictures in each, where the model asks for that.
+            seed: of sampling, for this batch alone; PyTorch's global generator is left as it was.
+        """
+        prompts = self.dialogue.collator.collate_prompts(rows, [self.dialogue.renderer.images(row) for row in rows])
         inputs = {name: self._placed(value) for name, value in prompts.items()}
-        with _evaluating(self.model):
-            outputs = self.model.generate(**inputs, **self.options)
+        prompt_tokens = prompts["attention_mask"].sum(dim=1).tolist()
         width = inputs["input_ids"].shape[1]
+        options = dict(self.options)
+        if self._forbidden is not None:
+            own = options.pop("logits_processor", None) or []
+            options["logits_processor"] = LogitsProcessorList([*own, _NoReasoning(width, *self._forbidden)])
+        with _evaluating(self.model), _seeded(seed, self.model.device):
+            outputs = self.model.generate(**inputs, **options)
         new_tokens = outputs[:, width:].tolist()
-        return [self._prediction(row["id"], tokens) for row, tokens in zip(rows, new_tokens, strict=True)]
+        return [
+            self.dialogue.prediction(row["id"], count, tokens, self.stop_ids)
+            for row, count, tokens in zip(rows, prompt_tokens, new_tokens, strict=True)
+        ]
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -207,20 +353,34 @@ class _Generator:
         # Pictures come as float32, whatever the model computes in.
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
-    def _prediction(self, post_id: str, tokens: list[int]) -> Prediction:
-        end = next((position for position, token in enumerate(tokens) if token in self.stop_ids), None)
-        self.cut_off += end is None
-        tokens = tokens[:end]
-        raw = self.tokenizer.decode([token for token in tokens if token not in self.dropped_ids])
-        answer = self.renderer.task.parse(raw)
-        return Prediction(
-            id=post_id,
-            keyphrases=answer.keyphrases,
-            raw=raw,
-            reasoned=answer.reasoned,
-            output_tokens=len(tokens),
-            output_words=count_words(raw),
-        )
+
+class _NoReasoning(LogitsProcessor):
+    """Mode "direct": see the head of this file."""
+
+    def __init__(self, prompt_width: int, start: set[int], anywhere: set[int], blank: set[int]):
+        self.prompt_width = prompt_width
+        ids = (start, anywhere, blank)
+        self.start, self.anywhere, self.blank = (torch.tensor(sorted(part), dtype=torch.long) for part in ids)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        device = scores.device
+        written = input_ids[:, self.prompt_width :]
+        nothing_yet = torch.isin(written, self.blank.to(device)).all(dim=1)
+        scores = scores.clone()
+        scores[:, self.anywhere.to(device)] = -torch.inf
+        at_start = nothing_yet.nonzero()
+        scores[at_start, self.start.to(device)] = -torch.inf
+        return scores
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

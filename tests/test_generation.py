@@ -3,6 +3,7 @@
 - predictions are the plain greedy decoding of the training prompt, for every family, at any batch size;
 - they come in the posts' order with the posts' ids, and depend on text and pictures alone, never on gold columns;
 - tags survive decoding, control tokens do not, and nothing after the end of turn is read;
+- mode "think" begins with <think>, "direct" never does, whatever the model wants;
 - the model is left as it was: modes, gradient checkpointing, PEFT;
 - a predictions file is whole or not there.
 """
@@ -20,7 +21,7 @@ from PIL import Image
 from tiny_models import FAMILIES, build
 
 from dynkp.data.collators import PairedTargetCollator, PromptRenderer
-from dynkp.generation import generate_keyphrases, write_predictions
+from dynkp.generation import PostDialogue, TransformersGenerator, generate_keyphrases, write_predictions
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -124,9 +125,10 @@ def test_modalities():
     rows = posts(5)
     without_pictures = [{**row, "images": []} for row in rows]
     without_text = [{**row, "text": ""} for row in rows]
-    assert predict(model, processor, rows, modality="text") == predict(model, processor, without_pictures)
-    assert predict(model, processor, rows, modality="image") == predict(model, processor, without_text)
-    assert predict(model, processor, rows, modality="image") != predict(model, processor, rows)
+    for modality, equivalent in (("text", without_pictures), ("image", without_text)):
+        expected = [{**row, "modality": modality} for row in predict(model, processor, equivalent)]
+        assert predict(model, processor, rows, modality=modality) == expected
+        assert [row["raw"] for row in expected] != [row["raw"] for row in predict(model, processor, rows)]
 
 
 def test_a_datasets_dataset_and_conversational_rows():
@@ -139,6 +141,79 @@ def test_a_datasets_dataset_and_conversational_rows():
     assert predict(model, processor, conversations) == expected
     with pytest.raises(ValueError, match="post '0': modality='text' needs rows with `text` and `images`"):
         predict(model, processor, conversations, modality="text")
+
+
+def favouring(model, processor, text: str):
+    """Make the model want to write `text`, and its end of turn after it, above all else."""
+    wanted = processor(text, add_special_tokens=False)["input_ids"] + [processor.eos_token_id]
+
+    def prefer(module, arguments, output):
+        step = prefer.step
+        output.logits[:, -1, wanted[min(step, len(wanted) - 1)]] += 1e4
+        prefer.step += 1
+
+    prefer.step = 0
+    return model.register_forward_hook(prefer)
+
+
+@pytest.mark.parametrize("single_tokens", [True, False])
+@pytest.mark.parametrize("text", ["<think>a dog</think><answer>dog</answer>", "  \n<think>", "</think>dog"])
+def test_direct_never_begins_to_reason(single_tokens, text):
+    model, processor = build("llama")
+    if single_tokens:
+        processor.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
+        model.resize_token_embeddings(len(processor))
+    rows = [{"id": "x", "text": "t"}]
+    options = {"max_new_tokens": 24, "batch_size": 1}
+    for mode, reasons in (("auto", True), ("direct", False)):
+        hook = favouring(model, processor, text)
+        (prediction,) = predict(model, processor, rows, mode=mode, **options)
+        hook.remove()
+        assert prediction["mode"] == mode
+        if reasons:
+            assert prediction["reasoned"] and prediction["raw"].strip() == text.strip()
+        else:
+            assert not prediction["raw"].lstrip().startswith("<think>")
+            assert not (single_tokens and prediction["reasoned"])
+    beams = predict(model, processor, rows, mode="direct", generation_kwargs={"num_beams": 3}, **options)
+    assert not beams[0]["raw"].lstrip().startswith("<think>")
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_think_begins_with_the_tag(family):
+    model, processor = build(family)
+    rows = [{**row, "images": []} for row in posts(3)] if family == "llama" else posts(3)
+    auto = predict(model, processor, rows)
+    think = predict(model, processor, rows, mode="think", batch_size=2)
+    assert all(row["raw"].startswith("<think>") and row["reasoned"] for row in think)
+    assert [row["prompt_tokens"] for row in think] == [row["prompt_tokens"] for row in auto]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    before = " " if family == "llava" else ""  # its template puts a blank between "ASSISTANT:" and the answer
+    opening = len(tokenizer(before + "<think>", add_special_tokens=False)["input_ids"])
+    assert all(opening <= row["output_tokens"] <= opening + 6 for row in think)
+
+
+def test_a_template_that_opens_the_reasoning(monkeypatch):
+    model, processor = build("llama")
+    opening = "{% if add_generation_prompt %}<think>\n{% endif %}"
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template + opening)
+    rows = [{"id": "x", "text": "t"}]
+    (auto,), (think,) = (predict(model, processor, rows, mode=mode) for mode in ("auto", "think"))
+    assert {**auto, "mode": "think"} == think
+    assert auto["reasoned"] and auto["keyphrases"] == []  # cut off inside its reasoning
+    with pytest.raises(ValueError, match="mode='direct': the chat template"):
+        predict(model, processor, rows, mode="direct")
+
+
+def test_sampling_is_seeded_by_batch():
+    model, processor = build("llama")
+    dialogue = PostDialogue(processor)
+    generator = TransformersGenerator(model, dialogue, max_new_tokens=8, do_sample=True, num_beams=2, temperature=2.0)
+    rows = [dialogue.prompt_row({"id": str(index), "text": "a dog"}) for index in range(2)]
+    before = torch.get_rng_state()
+    first, again, other = generator(rows, seed=1), generator(rows, seed=1), generator(rows, seed=2)
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -160,7 +235,10 @@ def test_tags_survive_and_control_tokens_do_not(monkeypatch, special):
         "raw": "<think>a dog</think><answer>dog; park</answer>",
         "reasoned": True,
         "output_tokens": output.index(processor.eos_token_id),
+        "prompt_tokens": prediction["prompt_tokens"],
         "output_words": 4,
+        "mode": "auto",
+        "modality": "both",
     }
 
 
@@ -241,6 +319,7 @@ def test_outputs_cut_off_are_reported(caplog):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"modality": "audio"}, "modality='audio' is not known"),
+        ({"mode": "slow"}, "mode='slow' is not known"),
         ({"generation_kwargs": {"num_return_sequences": 2}}, "num_return_sequences must be 1"),
         ({"task": "tags"}, "task='tags' is not known"),
     ],
