@@ -58,7 +58,7 @@ def scores(posts, train_keyphrases, predictions) -> dict:
 def test_every_printed_digit_of_the_2020_script(scores, reference, subset):
     official = reference["official_cmkp"]
     for k in KS:
-        for ours, theirs in (("P", "macro_avg_p"), ("R", "macro_avg_r"), ("F1", "macro_avg_f1"), ("MAP", "MAP")):
+        for ours, theirs in (("p", "macro_avg_p"), ("r", "macro_avg_r"), ("f1", "macro_avg_f1"), ("map", "MAP"), ("ndcg", "avg_NDCG")):
             assert round(scores[subset][f"{ours}@{k}"], 5) == official[f"{theirs}@{k}_{subset}"], (ours, k)
 
 
@@ -70,8 +70,9 @@ def test_subsets(scores, reference, subset, name):
     expected = reference["subsets"][name]
     assert scores[subset]["posts"] == expected["posts"]
     for k in KS:
-        for score in ("P", "R", "F1", "MAP"):
-            assert scores[subset][f"{score}@{k}"] == pytest.approx(expected[f"{score}@{k}"], abs=1e-12), (score, k)
+        for score in ("P", "R", "F1", "MAP", "microF1"):
+            ours = score.lower().replace("microf1", "micro_f1")
+            assert scores[subset][f"{ours}@{k}"] == pytest.approx(expected[f"{score}@{k}"], abs=1e-12), (score, k)
 
 
 def test_posts_per_subset_of_the_whole_test_set(posts, train_keyphrases):
@@ -85,39 +86,39 @@ def test_posts_per_subset_of_the_whole_test_set(posts, train_keyphrases):
         "unseen": 74,
     }
     for row in scores.values():
-        assert (row["P@5"], row["R@5"], row["F1@5"], row["MAP@5"]) == (1, 1, 1, 1)
+        assert (row["p@5"], row["r@5"], row["f1@5"], row["map@5"]) == (1, 1, 1, 1)
 
 
 def test_one_prediction_has_one_f1_at_every_k(posts, predictions):
     gold = [post["keyphrases"] for post in posts[: len(predictions)]]
     row = score_keyphrases([ranked[:1] for ranked in predictions], gold)["all"]
-    assert row["F1@1"] == row["F1@3"] == row["F1@5"]
-    assert round(100 * row["F1@1"], 3) == 46.675
-    assert row["MAP@5"] == row["R@1"]
+    assert row["f1@1"] == row["f1@3"] == row["f1@5"]
+    assert round(100 * row["f1@1"], 3) == 46.675
+    assert row["map@5"] == row["r@1"]
 
 
 def test_by_hand():
     # Post 1: hits at ranks 2 and 3 of {a, b, c}; post 2: a miss.
     row = score_keyphrases([["x", "a", "b"], ["y"]], [["a", "b", "c"], ["z"]], ks=[1, 2, 5])["all"]
-    assert row["P@1"] == row["R@1"] == row["F1@1"] == row["MAP@1"] == 0
-    assert row["P@2"] == pytest.approx((1 / 2 + 0) / 2)
-    assert row["R@2"] == pytest.approx((1 / 3 + 0) / 2)
-    assert row["F1@2"] == pytest.approx(2 * (1 / 4) * (1 / 6) / (1 / 4 + 1 / 6))
-    assert row["P@5"] == pytest.approx((2 / 3 + 0) / 2)  # not padded to 5
-    assert row["MAP@5"] == pytest.approx((1 / 3) * (1 / 2 + 2 / 3) / 2)
+    assert row["p@1"] == row["r@1"] == row["f1@1"] == row["map@1"] == 0
+    assert row["p@2"] == pytest.approx((1 / 2 + 0) / 2)
+    assert row["r@2"] == pytest.approx((1 / 3 + 0) / 2)
+    assert row["f1@2"] == pytest.approx(2 * (1 / 4) * (1 / 6) / (1 / 4 + 1 / 6))
+    assert row["p@5"] == pytest.approx((2 / 3 + 0) / 2)  # not padded to 5
+    assert row["map@5"] == pytest.approx((1 / 3) * (1 / 2 + 2 / 3) / 2)
 
 
 def test_f1_is_the_harmonic_mean_of_the_means():
     row = score_keyphrases([["a"], ["b"]], [["a", "c"], ["b"]], ks=[1])["all"]
-    assert row["F1@1"] == pytest.approx(2 * 1 * 0.75 / 1.75)
-    assert row["F1@1"] != pytest.approx((2 / 3 + 1) / 2)  # the mean of the posts' F1
+    assert row["f1@1"] == pytest.approx(2 * 1 * 0.75 / 1.75)
+    assert row["f1@1"] != pytest.approx((2 / 3 + 1) / 2)  # the mean of the posts' F1
 
 
 def test_repeats_and_unknown_words_are_dropped_before_the_cut():
     row = score_keyphrases([["dogs", "Dog", "a <unk>", "b , c", ".", "cat"]], [["cats"]], ks=[1, 2])["all"]
-    assert (row["P@1"], row["P@2"]) == (0, 0.5)
+    assert (row["p@1"], row["p@2"]) == (0, 0.5)
     # Only whole tokens are: "st. louis" stays, and takes its place.
-    assert score_keyphrases([["st. louis", "cat"]], [["cat"]], ks=[1])["all"]["P@1"] == 0
+    assert score_keyphrases([["st. louis", "cat"]], [["cat"]], ks=[1])["all"]["p@1"] == 0
 
 
 def test_present_is_a_run_of_whole_stemmed_words():
@@ -127,23 +128,25 @@ def test_present_is_a_run_of_whole_stemmed_words():
         texts=["the Runs dogs category"],
         ks=[5],
     )
-    assert scores["present"]["R@5"] == 1  # "run dog" alone; "run" is present too, and wrong
-    assert scores["present"]["P@5"] == 0.5
-    assert scores["absent"]["R@5"] == pytest.approx(1 / 3)  # "cat" of cat, "dog run", "do"
+    assert scores["present"]["r@5"] == 1  # "run dog" alone; "run" is present too, and wrong
+    assert scores["present"]["p@5"] == 0.5
+    assert scores["absent"]["r@5"] == pytest.approx(1 / 3)  # "cat" of cat, "dog run", "do"
 
 
 def test_no_prediction_and_a_blank_one_score_nothing():
     for nothing in ([], [""], [" "]):
         scores = score_keyphrases([nothing], [["a"]], texts=["a b"], train_keyphrases=["b"])
-        assert [scores[subset]["F1@5"] for subset in ("all", "present", "unseen")] == [0, 0, 0]
+        assert [scores[subset]["f1@5"] for subset in ("all", "present", "unseen")] == [0, 0, 0]
     # A blank one takes a place, as an empty field does in the 2020 script.
-    assert score_keyphrases([["", "a"]], [["a"]], ks=[1])["all"]["P@1"] == 0
+    assert score_keyphrases([["", "a"]], [["a"]], ks=[1])["all"]["p@1"] == 0
 
 
 def test_a_subset_without_posts_has_no_score():
     scores = score_keyphrases([["a"]], [["a"]], train_keyphrases=["a"], ks=[1])
-    assert scores["unseen"] == {"posts": 0, "P@1": None, "R@1": None, "F1@1": None, "MAP@1": None}
-    assert score_keyphrases([], [], ks=[1])["all"]["F1@1"] is None
+    assert scores["unseen"] == {"posts": 0, "phrases": 0} | dict.fromkeys(
+        ["p@1", "r@1", "f1@1", "map@1", "ndcg@1", "micro_f1@1"]
+    )
+    assert score_keyphrases([], [], ks=[1])["all"]["f1@1"] is None
 
 
 PHRASES = st.lists(st.sampled_from(["dog", "Dogs", "sun set", "sun sets", "cat", "x ."]), max_size=6)
@@ -156,7 +159,7 @@ def test_invariances(pairs, random):
     random.shuffle(loud)
     assert score_keyphrases(*zip(*loud, strict=True))["all"] == pytest.approx(scores)
     for name, value in scores.items():
-        assert name == "posts" or 0 <= value <= 1
+        assert name in ("posts", "phrases") or 0 <= value <= 1
 
 
 def test_stems_are_joined_by_one_blank():

@@ -1,24 +1,35 @@
-"""Keyphrase scores, convention `cmkp`: the script of Wang et al. (2020), by which the baselines' papers report.
+"""Keyphrase scores in four conventions, each to the last digit, over subsets of the phrases.
 
-Given ranked predictions and gold keyphrases per post, gives P, R, F1 and MAP at k per subset of the phrases. Holds:
-every printed digit of the 2020 script, at a tenth of its time. A phrase is compared as its words' Porter stems
-(NLTK's default mode, which lower-cases), joined by one blank. No torch, nothing else of this package.
+Given   ranked predictions and gold keyphrases per post; texts and training keyphrases for the subsets.
+Gives   P, R, F1, MAP and NDCG at k per subset, per post if wanted, with the numbers of posts and phrases behind them.
+Holds   the figures of the 2020 script (`cmkp`) and of AimKP's (`aimkp`), in a tenth of their time; memory does not grow
+        with the number of posts unless per-post scores are kept. No torch, nothing of this package outside this folder.
+
+A phrase is compared as its words' Porter stems (NLTK's default mode, which lower-cases), joined by one blank. Phrases are
+numbered, and all counting is done on arrays of numbers, for some thousand posts at a time. README.md has the formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from .porter import porter_stem
+
+CONVENTIONS = ("cmkp", "aimkp", "padded", "unpadded")
+SUBSETS = ("all", "present", "absent", "seen", "unseen")
+
+Scores = dict[str, dict[str, Any]]
+_Array = np.ndarray[Any, Any]
 
 # A prediction with one of these among its words is dropped before the cut at k, as the 2020 script does.
 _DROPPED_TOKENS = frozenset(("<unk>", ",", "."))
-
-
-class _Post(NamedTuple):
-    gold: frozenset[str]
-    ranked: list[str]
-    text: str | None
+_OPPOSITES = ({"present", "absent"}, {"seen", "unseen"})
+_POSTS_AT_A_TIME = 8192
 
 
 def score_keyphrases(
@@ -28,70 +39,406 @@ def score_keyphrases(
     texts: Iterable[str] | None = None,
     train_keyphrases: Iterable[str] | None = None,
     ks: Sequence[int] = (1, 3, 5),
-) -> dict[str, dict[str, float | None]]:
-    """Score ranked keyphrases against the gold ones by convention `cmkp`.
+    convention: str = "cmkp",
+    subsets: Sequence[str] | None = None,
+) -> Scores:
+    """Score ranked keyphrases against the gold ones.
 
-    With G the set of a post's gold phrases, Q its predictions without repeats, m = min(k, |Q|) and h the hits among
-    the first m: P = h/m (0 without predictions), R = h/|G|, AP = (1/|G|) Σ_{j≤m} rel_j · hits_j/j. Reported are the
-    means over posts, and F1@k, the **harmonic mean of the two means**, which is not the mean of the posts' F1.
+    The conventions do not agree with each other; name the one used beside every figure. With G a post's distinct gold
+    phrases, Q its predictions and h the hits among the first k:
 
-    A subset keeps, of gold **and** predictions, the phrases of one kind, cuts at k inside it, and averages over the
-    posts with at least one such gold phrase. Present: the stemmed phrase is a run of the stemmed text's words. Seen:
-    it is among the training keyphrases.
+    - `cmkp` (Wang et al. 2020): Q without repeats; P = h/min(k, |Q|), R = h/|G|, F1@k is the **harmonic mean of the
+      means** of P and R; NDCG is measured against the best order of what was predicted.
+    - `aimkp` (AimKP's tables): P = h/k, R = h/(gold phrases as listed), F1@k is the mean of the posts' F1; "MAP@k" is the
+      mean of the precisions at 1, ..., min(k, |Q|), which is not mean average precision.
+    - `padded`, `unpadded` (the keyphrase field): Q without repeats and blanks; P = h/k or h/min(k, |Q|), R = h/|G|, F1@k
+      is the mean of the posts' F1; also F1@M (all predictions), F1@O (as many as gold) and R-precision.
+
+    A subset keeps, of gold **and** predictions, the phrases of one kind, cuts at k inside it, and averages over the posts
+    with at least one such gold phrase. Present: the stemmed phrase is a run of the stemmed text's words. Seen: it is
+    among the training keyphrases. Kinds joined by "&", as in `present&unseen`, must all hold.
 
     Args:
         predictions: per post its keyphrases, best first; an empty list scores 0.
         references: per post its gold keyphrases, at least one; the same order and number of posts.
-        texts: per post its text, words apart by blanks; gives the subsets `present` and `absent`.
-        train_keyphrases: the training set's keyphrases; gives the subsets `seen` and `unseen`.
+        texts: per post its text (with its OCR, if that counts as text), words apart by blanks; for present and absent.
+        train_keyphrases: the training set's keyphrases; for seen and unseen.
         ks: the cut-offs, at least 1 each.
+        convention: one of `CONVENTIONS`.
+        subsets: those wanted; `None` is `all` and the single kinds that texts and training keyphrases allow.
 
     Returns:
-        Per subset (`all` first) `posts`, the number averaged over, and for every k `P@k`, `R@k`, `F1@k`, `MAP@k` as
-        fractions in [0, 1]; None where a subset has no post.
+        Per subset `posts`, the number averaged over, `phrases`, the number of gold phrases, and for every k `p@k`,
+        `r@k`, `f1@k`, `map@k`, `ndcg@k` as fractions in [0, 1], `None` where a subset has no post. Convention `cmkp` adds
+        `micro_f1@k`; `padded` and `unpadded` add `p@m`, `r@m`, `f1@m`, `f1@o`, `r_precision`.
 
     Raises:
         TypeError: if something other than strings stands where keyphrases or texts belong.
-        ValueError: if numbers of posts differ, a post has no gold keyphrase, one is blank, or a cut-off is below 1.
+        ValueError: if numbers of posts differ, a post has no gold keyphrase, one is blank, a cut-off is below 1, or a
+            subset is asked for without what it needs.
 
     Example:
         >>> scores = score_keyphrases([["dogs", "cats"], ["sun"]], [["dog"], ["rain"]], ks=[1])
-        >>> scores["all"]
-        {'posts': 2, 'P@1': 0.5, 'R@1': 0.5, 'F1@1': 0.5, 'MAP@1': 0.5}
+        >>> scores["all"]["posts"], scores["all"]["p@1"], scores["all"]["f1@1"]
+        (2, 0.5, 0.5)
     """
-    for k in ks:
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"ks={list(ks)!r}: every cut-off must be a whole number of at least 1")
-    predicted = _phrase_lists("predictions", predictions)
-    gold = _phrase_lists("references", references)
-    text_list = [None] * len(gold) if texts is None else _strings("texts", texts)
-    for name, rows in (("predictions", predicted), ("texts", text_list)):
-        if len(rows) != len(gold):
-            raise ValueError(f"{name} has {len(rows)} posts and references has {len(gold)}: give one each per post")
-    for index, phrases in enumerate(gold):
-        if not phrases or not all(phrase.strip() for phrase in phrases):
-            raise ValueError(
-                f"references[{index}]={phrases!r} must hold at least one keyphrase and no blank one: "
-                "leave posts without gold keyphrases out"
+    if subsets is None:
+        allowed = {"all": True, "present": texts is not None, "seen": train_keyphrases is not None}
+        subsets = [name for name in SUBSETS if allowed[{"absent": "present", "unseen": "seen"}.get(name, name)]]
+    scorer = KeyphraseScorer(convention=convention, ks=ks, subsets=subsets, train_keyphrases=train_keyphrases)
+    scorer.add_batch(predictions, references, texts)
+    return scorer.compute()
+
+
+class KeyphraseScorer:
+    """Scores of posts that arrive in batches; `score_keyphrases` explains arguments and results.
+
+    Memory does not depend on the number of posts, but for some 100 bytes per post, subset and cut-off with `keep_posts`.
+
+    Args:
+        convention: one of `CONVENTIONS`.
+        ks: the cut-offs.
+        subsets: those wanted.
+        train_keyphrases: for seen and unseen.
+        keep_posts: whether to keep every post's scores for `post_scores`, which intervals and tests need.
+
+    Raises:
+        TypeError, ValueError: as in `score_keyphrases`.
+
+    Example:
+        >>> scorer = KeyphraseScorer(ks=[1])
+        >>> scorer.add_batch([["dogs", "cats"]], [["dog"]])
+        >>> scorer.add_batch([["sun"]], [["rain"]])
+        >>> scorer.compute()["all"]["f1@1"]
+        0.5
+    """
+
+    def __init__(
+        self,
+        *,
+        convention: str = "cmkp",
+        ks: Sequence[int] = (1, 3, 5),
+        subsets: Sequence[str] = ("all",),
+        train_keyphrases: Iterable[str] | None = None,
+        keep_posts: bool = False,
+    ) -> None:
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention={convention!r} is not known: use one of {', '.join(CONVENTIONS)}")
+        if isinstance(subsets, str):
+            raise TypeError(f"subsets={subsets!r} is a string: give a list of subsets, {[subsets]!r}")
+        self.convention = convention
+        self.ks = _checked_cuts(ks)
+        self.subsets = {name: _kinds(name) for name in subsets}
+        needed = set().union(*self.subsets.values())
+        self._seen: frozenset[str] | None = None
+        if train_keyphrases is not None:
+            phrases = checked_strings("train_keyphrases", train_keyphrases)
+            self._seen = frozenset(stem_phrase(phrase) for phrase in phrases)
+        elif wanting := needed & {"seen", "unseen"}:
+            raise ValueError(f"the subset {min(wanting)!r} needs train_keyphrases, the training set's phrases: give them")
+        self._needs_texts = min(needed & {"present", "absent"}, default=None)
+        self._posts = 0
+        self._totals: dict[str, _Totals] = {name: _Totals(0, {}) for name in self.subsets}
+        self._kept: dict[str, list[PostScores]] | None = {name: [] for name in self.subsets} if keep_posts else None
+
+    def add_batch(
+        self, predictions: Iterable[Sequence[str]], references: Iterable[Sequence[str]], texts: Iterable[str] | None = None
+    ) -> None:
+        """Take some posts in; all of them, or none if one cannot be scored.
+
+        Args:
+            predictions: per post its keyphrases, best first.
+            references: per post its gold keyphrases, at least one.
+            texts: per post its text; needed if a subset is present or absent.
+
+        Raises:
+            TypeError, ValueError: as in `score_keyphrases`.
+        """
+        predicted = checked_phrase_lists("predictions", predictions)
+        gold = checked_phrase_lists("references", references)
+        text_list = None if texts is None else checked_strings("texts", texts)
+        if self._needs_texts and text_list is None:
+            raise ValueError(f"the subset {self._needs_texts!r} needs texts, one per post: give them")
+        check_lengths(gold, predictions=predicted, texts=text_list)
+        check_gold(gold)
+        for start in range(0, len(gold), _POSTS_AT_A_TIME):
+            part = slice(start, start + _POSTS_AT_A_TIME)
+            self._add(predicted[part], gold[part], text_list[part] if text_list and self._needs_texts else None)
+
+    def _add(self, predicted: list[list[str]], gold: list[list[str]], texts: list[str] | None) -> None:
+        phrases = _PhraseNumbers()
+        rows = len(gold)
+        ranked = _Phrases(phrases.of(predicted), _owners(predicted), rows)
+        golden = _Phrases(phrases.of(gold), _owners(gold), rows)
+        stems = list(phrases.numbers)
+        gold_listed = golden  # with repeats
+        golden = golden.where(golden.is_first(len(stems)))
+        first = ranked.is_first(len(stems))
+        if self.convention != "aimkp":
+            kept = first & ~_marked(stems, ranked.ids, self._is_dropped)
+            ranked, first = ranked.where(kept), first[kept]
+        hit = ranked.isin(golden, len(stems)) & first
+        if self.convention == "aimkp":
+            golden = gold_listed
+
+        kinds: dict[str, tuple[_Array, _Array]] = {}
+        if texts is not None:
+            stemmed = [_stemmed_text(text) for text in texts]
+            found = [_in_texts(stems, part, stemmed) for part in (golden, ranked)]
+            kinds["present"] = (found[0], found[1])
+            kinds["absent"] = (~found[0], ~found[1])
+        if (seen := self._seen) is not None:
+            known = [_marked(stems, part.ids, seen.__contains__) for part in (golden, ranked)]
+            kinds["seen"] = (known[0], known[1])
+            kinds["unseen"] = (~known[0], ~known[1])
+
+        for name, conditions in self.subsets.items():
+            in_gold, in_ranked = np.ones(len(golden.ids), bool), np.ones(len(ranked.ids), bool)
+            for kind in conditions - {"all"}:
+                in_gold, in_ranked = in_gold & kinds[kind][0], in_ranked & kinds[kind][1]
+            gold_part, ranked_part = golden.where(in_gold), ranked.where(in_ranked)
+            counts = gold_part.counts()
+            distinct = gold_part.where(gold_part.is_first(len(stems))).counts() if self.convention == "aimkp" else counts
+            columns = _post_columns(self.convention, self.ks, ranked_part, hit[in_ranked], counts, distinct)
+            members = np.flatnonzero(counts)
+            columns = {column: values[members] for column, values in columns.items()}
+            self._totals[name].add(len(members), columns)
+            if self._kept is not None:
+                self._kept[name].append(PostScores(self.convention, members + self._posts, columns))
+        self._posts += rows
+
+    def _is_dropped(self, phrase: str) -> bool:
+        if self.convention == "cmkp":
+            return not _DROPPED_TOKENS.isdisjoint(phrase.split())
+        return not phrase  # no prediction in the keyphrase field; in the two scripts it takes a place
+
+    def compute(self) -> Scores:
+        """The scores of all posts so far; more may be added afterwards."""
+        return {
+            name: total.scores(measures(self.convention, self.ks), self.convention) for name, total in self._totals.items()
+        }
+
+    def post_scores(self) -> dict[str, PostScores]:
+        """Every post's scores, per subset.
+
+        Raises:
+            ValueError: without `keep_posts=True`.
+        """
+        if self._kept is None:
+            raise ValueError("the posts' scores were not kept: make the scorer with keep_posts=True")
+        names = _column_names(self.convention, self.ks)
+        return {
+            subset: PostScores(
+                self.convention,
+                np.concatenate([part.positions for part in parts] or [np.empty(0, np.int64)]),
+                {name: np.concatenate([part.columns[name] for part in parts] or [np.empty(0)]) for name in names},
             )
-    # Blanks around text and phrase make a substring a run of whole words; a blank prediction is absent.
-    posts = [
-        _Post(frozenset(map(stem_phrase, phrases)), _ranked(ranked), text and f" {stem_phrase(text)} ")
-        for phrases, ranked, text in zip(gold, predicted, text_list, strict=True)
-    ]
-
-    scores = {"all": _mean_scores(posts, ks)}
-    if texts is not None:
-        scores["present"] = _mean_scores(_restricted(posts, lambda phrase, text: f" {phrase} " in text), ks)
-        scores["absent"] = _mean_scores(_restricted(posts, lambda phrase, text: f" {phrase} " not in text), ks)
-    if train_keyphrases is not None:
-        seen = frozenset(map(stem_phrase, _strings("train_keyphrases", train_keyphrases)))
-        scores["seen"] = _mean_scores(_restricted(posts, lambda phrase, text: phrase in seen), ks)
-        scores["unseen"] = _mean_scores(_restricted(posts, lambda phrase, text: phrase not in seen), ks)
-    return scores
+            for subset, parts in self._kept.items()
+        }
 
 
-@lru_cache(maxsize=1 << 17)
+@dataclass(frozen=True)
+class PostScores:
+    """The scores of each post of a subset.
+
+    Attributes:
+        convention: by which they were computed.
+        positions: (posts,) which of the posts scored, counted from 0, belong to the subset; rising.
+        columns: name -> (posts,) values: `p@k`, `r@k`, `map@k`, `ndcg@k`, `phrases` (gold), and what the convention adds:
+            `hits@k` and `predicted@k` (`cmkp`), or the posts' `f1@k`.
+    """
+
+    convention: str
+    positions: _Array
+    columns: Mapping[str, _Array]
+
+    def score(self, measure: str) -> float | None:
+        """One measure over all posts, as `score_keyphrases` gives it; `None` without posts."""
+        inputs, combine = self.recipe(measure)
+        if not len(self.positions):
+            return None
+        return float(combine(*(self.columns[name].mean() for name in inputs)))
+
+    def recipe(self, measure: str) -> tuple[tuple[str, ...], Callable[..., Any]]:
+        """Which columns' means a measure is made of, and how; works on arrays of means as well.
+
+        Raises:
+            ValueError: if the measure is not known.
+        """
+        name, _, cut = measure.partition("@")
+        if self.convention == "cmkp" and name == "f1" and f"p@{cut}" in self.columns:
+            return (f"p@{cut}", f"r@{cut}"), _harmonic_mean
+        if self.convention == "cmkp" and name == "micro_f1" and f"p@{cut}" in self.columns:
+            return (f"hits@{cut}", f"predicted@{cut}", "phrases"), _micro_f1
+        if measure not in self.columns or name in ("phrases", "hits", "predicted"):
+            raise ValueError(
+                f"measure={measure!r} is not among the scores of convention {self.convention!r}: "
+                f"{', '.join(self.measures())}"
+            )
+        return (measure,), _itself
+
+    def measures(self) -> list[str]:
+        """The names of all measures."""
+        cuts = (name.partition("@")[2] for name in self.columns if name.startswith("map@"))
+        return measures(self.convention, [int(cut) for cut in cuts])
+
+
+def measures(convention: str, ks: Sequence[int]) -> list[str]:
+    """The names of a convention's measures, in the order of the results."""
+    names = [f"{name}@{k}" for k in ks for name in ("p", "r", "f1", "map", "ndcg")]
+    if convention == "cmkp":
+        return names + [f"micro_f1@{k}" for k in ks]
+    return names + (["p@m", "r@m", "f1@m", "f1@o", "r_precision"] if convention in ("padded", "unpadded") else [])
+
+
+def _column_names(convention: str, ks: Sequence[int]) -> list[str]:
+    if convention == "cmkp":
+        return ["phrases", *(f"{name}@{k}" for k in ks for name in ("p", "r", "map", "ndcg", "hits", "predicted"))]
+    return ["phrases", *measures(convention, ks)]
+
+
+def _harmonic_mean(precision: Any, recall: Any) -> Any:
+    return 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+
+
+def _micro_f1(hits: Any, predicted: Any, phrases: Any) -> Any:
+    return 2 * hits / (predicted + phrases)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+@dataclass
+class _Totals:
+    posts: int
+    sums: dict[str, float]
+
+    def add(self, posts: int, columns: Mapping[str, _Array]) -> None:
+        self.posts += posts
+        for name, values in columns.items():
+            # One after the other, as the scripts add: so batches change nothing, not even the last digit.
+            self.sums[name] = float(np.add.accumulate(np.concatenate([[self.sums.get(name, 0.0)], values]))[-1])
+
+    def scores(self, wanted: Sequence[str], convention: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"posts": self.posts, "phrases": int(self.sums.get("phrases", 0))}
+        if not self.posts:
+            return row | dict.fromkeys(wanted)
+        means = {name: np.float64(total / self.posts) for name, total in self.sums.items()}
+        one = PostScores(convention, np.zeros(1), {name: mean.reshape(1) for name, mean in means.items()})
+        return row | {name: one.score(name) for name in wanted}
+
+
+class _Phrases(NamedTuple):
+    """Phrases of several posts, one after the other: their numbers, and the rows (posts) they belong to, rising."""
+
+    ids: _Array
+    row: _Array
+    rows: int
+
+    def where(self, mask: _Array) -> _Phrases:
+        return _Phrases(self.ids[mask], self.row[mask], self.rows)
+
+    def counts(self) -> _Array:
+        return np.bincount(self.row, minlength=self.rows)
+
+    def ranks(self) -> _Array:
+        """The place of each phrase in its post, from 0."""
+        counts = self.counts()
+        return np.arange(len(self.ids)) - (np.cumsum(counts) - counts)[self.row]
+
+    def is_first(self, vocabulary: int) -> _Array:
+        """Which phrases do not repeat an earlier one of the same post."""
+        mask = np.zeros(len(self.ids), bool)
+        mask[np.unique(self.row * vocabulary + self.ids, return_index=True)[1]] = True
+        return mask
+
+    def isin(self, others: _Phrases, vocabulary: int) -> _Array:
+        """Which phrases are among the same post's phrases in `others`."""
+        return np.isin(self.row * vocabulary + self.ids, others.row * vocabulary + others.ids)
+
+
+def _post_columns(
+    convention: str, ks: Sequence[int], ranked: _Phrases, hit: _Array, gold: _Array, distinct: _Array
+) -> dict[str, _Array]:
+    """The scores of every row.
+
+    Args:
+        convention: which.
+        ks: the cut-offs.
+        ranked: the predictions.
+        hit: which of them are hits; of repeats the first only.
+        gold: (rows,) number of gold phrases, what recall is divided by; rows without any come out as 0.
+        distinct: (rows,) number of distinct ones, what can be hit.
+    """
+    rows = ranked.rows
+    rank, listed = ranked.ranks(), ranked.counts()
+    total_hits = _sums(ranked.row, hit, rows)
+    so_far = np.cumsum(hit) - (np.cumsum(total_hits) - total_hits)[ranked.row]  # hits up to and including this place
+    precision_here = so_far / (rank + 1)
+    gain = hit / np.log2(rank + 2)
+    widest = int(max(distinct.max(initial=0), total_hits.max(initial=0)))
+    ideal_gain = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(widest) + 2))])  # of the first 0, 1, 2, ... places
+
+    columns: dict[str, _Array] = {"phrases": gold.astype(float)}
+    for k in ks:
+        within = rank < k
+        row = ranked.row[within]
+        hits = _sums(row, hit[within], rows)
+        predicted = np.minimum(k, listed)
+        precision = _ratio(hits, predicted if convention in ("cmkp", "unpadded") else k)
+        recall = _ratio(hits, gold)
+        columns[f"p@{k}"], columns[f"r@{k}"] = precision, recall
+        if convention == "cmkp":
+            columns[f"hits@{k}"], columns[f"predicted@{k}"] = hits, predicted.astype(float)
+        else:
+            columns[f"f1@{k}"] = _harmonic_mean(precision, recall)
+        if convention == "aimkp":
+            columns[f"map@{k}"] = _ratio(_sums(row, precision_here[within], rows), predicted)
+        else:
+            columns[f"map@{k}"] = _ratio(_sums(row, (precision_here * hit)[within], rows), gold)
+        # The 2020 script takes the best order of the predictions as the ideal, others that of the gold phrases.
+        best = ideal_gain[np.minimum(k, total_hits.astype(int) if convention == "cmkp" else distinct)]
+        columns[f"ndcg@{k}"] = _ratio(_sums(row, gain[within], rows), best)
+    if convention in ("padded", "unpadded"):
+        columns["p@m"], columns["r@m"] = _ratio(total_hits, listed), _ratio(total_hits, gold)
+        columns["f1@m"] = _harmonic_mean(columns["p@m"], columns["r@m"])
+        within = rank < gold[ranked.row]
+        hits = _sums(ranked.row[within], hit[within], rows)
+        columns["r_precision"] = _ratio(hits, gold)
+        precision = _ratio(hits, np.minimum(gold, listed) if convention == "unpadded" else gold)
+        columns["f1@o"] = _harmonic_mean(precision, columns["r_precision"])
+    return columns
+
+
+def _sums(row: _Array, values: _Array, rows: int) -> _Array:
+    return np.bincount(row, weights=values, minlength=rows)
+
+
+def _ratio(numerator: _Array, denominator: Any) -> _Array:
+    # Where the denominator is 0 so is the numerator.
+    return numerator / np.where(np.equal(denominator, 0), 1, denominator)
+
+
+# Phrases and their numbers
+
+
+class _StemCache(dict[str, str]):
+    """Word -> stem. Bounded: emptied when full, and degenerate words of model outputs are not kept at all."""
+
+    def __missing__(self, word: str) -> str:
+        stem = porter_stem(word)
+        if len(word) <= 64:
+            if len(self) >= 1 << 17:
+                self.clear()
+            self[word] = stem
+        return stem
+
+
+_stems = _StemCache()
+_stem_word = _stems.__getitem__
+
+
 def stem_phrase(phrase: str) -> str:
     """Stem every blank-separated word of a phrase (or text) and join the stems by one blank.
 
@@ -102,65 +449,117 @@ def stem_phrase(phrase: str) -> str:
     return " ".join(map(_stem_word, phrase.split()))
 
 
-@lru_cache(maxsize=1 << 17)
-def _stem_word(word: str) -> str:
-    return _stemmer().stem(word)
+class _PhraseNumbers(dict[str, int]):
+    """Phrase as written -> number; phrases with the same stems have the same one. `numbers`: stems -> number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[str, int] = {}
+
+    def __missing__(self, phrase: str) -> int:
+        number = self[phrase] = self.numbers.setdefault(stem_phrase(phrase), len(self.numbers))
+        return number
+
+    def of(self, lists: list[list[str]]) -> _Array:
+        return np.fromiter(map(self.__getitem__, chain.from_iterable(lists)), np.int64)
 
 
-@lru_cache(maxsize=1)
-def _stemmer() -> Any:
-    from nltk.stem.porter import PorterStemmer  # over a second to import: only when something is scored
-
-    return PorterStemmer()
+def _owners(lists: list[list[str]]) -> _Array:
+    return np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
 
 
-def _ranked(phrases: Sequence[str]) -> list[str]:
-    stemmed = dict.fromkeys(map(stem_phrase, phrases))
-    return [phrase for phrase in stemmed if _DROPPED_TOKENS.isdisjoint(phrase.split())]
+def _marked(stems: list[str], ids: _Array, holds: Callable[[str], bool]) -> _Array:
+    """For which phrases a property of their stems holds."""
+    return np.fromiter(map(holds, stems), bool, len(stems))[ids] if len(ids) else np.zeros(0, bool)
 
 
-def _restricted(posts: list[_Post], belongs: Callable[[str, Any], bool]) -> list[_Post]:
-    """Keep the phrases that belong, then the posts with such a gold phrase."""
-    kept = []
-    for gold, ranked, text in posts:
-        if part := frozenset(phrase for phrase in gold if belongs(phrase, text)):
-            kept.append(_Post(part, [phrase for phrase in ranked if belongs(phrase, text)], text))
-    return kept
+def _stemmed_text(text: str) -> str:
+    return f" {stem_phrase(text)} "
 
 
-def _mean_scores(posts: list[_Post], ks: Sequence[int]) -> dict[str, float | None]:
-    scores: dict[str, float | None] = {"posts": len(posts)}
+def _in_texts(stems: list[str], phrases: _Phrases, texts: list[str]) -> _Array:
+    # Blanks around text and phrase make a substring a run of whole words. A blank phrase is in no text.
+    runs = [f" {stem} " if stem else "\n" for stem in stems]
+    pairs = zip(map(runs.__getitem__, phrases.ids.tolist()), map(texts.__getitem__, phrases.row.tolist()), strict=True)
+    return np.fromiter((run in text for run, text in pairs), bool, len(phrases.ids))
+
+
+# Checks
+
+
+def _checked_cuts(ks: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(ks, (int, str)) or not isinstance(ks, Iterable):
+        raise TypeError(f"ks={ks!r} must be a list of cut-offs, such as [1, 3, 5]")
     for k in ks:
-        precision = recall = average_precision = 0.0
-        for gold, ranked, _ in posts:
-            hits = 0
-            gain = 0.0
-            for position, phrase in enumerate(ranked[:k], start=1):
-                if phrase in gold:
-                    hits += 1
-                    gain += hits / position
-            if hits:
-                precision += hits / min(k, len(ranked))
-                recall += hits / len(gold)
-                average_precision += gain / len(gold)
-        harmonic = 2 * precision * recall / (precision + recall) if precision else 0.0
-        for name, total in (("P", precision), ("R", recall), ("F1", harmonic), ("MAP", average_precision)):
-            scores[f"{name}@{k}"] = total / len(posts) if posts else None
-    return scores
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k:
+            raise ValueError(f"ks={list(ks)!r}: every cut-off must be a whole number of at least 1")
+    return tuple(dict.fromkeys(map(int, ks)))
 
 
-def _phrase_lists(name: str, rows: Iterable[Sequence[str]]) -> list[list[str]]:
+def _kinds(subset: str) -> frozenset[str]:
+    kinds = frozenset(subset.split("&")) if isinstance(subset, str) else frozenset()
+    if not kinds or not kinds <= set(SUBSETS):
+        raise ValueError(
+            f"subsets: {subset!r} is not known: use {', '.join(SUBSETS)}, or crossings such as 'present&unseen'"
+        )
+    for pair in _OPPOSITES:
+        if pair <= kinds:
+            raise ValueError(f"subsets: {subset!r} is empty, no phrase is both {' and '.join(sorted(pair))}")
+    return kinds
+
+
+def check_lengths(gold: list[list[str]], **others: Sequence[Any] | None) -> None:
+    """Refuse lists that do not have one entry per post.
+
+    Raises:
+        ValueError: naming the list.
+    """
+    for name, rows in others.items():
+        if rows is not None and len(rows) != len(gold):
+            raise ValueError(f"{name} has {len(rows)} posts and references has {len(gold)}: give one each per post")
+
+
+def check_gold(gold: list[list[str]]) -> None:
+    """Refuse posts without gold keyphrases, and blank ones.
+
+    Raises:
+        ValueError: naming the first post.
+    """
+    for index, phrases in enumerate(gold):
+        if not phrases or not all(map(str.strip, phrases)):
+            raise ValueError(
+                f"references[{index}]={phrases!r:.200} must hold at least one keyphrase and no blank one: "
+                "leave posts without gold keyphrases out"
+            )
+
+
+def checked_phrase_lists(name: str, rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """A list of lists of strings.
+
+    Raises:
+        TypeError: naming what is none.
+    """
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise TypeError(f"{name} must be a list with a list of keyphrases per post, got {type(rows).__name__}")
-    checked = []
-    for index, row in enumerate(rows):
-        if isinstance(row, str):
-            raise TypeError(f"{name}[{index}]={row!r:.80} is a string: give a list of keyphrases, {[row]!r:.80}")
-        checked.append(_strings(f"{name}[{index}]", row))
-    return checked
+    listed: list[Any] = list(rows)
+    # Two passes in C over what is nearly always right; on anything else the slow one, which says what is wrong.
+    if set(map(type, listed)) <= {list} and set(map(type, chain.from_iterable(listed))) <= {str}:
+        return listed
+    return [_checked_row(name, index, row) for index, row in enumerate(listed)]
 
 
-def _strings(name: str, values: Iterable[str]) -> list[str]:
+def _checked_row(name: str, index: int, row: Any) -> list[str]:
+    if isinstance(row, str):
+        raise TypeError(f"{name}[{index}]={row!r:.80} is a string: give a list of keyphrases, {[row]!r:.80}")
+    return checked_strings(f"{name}[{index}]", row)
+
+
+def checked_strings(name: str, values: Iterable[str]) -> list[str]:
+    """A list of strings.
+
+    Raises:
+        TypeError: naming what is none.
+    """
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of strings, got {type(values).__name__}: {values!r:.80}")
     listed = list(values)

@@ -86,13 +86,13 @@ def table(systems: Mapping[str, Mapping[str, Any]], subsets: Sequence[str] = ("a
     header = ["system", *heads, "P@1 all", "reasoning", "output words", "no keyphrase"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, system in systems.items():
-        scores = [_percent(system["subsets"][subset]["F1@1"]) for subset in shown]
+        scores = [_percent(system["subsets"][subset]["f1@1"]) for subset in shown]
         words = f"{system['output_words']:.1f}" if "output_words" in system else "-"
         lines.append(
             [
                 name,
                 *scores,
-                _percent(system["subsets"]["all"]["P@1"]),
+                _percent(system["subsets"]["all"]["p@1"]),
                 _percent(system.get("reasoning_share")),
                 words,
                 _percent(system["empty_share"]),
