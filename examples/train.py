@@ -45,10 +45,10 @@ logger = logging.getLogger("train")
 
 # A model of a million parameters from scratch wants other settings than a pretrained one; the command line overrides.
 FROM_SCRATCH: dict[str, Any] = {
-    "learning_rate": 2e-3,
-    "weight_decay": 0.1,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.7,
     "warmup_steps": 100,
-    "num_train_epochs": 30.0,
+    "num_train_epochs": 20.0,
     "per_device_train_batch_size": 32,
     "freeze_vision_tower": False,
     "activation_checkpointing": False,
