@@ -10,7 +10,10 @@ import dynkp
 
 # Sub-command -> (module with `main(argv)`, one line of help). `main` returns an exit status, or None for success.
 COMMANDS = {
-    "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/experiments.md)"),
+    "predict": ("dynkp.cli.predict", "predict the keyphrases of posts with a trained model"),
+    "evaluate": ("dynkp.cli.evaluate", "score predictions; compare systems"),
+    "stats": ("dynkp.cli.stats", "describe a dataset, as the papers' tables do"),
+    "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/performance.md)"),
 }
 
 
