@@ -12,6 +12,7 @@ are tokens of their own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -53,7 +54,7 @@ class Prediction(TypedDict):
         keyphrases: as `parse_answer` reads them, in the order generated.
         raw: the whole output, with the tags of reasoning and answer, without control tokens.
         reasoned: whether it holds reasoning.
-        output_tokens: tokens of the output, the end of turn not counted, a `<think>` written for the model counted.
+        output_tokens: generated tokens, the end of turn not counted.
         prompt_tokens: tokens of the prompt, image placeholders included.
         output_words: blank-separated words of `raw`, tags not counted.
         mode: "auto", "think" or "direct".
@@ -124,7 +125,7 @@ def _predictions(
     generator: TransformersGenerator, posts: Iterable[Mapping[str, Any]], batch_size: int, progress: bool
 ) -> Iterator[Prediction]:
     total = len(posts) if isinstance(posts, Sized) else None
-    rows = (generator.dialogue.prompt_row(row, index) for index, row in enumerate(posts))
+    rows = (prompt_row(row, index, generator.dialogue.modality) for index, row in enumerate(posts))
     with tqdm(total=total, desc="Predicting", unit="post", disable=not progress) as bar:
         while window := list(islice(rows, batch_size * _BATCHES_PER_WINDOW)):
             predictions: dict[int, Prediction] = {}
@@ -158,6 +159,23 @@ def plan_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list
         order = order[len(batch) :]
         batches.append(batch)
     return batches
+
+
+def prompt_row(row: Mapping[str, Any], index: int = 0, modality: Modality = "both") -> dict[str, Any]:
+    """The columns of a row that a prompt may be made of, by the modality; `index` is the id of one that has none."""
+    kept = {column: row[column] for column in _PROMPT_COLUMNS if column in row}
+    kept["id"] = str(kept.get("id", index))
+    if modality != "both":
+        if kept.get("prompt") is not None:
+            raise ValueError(
+                f"post {kept['id']!r}: modality={modality!r} needs rows with `text` and `images`; "
+                "a written-out `prompt` cannot be taken apart"
+            )
+        if modality == "image":
+            kept["text"] = ""
+        else:
+            kept["images"] = []
+    return kept
 
 
 def prompt_size(row: Mapping[str, Any]) -> tuple[int, int]:
@@ -227,23 +245,6 @@ class PostDialogue:
         self.prefix = THINK if opened else self.renderer.opening.lstrip()
         self.opening_tokens = len(tokenizer(self.renderer.opening, add_special_tokens=False)["input_ids"])
 
-    def prompt_row(self, row: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
-        """The columns of a row that a prompt may be made of, by the modality; an `id` in any case."""
-        kept = {column: row[column] for column in _PROMPT_COLUMNS if column in row}
-        kept["id"] = str(kept.get("id", index))
-        if self.modality != "both":
-            if kept.get("prompt") is not None:
-                raise ValueError(
-                    f"post {kept['id']!r}: modality={self.modality!r} needs rows with `text` and `images`; "
-                    "a written-out `prompt` cannot be taken apart"
-                )
-            if self.modality == "image":
-                kept["text"] = ""
-            else:
-                kept["images"] = []
-                kept.pop("image", None)
-        return kept
-
     def stop_ids(self, eos_token_id: int | list[int] | None) -> set[int]:
         """The checkpoint's own end tokens, and the one that training puts behind every answer."""
         target = self.renderer.direct_target({"text": "", "keyphrases": ["keyphrase"]}, 0)
@@ -278,7 +279,7 @@ class PostDialogue:
             keyphrases=answer.keyphrases,
             raw=raw,
             reasoned=answer.reasoned,
-            output_tokens=self.opening_tokens + len(tokens),
+            output_tokens=len(tokens),
             prompt_tokens=prompt_tokens - self.opening_tokens,
             output_words=count_words(raw),
             mode=self.mode,
@@ -325,11 +326,12 @@ class TransformersGenerator:
         self._forbidden = dialogue.forbidden_ids() if dialogue.mode == "direct" else None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Prediction]:
-        """Predict a batch of rows as `PostDialogue.prompt_row` makes them.
+        """Predict a batch of rows.
 
         Args:
-            rows: at least one; equally many pictures in each, where the model asks for that.
-            seed: of sampling, for this batch alone; PyTorch's global generator is left as it was.
+            rows: at least one, as `prompt_row` makes them.
+            seed: of sampling. With it, what is drawn depends on the batch's ids and on nothing before it, and PyTorch's
+                global generator is left as it was.
         """
         prompts = self.dialogue.collator.collate_prompts(rows, [self.dialogue.renderer.images(row) for row in rows])
         inputs = {name: self._placed(value) for name, value in prompts.items()}
@@ -339,6 +341,7 @@ class TransformersGenerator:
         if self._forbidden is not None:
             own = options.pop("logits_processor", None) or []
             options["logits_processor"] = LogitsProcessorList([*own, _NoReasoning(width, *self._forbidden)])
+        seed = None if seed is None else derived_seed(seed, *(row["id"] for row in rows))
         with _evaluating(self.model), _seeded(seed, self.model.device):
             outputs = self.model.generate(**inputs, **options)
         new_tokens = outputs[:, width:].tolist()
@@ -371,6 +374,11 @@ class _NoReasoning(LogitsProcessor):
         at_start = nothing_yet.nonzero()
         scores[at_start, self.start.to(device)] = -torch.inf
         return scores
+
+
+def derived_seed(seed: int, *ids: str) -> int:
+    """A seed of 32 bits for these ids: draws of one post or batch have nothing to do with those of another."""
+    return int(hashlib.sha256("\0".join((str(seed), *ids)).encode()).hexdigest()[:8], 16)
 
 
 @contextmanager

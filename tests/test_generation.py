@@ -187,10 +187,7 @@ def test_think_begins_with_the_tag(family):
     think = predict(model, processor, rows, mode="think", batch_size=2)
     assert all(row["raw"].startswith("<think>") and row["reasoned"] for row in think)
     assert [row["prompt_tokens"] for row in think] == [row["prompt_tokens"] for row in auto]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    before = " " if family == "llava" else ""  # its template puts a blank between "ASSISTANT:" and the answer
-    opening = len(tokenizer(before + "<think>", add_special_tokens=False)["input_ids"])
-    assert all(opening <= row["output_tokens"] <= opening + 6 for row in think)
+    assert {row["output_tokens"] for row in think} == {6}
 
 
 def test_a_template_that_opens_the_reasoning(monkeypatch):
@@ -209,7 +206,7 @@ def test_sampling_is_seeded_by_batch():
     model, processor = build("llama")
     dialogue = PostDialogue(processor)
     generator = TransformersGenerator(model, dialogue, max_new_tokens=8, do_sample=True, num_beams=2, temperature=2.0)
-    rows = [dialogue.prompt_row({"id": str(index), "text": "a dog"}) for index in range(2)]
+    rows = [{"id": str(index), "text": "a dog"} for index in range(2)]
     before = torch.get_rng_state()
     first, again, other = generator(rows, seed=1), generator(rows, seed=1), generator(rows, seed=2)
     assert first == again != other

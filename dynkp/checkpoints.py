@@ -1,0 +1,107 @@
+"""Checkpoints for prediction: a model, or an adapter on its base model, with the processor it was trained with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+
+class Checkpoint(NamedTuple):
+    """Where weights are.
+
+    Attributes:
+        model: folder or Hub id of the model, the adapter's base if there is an adapter.
+        adapter: folder or Hub id of a PEFT adapter, or None.
+    """
+
+    model: str
+    adapter: str | None = None
+
+
+def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
+    """Tell a model from an adapter: training with PEFT leaves a folder that holds the adapter alone.
+
+    Args:
+        model: folder or Hub id; a folder with an adapter alone stands for the adapter and the base model it names.
+        adapter: folder or Hub id of an adapter on `model`.
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or a folder holds neither.
+        ValueError: if both name an adapter.
+
+    Example:
+        >>> find_checkpoint("out")  # trained with LoRA
+        Checkpoint(model='Qwen/Qwen2.5-VL-3B-Instruct', adapter='out')
+    """
+    for name, value in (("model", model), ("adapter", adapter)):
+        # A Hub id has one slash at most and begins with a letter or digit.
+        if value is not None and not os.path.isdir(value) and (value.count("/") > 1 or value.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"{name}={value!r}: there is no such folder")
+    if not os.path.isdir(model) or os.path.isfile(os.path.join(model, "config.json")):
+        return Checkpoint(model, adapter)
+    file = Path(model, "adapter_config.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"model={model!r} has neither a config.json nor an adapter_config.json; name a saved model")
+    if adapter is not None:
+        raise ValueError(f"model={model!r} is an adapter, and adapter={adapter!r} another; name the base model as the model")
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"model={model!r} is an adapter that names no base model; give that as model, and this as adapter")
+    return Checkpoint(base, model)
+
+
+def load_processor(checkpoint: Checkpoint) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor, or the tokenizer of a text model; the adapter's where one was saved beside it."""
+    own = checkpoint.adapter is not None and os.path.isfile(os.path.join(checkpoint.adapter, "tokenizer_config.json"))
+    processor = AutoProcessor.from_pretrained(checkpoint.adapter if own else checkpoint.model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:  # Llama's has none; what pads is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: str = "auto", device: torch.device | str = "cpu", merge_adapter: bool = False
+) -> PreTrainedModel:
+    """Load a model that generates.
+
+    Args:
+        checkpoint: what `find_checkpoint` returns.
+        dtype: "auto" for the checkpoint's own, or "float32", "bfloat16", "float16".
+        device: where to put it.
+        merge_adapter: whether to add the adapter to the weights, which makes generation faster, and changes outputs by
+            rounding in less than float32.
+
+    Returns:
+        The model in evaluation mode; with an adapter that is not merged, a PEFT model.
+
+    Raises:
+        ValueError: if there is no adapter to merge.
+    """
+    if merge_adapter and checkpoint.adapter is None:
+        raise ValueError(f"merge_adapter=True, but {checkpoint.model!r} comes with no adapter; name one, or leave it out")
+    config = AutoConfig.from_pretrained(checkpoint.model)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    family: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = family.from_pretrained(checkpoint.model, dtype=dtype)
+    if checkpoint.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, checkpoint.adapter)
+        if merge_adapter:
+            model = model.merge_and_unload()
+    return model.to(device).eval()
