@@ -21,6 +21,7 @@ _EXPORTS = {
     "PairedTargetCollator": "dynkp.data.collators",
     "TASKS": "dynkp.data.prompts",
     "generate_keyphrases": "dynkp.generation",
+    "load_metric": "dynkp.mmkp_f1.mmkp_f1",
     "load_posts": "dynkp.data.sources",
     "mix_posts": "dynkp.data.mixing",
     "parse_answer": "dynkp.data.prompts",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.data.sources import load_posts as load_posts
     from dynkp.generation import generate_keyphrases as generate_keyphrases
     from dynkp.generation import write_predictions as write_predictions
+    from dynkp.mmkp_f1.mmkp_f1 import load_metric as load_metric
     from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases
     from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig as DynamicCoTConfig
     from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer

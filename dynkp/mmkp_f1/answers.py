@@ -56,6 +56,19 @@ def parse_answer(output: str, separator: str = ";") -> Answer:
         >>> parse_answer("<think>A dog.</think><answer>#beagles; dogs; beagles</answer>")
         Answer(keyphrases=['beagles', 'dogs'], reasoned=True)
     """
+    return Answer(
+        keyphrases=list(dict.fromkeys(answer_phrases(output, separator))),
+        reasoned=THINK in output or END_THINK in output,
+    )
+
+
+def answer_phrases(output: str, separator: str = ";") -> list[str]:
+    """What `parse_answer` reads, with the repeats.
+
+    Example:
+        >>> answer_phrases("dogs; cats; dogs")
+        ['dogs', 'cats', 'dogs']
+    """
     if not isinstance(output, str):
         raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
     answer = output
@@ -67,11 +80,7 @@ def parse_answer(output: str, separator: str = ";") -> Answer:
     mark = separator.strip() or separator
     # Tags left over become separators: merely removed, their surroundings could close up to a new tag.
     pieces = TAG.sub(lambda tag: mark, _without_reasoning(answer)).split(mark)
-    stripped = (piece.strip(STRIPPED) for piece in pieces)
-    return Answer(
-        keyphrases=list(dict.fromkeys(piece for piece in stripped if piece)),
-        reasoned=THINK in output or END_THINK in output,
-    )
+    return [phrase for piece in pieces if (phrase := piece.strip(STRIPPED))]
 
 
 def _without_reasoning(text: str) -> str:

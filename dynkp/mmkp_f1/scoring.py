@@ -127,7 +127,7 @@ class KeyphraseScorer:
         if isinstance(subsets, str):
             raise TypeError(f"subsets={subsets!r} is a string: give a list of subsets, {[subsets]!r}")
         self.convention = convention
-        self.ks = _checked_cuts(ks)
+        self.ks = checked_cuts(ks)
         self.subsets = {name: _kinds(name) for name in subsets}
         needed = set().union(*self.subsets.values())
         self._seen: frozenset[str] | None = None
@@ -487,7 +487,12 @@ def _in_texts(stems: list[str], phrases: _Phrases, texts: list[str]) -> _Array:
 # Checks
 
 
-def _checked_cuts(ks: Sequence[int]) -> tuple[int, ...]:
+def checked_cuts(ks: Sequence[int]) -> tuple[int, ...]:
+    """The cut-offs without repeats.
+
+    Raises:
+        TypeError, ValueError: if they are not a list of whole numbers of at least 1.
+    """
     if isinstance(ks, (int, str)) or not isinstance(ks, Iterable):
         raise TypeError(f"ks={ks!r} must be a list of cut-offs, such as [1, 3, 5]")
     for k in ks:

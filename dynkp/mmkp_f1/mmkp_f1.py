@@ -1,0 +1,185 @@
+"""The metric as a module of the `evaluate` library: its contract, nothing else.
+
+`evaluate.load` copies this file and those it imports with a dot, one import a line, so all files of the folder that are
+used are imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from .answers import parse_answer as parse_answer
+from .evaluation import evaluate_keyphrases
+from .outputs import list_statistics as list_statistics
+from .porter import porter_stem as porter_stem
+from .scoring import check_gold, check_lengths, checked_phrase_lists, checked_strings
+from .semantic import semantic_scores as semantic_scores
+from .significance import bootstrap_interval as bootstrap_interval
+
+DESCRIPTION = """\
+Keyphrase prediction scored as the multi-modal keyphrase papers do: P, R, F1, MAP and NDCG at k over Porter-stemmed
+phrases, by one of four conventions that do not agree with each other, for all, present, absent, seen and unseen
+keyphrases, with bootstrap confidence intervals.
+"""
+
+INPUTS = """
+Args:
+    predictions: per post its keyphrases, best first; with `parse=True` the model's raw output.
+    references: per post its gold keyphrases, at least one.
+    texts: per post its text; gives the subsets present and absent.
+    train_keyphrases: the training set's keyphrases; gives the subsets seen and unseen.
+    convention: "cmkp" (default), "aimkp", "padded" or "unpadded".
+    k: the cut-offs, (1, 3, 5) by default.
+    subsets: those wanted, crossings such as "present&unseen" among them; all that the inputs allow by default.
+    confidence: such as 0.95, for bootstrap confidence intervals; None (default) for none.
+    resamples, seed: of the bootstrap; 10,000 and 0 by default.
+    parse: whether predictions are raw outputs, `k1; k2` or `<think>...</think><answer>k1; k2</answer>`.
+    separator: what joins keyphrases in raw outputs, ";" by default.
+    count_tokens: function of a raw output that gives its number of tokens.
+    semantic_model: a sentence-transformers model (name, folder or object), for semantic P, R and F1.
+Returns:
+    convention, posts, subsets (per subset posts, phrases and p@k, r@k, f1@k, map@k, ndcg@k as fractions), shares and
+    lengths that describe the outputs, intervals.
+Examples:
+    >>> metric = evaluate.load("dynkp/mmkp_f1")
+    >>> results = metric.compute(predictions=[["dogs", "cats"], ["sun"]], references=[["dog"], ["rain"]])
+    >>> results["subsets"]["all"]["f1@1"]
+    0.5
+"""
+
+CITATION = """\
+@inproceedings{wang-etal-2020-cross-media,
+    title = "Cross-Media Keyphrase Prediction: A Unified Framework with Multi-Modality Multi-Head Attention and Image Wordings",
+    author = "Wang, Yue and Li, Jing and Lyu, Michael R. and King, Irwin",
+    booktitle = "Proceedings of EMNLP",
+    year = "2020"
+}
+"""
+
+_LISTS = datasets.Features(
+    {
+        "predictions": datasets.Sequence(datasets.Value("large_string")),
+        "references": datasets.Sequence(datasets.Value("large_string")),
+        "texts": datasets.Value("large_string"),
+    }
+)
+_RAW = datasets.Features({**_LISTS, "predictions": datasets.Value("large_string")})
+
+
+class MmkpF1(evaluate.Metric):
+    """Keyphrase scores; see README.md beside this file.
+
+    Batches are kept on disk until `compute`, as `evaluate` does, whose options may then be chosen.
+    """
+
+    # Whether the batches so far came with texts; None before the first.
+    _with_texts: bool | None = None
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=[_LISTS, _RAW],
+            reference_urls=["https://aclanthology.org/2020.emnlp-main.268", "https://github.com/yuewang-cuhk/CMKP"],
+        )
+
+    def add_batch(
+        self,
+        *,
+        predictions: Any = None,
+        references: Any = None,
+        texts: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add some posts; all of them, or none if one cannot be scored."""
+        if kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: add_batch takes predictions, references and texts; options go to compute")
+        # Checked here: `datasets` would write a NaN as the string "nan".
+        raw = _is_raw(predictions)
+        check = checked_strings if raw else checked_phrase_lists
+        predicted: Any = check("predictions", predictions)
+        gold = checked_phrase_lists("references", references)
+        listed = None if texts is None else checked_strings("texts", texts)
+        check_lengths(gold, predictions=predicted, texts=listed)
+        check_gold(gold)
+        if self._with_texts not in (None, listed is not None):
+            raise ValueError("texts were given with some batches and not with others: give them with all or none")
+        if not gold:
+            return
+        if self.selected_feature_format is not None and raw != (self.selected_feature_format == _RAW):
+            raise TypeError("predictions are raw outputs in some batches and lists of keyphrases in others: use one")
+        self._with_texts = listed is not None
+        evaluate.Metric.add_batch(self, predictions=predicted, references=gold, texts=listed or [""] * len(gold))
+
+    def add(
+        self, *, prediction: Any = None, reference: Any = None, text: str | None = None, **kwargs: Any
+    ) -> None:
+        """Add one post."""
+        texts = None if text is None else [text]
+        self.add_batch(predictions=[prediction], references=[reference], texts=texts, **kwargs)
+
+    def compute(
+        self,
+        *,
+        predictions: Any = None,
+        references: Any = None,
+        texts: Any = None,
+        **options: Any,
+    ) -> dict[str, Any] | None:
+        """Score the posts given here and those added before."""
+        if options.get("train_keyphrases") is not None:
+            options["train_keyphrases"] = checked_strings("train_keyphrases", options["train_keyphrases"])
+        given = predictions is not None or references is not None
+        # Tried on one post first: refused after the posts are read, the options would cost those added before.
+        raw = _is_raw(predictions) if given else self.selected_feature_format == _RAW
+        if raw and not options.get("parse"):
+            found = f"predictions[0]={predictions[0]!r:.80}" if given else "a prediction of the batches added"
+            raise TypeError(f"{found} is a string: give a list of keyphrases per post, or parse=True for raw outputs")
+        tried = {**options, "semantic_model": None}
+        with_texts = texts is not None if given else self._with_texts
+        first = "a" if raw else ["a"]
+        self._scores([first], [["a"]], ["a"] if with_texts else None, **tried)
+        if given:
+            self.add_batch(predictions=predictions, references=references, texts=texts)
+        if self.writer is None and self.num_process == 1:  # `evaluate` cannot read a file without posts
+            return self._scores([], [], None, **options)
+        return evaluate.Metric.compute(self, **options)
+
+    def _compute(
+        self, *, predictions: Sequence[Any], references: Sequence[Sequence[str]], texts: Sequence[str], **options: Any
+    ) -> dict[str, Any]:
+        with_texts, self._with_texts = self._with_texts, None
+        return self._scores(predictions, references, texts if with_texts else None, **options)
+
+    @staticmethod
+    def _scores(
+        predictions: Sequence[Any],
+        references: Sequence[Sequence[str]],
+        texts: Sequence[str] | None,
+        k: Sequence[int] = (1, 3, 5),
+        **options: Any,
+    ) -> dict[str, Any]:
+        return evaluate_keyphrases(predictions, references, texts=texts, ks=k, **options)
+
+
+def _is_raw(predictions: Any) -> bool:
+    return isinstance(predictions, (list, tuple)) and len(predictions) > 0 and isinstance(predictions[0], str)
+
+
+def load_metric(**settings: Any) -> MmkpF1:
+    """The metric as `evaluate.load("dynkp/mmkp_f1")` gives it, from the installed package: offline, from any folder.
+
+    Args:
+        **settings: as of `evaluate.load`: `experiment_id`, `num_process`, `process_id`, `cache_dir`, `keep_in_memory`.
+
+    Example:
+        >>> metric = load_metric()
+        >>> metric.compute(predictions=[["dogs"]], references=[["dog"]])["subsets"]["all"]["f1@1"]
+        1.0
+    """
+    return MmkpF1(**settings)
