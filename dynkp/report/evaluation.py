@@ -1,0 +1,491 @@
+"""Systems scored and compared: prediction files and posts in, one report out.
+
+Given   prediction rows of one system or several, the posts, and the training keyphrases if there are any.
+Gives   per system the scores per subset with confidence intervals and what its outputs are like, the differences to the
+        first system with tests, and tables of them.
+Holds   predictions and posts are matched by id, never by position; missing, repeated and unknown ids are errors that list
+        them; several decodes of a post are scored one by one, and a system's scores are the means over its decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynkp.mmkp_f1.evaluation import allowed_subsets
+from dynkp.mmkp_f1.outputs import list_statistics
+from dynkp.mmkp_f1.scoring import KeyphraseScorer, PostScores
+from dynkp.mmkp_f1.significance import bootstrap_intervals, paired_bootstrap, paired_permutation
+
+# How many ids an error shows.
+_SHOWN = 20
+# p-value below -> mark.
+MARKS = ((0.01, "‡"), (0.05, "†"))
+
+
+class GoldPost(NamedTuple):
+    """What of a post is needed to score a prediction."""
+
+    id: str
+    keyphrases: list[str]
+    text: str
+
+
+def gold_posts(posts: Iterable[Mapping[str, Any]]) -> list[GoldPost]:
+    """Take from posts what scoring needs.
+
+    Args:
+        posts: rows with `id`, `keyphrases` and, if need be, `text`.
+
+    Raises:
+        ValueError: listing the posts that have no keyphrases, or an id that others have.
+    """
+    gold = [GoldPost(str(row["id"]), list(row["keyphrases"] or []), row.get("text") or "") for row in posts]
+    if not gold:
+        raise ValueError("there are no posts to score")
+    if repeated := [post_id for post_id, count in Counter(post.id for post in gold).items() if count > 1]:
+        raise ValueError(f"ids that several posts have: {_listed(repeated)}")
+    if bare := [post.id for post in gold if not any(phrase.strip() for phrase in post.keyphrases)]:
+        raise ValueError(f"posts without keyphrases, which cannot be scored: {_listed(bare)}. Leave them out")
+    return gold
+
+
+def read_predictions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a predictions file, as `dynkp predict` writes it.
+
+    Args:
+        path: JSONL rows with `id` and `keyphrases`; more columns are welcome.
+
+    Raises:
+        ValueError: naming file and line, if a line is not a prediction.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                torn = "" if line.endswith(b"\n") else ": the line is torn, so the run was killed; have dynkp predict finish it"
+                raise ValueError(f"{where}: not JSON ({error}){torn}") from error
+            rows.append(_checked(row, where))
+    return rows
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or "id" not in row or "keyphrases" not in row:
+        raise ValueError(f"{where}: a prediction must be an object with 'id' and 'keyphrases', got {row!r:.80}")
+    if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
+        raise ValueError(f"{where}: 'id' must be a string, got {row['id']!r:.80}")
+    phrases = row["keyphrases"]
+    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise ValueError(f"{where}, id {row['id']!r}: 'keyphrases' must be a list of strings, got {phrases!r:.80}")
+    decode = row.get("decode", 0)
+    if not isinstance(decode, int) or isinstance(decode, bool):
+        raise ValueError(f"{where}, id {row['id']!r}: 'decode' must be a whole number, got {decode!r:.80}")
+    return {**row, "id": str(row["id"])}
+
+
+def match_predictions(
+    rows: Iterable[Mapping[str, Any]], gold: Sequence[GoldPost], *, allow_missing: bool = False
+) -> tuple[list[list[Mapping[str, Any]]], int]:
+    """Bring a system's rows into the posts' order, one list for each decode.
+
+    Args:
+        rows: predictions; with several decodes of a post, told apart by a column `decode`.
+        gold: the posts.
+        allow_missing: whether a post without prediction gets one without keyphrases.
+
+    Returns:
+        Per decode the rows in the posts' order, and the number of missing rows that were filled in.
+
+    Raises:
+        ValueError: listing the ids that are unknown, repeated or missing.
+    """
+    decodes: dict[int, dict[str, Mapping[str, Any]]] = {}
+    problems: dict[str, list[str]] = {"repeated": [], "unknown": [], "missing": []}
+    known = {post.id for post in gold}
+    for row in rows:
+        decode = decodes.setdefault(row.get("decode", 0), {})
+        if row["id"] in decode:
+            problems["repeated"].append(row["id"])
+        elif row["id"] not in known:
+            problems["unknown"].append(row["id"])
+        decode[row["id"]] = row
+    matched = []
+    missing = 0
+    for _, decode in sorted(decodes.items() or [(0, {})]):
+        absent = [post.id for post in gold if post.id not in decode]
+        missing += len(absent)
+        problems["missing"] += [] if allow_missing else absent
+        matched.append([decode.get(post.id) or {"id": post.id, "keyphrases": []} for post in gold])
+    if any(problems.values()):
+        found = "; ".join(f"{name} ids: {_listed(dict.fromkeys(ids))}" for name, ids in problems.items() if ids)
+        remedy = "; allow_missing=True (--allow-missing) scores the missing as empty" if problems["missing"] else ""
+        raise ValueError(f"predictions and posts do not match: {found}{remedy}")
+    return matched, missing
+
+
+def _listed(ids: Iterable[str]) -> str:
+    ids = list(ids)
+    more = f", ... ({len(ids):,} in all)" if len(ids) > _SHOWN else ""
+    return ", ".join(map(repr, ids[:_SHOWN])) + more
+
+
+class Evaluation:
+    """Systems scored on the same posts.
+
+    Args:
+        gold: the posts.
+        train_keyphrases: what makes a keyphrase seen; None for none.
+        convention: `cmkp`, `aimkp`, `padded` or `unpadded`.
+        ks: the cut-offs.
+        subsets: those wanted; None is `all`, `present`, `absent` and, with training keyphrases, `seen` and `unseen`.
+        confidence: of the intervals.
+        resamples: of intervals and tests; 0 leaves both out.
+        seed: of both.
+        semantic_model: a sentence-transformers model for semantic scores; None for none.
+
+    Example:
+        >>> evaluation = Evaluation(gold_posts([{"id": "1", "keyphrases": ["dog"], "text": "my dog"}]))
+        >>> evaluation.add("mine", [{"id": "1", "keyphrases": ["dogs"]}])
+        >>> evaluation.report()["subsets"]["all"]["f1@1"]
+        1.0
+    """
+
+    def __init__(
+        self,
+        gold: Sequence[GoldPost],
+        *,
+        train_keyphrases: Iterable[str] | None = None,
+        convention: str = "cmkp",
+        ks: Sequence[int] = (1, 3, 5),
+        subsets: Sequence[str] | None = None,
+        confidence: float = 0.95,
+        resamples: int = 10_000,
+        seed: int = 0,
+        semantic_model: Any = None,
+    ):
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence!r} must be between 0 and 1, such as 0.95")
+        if resamples < 0:
+            raise ValueError(f"resamples={resamples!r} must be 0, for no intervals and tests, or more")
+        self.gold = gold
+        self.train_keyphrases = None if train_keyphrases is None else list(train_keyphrases)
+        self.convention = convention
+        self.ks = tuple(ks)
+        self.subsets = list(subsets) if subsets else allowed_subsets(True, self.train_keyphrases is not None)
+        self.confidence, self.resamples, self.seed = confidence, resamples, seed
+        self.semantic_model = semantic_model
+        self.systems: dict[str, dict[str, Any]] = {}
+        self.post_scores: dict[str, dict[str, PostScores]] = {}
+        self._scorer()  # refuses what cannot be computed before files are read
+
+    def _scorer(self) -> KeyphraseScorer:
+        return KeyphraseScorer(
+            convention=self.convention,
+            ks=self.ks,
+            subsets=self.subsets,
+            train_keyphrases=self.train_keyphrases,
+            keep_posts=True,
+        )
+
+    def add(self, name: str, rows: Iterable[Mapping[str, Any]], *, allow_missing: bool = False) -> None:
+        """Score a system.
+
+        Args:
+            name: how the report calls it.
+            rows: its predictions: `id`, `keyphrases`, and of `reasoned`, `output_words`, `output_tokens`, `raw` what there is.
+            allow_missing: as in `match_predictions`.
+
+        Raises:
+            ValueError: as in `match_predictions`, or if another system has the name.
+        """
+        if name in self.systems:
+            raise ValueError(f"two systems are called {name!r}: give them names of their own")
+        decodes, missing = match_predictions(rows, self.gold, allow_missing=allow_missing)
+        scores, kept, semantic = [], [], []
+        for matched in decodes:
+            scorer = self._scorer()
+            lists = [list(row["keyphrases"]) for row in matched]
+            golden = [post.keyphrases for post in self.gold]
+            scorer.add_batch(lists, golden, [post.text for post in self.gold])
+            scores.append(scorer.compute())
+            kept.append(scorer.post_scores())
+            if self.semantic_model is not None:
+                from dynkp.mmkp_f1.semantic import semantic_scores
+
+                semantic.append(semantic_scores(lists, golden, self.semantic_model, ks=self.ks))
+        self.post_scores[name] = {subset: _mean_post_scores([one[subset] for one in kept]) for subset in self.subsets}
+        every = [row for matched in decodes for row in matched]
+        system: dict[str, Any] = {
+            "posts": len(self.gold),
+            "missing": missing,
+            "decodes": len(decodes),
+            "subsets": {subset: _mean_scores([one[subset] for one in scores]) for subset in self.subsets},
+            **list_statistics([list(row["keyphrases"]) for row in every]),
+            **_output_statistics(every),
+        }
+        if semantic:
+            system |= _mean_scores(semantic)
+        if len(decodes) > 1:
+            system["subsets_of_decodes"] = scores
+        if self.resamples:
+            system["intervals"] = {
+                "confidence": self.confidence,
+                "resamples": self.resamples,
+                "seed": self.seed,
+                "subsets": {subset: self._intervals(one) for subset, one in self.post_scores[name].items()},
+            }
+        self.systems[name] = system
+
+    def _intervals(self, scores: PostScores) -> dict[str, list[float] | None]:
+        if not len(scores.positions):
+            return dict.fromkeys(scores.measures())
+        found = bootstrap_intervals(scores, confidence=self.confidence, resamples=self.resamples, seed=self.seed)
+        return {measure: [interval.low, interval.high] for measure, interval in found.items()}
+
+    def report(self) -> dict[str, Any]:
+        """Everything as JSON values.
+
+        Returns:
+            With one system `convention` and its figures: `subsets` -> `all` -> `posts`, `phrases`, `p@1`, ..., then
+            `intervals` and what its outputs are like. With several `convention`, `systems` (name -> the same), and
+            `comparisons`: every other system's differences to the first one.
+        """
+        if len(self.systems) == 1:
+            return {"convention": self.convention, **next(iter(self.systems.values()))}
+        return {"convention": self.convention, "systems": self.systems, "comparisons": self.comparisons()}
+
+    def shown_measures(self) -> list[str]:
+        """The measures of the tables' columns."""
+        names = [f"f1@{k}" for k in self.ks]
+        if self.convention in ("padded", "unpadded"):
+            names += ["f1@m", "f1@o"]
+        return [*names, f"map@{max(self.ks)}", f"ndcg@{max(self.ks)}"]
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Each system against the first: every shown measure on the first subset, F1 at the first cut-off on the others."""
+        if not self.resamples or len(self.systems) < 2:
+            return []
+        if not hasattr(self, "_comparisons"):
+            first, *others = self.systems
+            lead = self.subsets[0]
+            pairs = [(lead, measure) for measure in self.shown_measures()]
+            pairs += [(subset, f"f1@{self.ks[0]}") for subset in self.subsets if subset != lead]
+            self._comparisons = [self._comparison(first, other, *pair) for other in others for pair in pairs]
+        return [row for row in self._comparisons if row]
+
+    def _comparison(self, first: str, other: str, subset: str, measure: str) -> dict[str, Any]:
+        one, two = self.post_scores[first][subset], self.post_scores[other][subset]
+        if not len(one.positions):
+            return {}
+        options = {"seed": self.seed}
+        boot = paired_bootstrap(one, two, measure, confidence=self.confidence, resamples=self.resamples, **options)
+        permutation = paired_permutation(one, two, measure, permutations=self.resamples, **options)
+        return {
+            "first": first,
+            "second": other,
+            "subset": subset,
+            "measure": measure,
+            "difference": boot.difference,
+            "low": boot.low,
+            "high": boot.high,
+            "bootstrap_p": boot.p_value,
+            "permutation_p": permutation.p_value,
+        }
+
+    def write_posts(self, path: str | os.PathLike[str]) -> None:
+        """Write every post's scores as JSONL: `id`, `system`, `scores` (subset -> measure -> value, for the subsets the
+        post belongs to). Several decodes are averaged. By convention `cmkp`, F1 is no score of a post."""
+        places = {
+            name: {
+                subset: {int(position): row for row, position in enumerate(scores.positions)}
+                for subset, scores in subsets.items()
+            }
+            for name, subsets in self.post_scores.items()
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for index, post in enumerate(self.gold):
+                for name, subsets in self.post_scores.items():
+                    scores = {
+                        subset: {column: float(values[place]) for column, values in one.columns.items()}
+                        for subset, one in subsets.items()
+                        if (place := places[name][subset].get(index)) is not None
+                    }
+                    file.write(json.dumps({"id": post.id, "system": name, "scores": scores}, ensure_ascii=False) + "\n")
+
+    # --- tables ---
+
+    def tables(self) -> list[list[list[str]]]:
+        """Rows of cells, the first row the heads, in percent: one table of one system's subsets; of several systems one
+        of their measures on the first subset and one of their F1 on all subsets, with marks."""
+        return [self._one_system()] if len(self.systems) == 1 else [self._measures_table(), self._subsets_table()]
+
+    def _one_system(self) -> list[list[str]]:
+        name, system = next(iter(self.systems.items()))
+        k = self.ks[0]
+        measures = [f"p@{k}", f"r@{k}", *self.shown_measures()]
+        rows = [["subset", "posts", "phrases", *map(_head, measures)]]
+        for subset, scores in system["subsets"].items():
+            cells = [_percent(scores[measure]) for measure in measures]
+            bounds = system.get("intervals", {}).get("subsets", {}).get(subset, {}).get(f"f1@{k}")
+            if bounds:
+                cells[measures.index(f"f1@{k}")] += f" [{_percent(bounds[0])}, {_percent(bounds[1])}]"
+            rows.append([subset, f"{scores['posts']:,}", f"{scores['phrases']:,}", *cells])
+        return rows
+
+    def _measures_table(self) -> list[list[str]]:
+        lead = self.subsets[0]
+        measures = self.shown_measures()
+        rows = [["system", *(f"{_head(measure)} {lead}" for measure in measures), "reasoning", "output words", "no keyphrase"]]
+        for name, system in self.systems.items():
+            scores = [_percent(system["subsets"][lead][measure]) + self._mark(name, lead, measure) for measure in measures]
+            words = "-" if system.get("output_words") is None else f"{system['output_words']:.2f}"
+            rows.append([name, *scores, _percent(system.get("reasoning_share")), words, _percent(system["empty_share"])])
+        return rows
+
+    def _subsets_table(self) -> list[list[str]]:
+        measure = f"f1@{self.ks[0]}"
+        counts = next(iter(self.systems.values()))["subsets"]
+        rows = [["system", *(f"{_head(measure)} {subset} ({counts[subset]['posts']:,} posts)" for subset in self.subsets)]]
+        for name, system in self.systems.items():
+            rows.append(
+                [name, *(_percent(system["subsets"][s][measure]) + self._mark(name, s, measure) for s in self.subsets)]
+            )
+        return rows
+
+    def _mark(self, name: str, subset: str, measure: str) -> str:
+        for row in self.comparisons():
+            if (row["second"], row["subset"], row["measure"]) == (name, subset, measure):
+                return next((mark for limit, mark in MARKS if row["permutation_p"] < limit), "")
+        return ""
+
+    def caption(self) -> str:
+        """What must be said beside the tables."""
+        parts = [f"Percent, convention {self.convention}, {len(self.gold):,} posts."]
+        for name, system in self.systems.items():
+            who = f"{name}: " if len(self.systems) > 1 else ""
+            if system["missing"]:
+                parts.append(f"{who}{system['missing']:,} missing predictions are scored as empty.")
+            if system["decodes"] > 1:
+                parts.append(f"{who}Means over {system['decodes']} decodes.")
+        if len(self.systems) == 1:
+            (system,) = self.systems.values()
+            if self.resamples:
+                parts.append(f"In brackets {self.confidence:.0%} bootstrap intervals.")
+            stated = [
+                f"{_percent(system[name])} % {text}"
+                for name, text in (
+                    ("reasoning_share", "reasoned"),
+                    ("empty_share", "without keyphrase"),
+                    ("unparsable_share", "unparsable"),
+                    ("repeat_share", "of keyphrases repeated"),
+                )
+                if system.get(name) is not None
+            ]
+            stated += [
+                f"{system[name]:.2f} {text}"
+                for name, text in (
+                    ("keyphrases_per_post", "keyphrases"),
+                    ("output_words", "words"),
+                    ("output_tokens", "tokens per output"),
+                )
+                if system.get(name) is not None
+            ]
+            parts.append(f"{'; '.join(stated)}.")
+        elif self.resamples:
+            parts.append(
+                f"† p < 0.05, ‡ p < 0.01: different from {next(iter(self.systems))!r}, paired permutation test over posts, "
+                "each comparison by itself (not corrected for their number)."
+            )
+        return " ".join(parts)
+
+
+def _mean_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The means of several decodes' scores; counts are the same in all."""
+    if len(scores) == 1:
+        return dict(scores[0])
+    means: dict[str, Any] = {}
+    for name, value in scores[0].items():
+        values = [one[name] for one in scores]
+        means[name] = value if value is None or name in ("posts", "phrases") else float(np.mean(values))
+    return means
+
+
+def _mean_post_scores(scores: Sequence[PostScores]) -> PostScores:
+    first = scores[0]
+    columns = {name: np.mean([one.columns[name] for one in scores], axis=0) for name in first.columns}
+    return PostScores(first.convention, first.positions, columns)
+
+
+def _output_statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the columns that all rows have (rows filled in for missing ones aside)."""
+    given = [row for row in rows if len(row) > 2]
+    statistics = {}
+    for column, name in (
+        ("reasoned", "reasoning_share"),
+        ("output_words", "output_words"),
+        ("output_tokens", "output_tokens"),
+    ):
+        if given and all(isinstance(row.get(column), int | float) for row in given):
+            statistics[name] = sum(row[column] for row in given) / len(given)
+    if given and all(isinstance(row.get("raw"), str) for row in given):
+        unparsable = sum(bool(row["raw"].strip()) and not row["keyphrases"] for row in given)
+        statistics["unparsable_share"] = unparsable / len(given)
+    return statistics
+
+
+def _head(measure: str) -> str:
+    name, at, cut = measure.partition("@")
+    return f"{name.upper()}{at}{cut.upper()}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table, the first row its heads."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(escaped):
+        cells = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        if number == 0:
+            rule = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+            lines.append(f"| {' | '.join(rule)} |")
+    return "\n".join(lines)
+
+
+def latex_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a LaTeX tabular (packages booktabs and textcomp), the first row its heads."""
+    head, *body = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in rows]
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def _latex(cell: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in cell)
