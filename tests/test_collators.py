@@ -2,8 +2,8 @@
 
 Holds: prompts are padded left, targets right; rows are not changed; text that looks like a control token stays text and
 never changes the number of image tokens; every target ends its turn; direct targets are the tokens that TRL's own
-collators give for the same conversation, except where TRL would put something before the answer (Qwen3's empty thinking, Mllama's
-BOS) or nothing behind it (LLaVA-1.5); weights of the answer begin at `<answer>` to the byte.
+collators give for the same conversation, except where TRL would put something before the answer (Qwen3's empty
+thinking, Mllama's BOS) or nothing behind it (LLaVA-1.5); weights of the answer begin at `<answer>` to the byte.
 """
 
 from __future__ import annotations
