@@ -286,11 +286,12 @@ class KeyphraseTrainer(SFTTrainer):
         saved_whole = Path(resume_from_checkpoint, "config.json").is_file()
         if is_peft_model(model) or self.is_fsdp_enabled or not saved_whole:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved, info = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
+        model_class = cast(Any, type(model))
+        saved, info = model_class.from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"the checkpoint {resume_from_checkpoint!r} has no weights for {len(missing)} parameters of "
-                f"{type(model).__name__} ({', '.join(missing[:3])}, ...). Resume with the model it was written with."
+                f"{model_class.__name__} ({', '.join(missing[:3])}, ...). Resume with the model it was written with."
             )
         model.load_state_dict(saved.state_dict())
 
