@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from dynkp.data.statistics import load_keyphrases
     from dynkp.report.evaluation import Evaluation, gold_posts, latex_table, markdown_table, read_predictions
     from dynkp.report.scores import write_json
 
     names = arguments.names or _names(arguments.predictions)
     if len(names) != len(arguments.predictions):
         raise ValueError(f"--names has {len(names)} names and --predictions {len(arguments.predictions)} files: give one each")
+    with _silent("dynkp.data.rows"):  # which would ask for the pictures
+        gold = gold_posts(_posts(arguments.posts, arguments.split))
+        train_keyphrases = None if arguments.train_keyphrases is None else load_keyphrases(arguments.train_keyphrases)
     evaluation = Evaluation(
-        gold_posts(_posts(arguments.posts, arguments.split)),
-        train_keyphrases=arguments.train_keyphrases and read_train_keyphrases(arguments.train_keyphrases),
+        gold,
+        train_keyphrases=train_keyphrases,
         convention=arguments.convention,
         ks=arguments.k,
         subsets=arguments.subsets,
@@ -146,23 +152,15 @@ def _posts(source: str, split: str) -> Any:
     return posts.select_columns(wanted)
 
 
-def read_train_keyphrases(source: str) -> list[str]:
-    """The training set's keyphrases, from a text file with one a line, or from posts.
-
-    Args:
-        source: a `.txt` file (CMKP's `*_src.txt` is posts), or what `load_posts` takes.
-
-    Raises:
-        ValueError: if there is none in it.
-    """
-    if source.endswith(".txt") and not source.endswith("_src.txt"):
-        lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
-        phrases = [line.strip() for line in lines if line.strip()]
-    else:
-        phrases = [phrase for row in _posts(source, "train") for phrase in row["keyphrases"]]
-    if not phrases:
-        raise ValueError(f"{source}: there is no keyphrase in it")
-    return list(dict.fromkeys(phrases))
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _write(path: str, text: str) -> None:

@@ -1,0 +1,103 @@
+"""The command `dynkp stats`: the papers' dataset table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Describe posts, as the papers' dataset tables do: how many, with how many keyphrases, how many of these are different, how
+many of those the training posts have too, how long the texts are, how many posts have an image or a rationale.
+
+Two keyphrases are the same if they differ in case and blanks only."""
+
+EPILOG = """\
+examples:
+  dynkp stats --train train.jsonl --test test.jsonl
+      a column for each, and how much of the test set's keyphrases training knows
+  dynkp stats --test test.jsonl --train train_keyphrases.txt --json stats.json
+      training known by its keyphrases alone, one a line
+  dynkp stats --test valid.jsonl test.jsonl --markdown table.md
+      several sets
+
+Images are counted by their names; whether they can be opened is for training and prediction to say.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is made of its help."""
+    parser = argparse.ArgumentParser(
+        prog="dynkp stats", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--train",
+        "--train-keyphrases",
+        metavar="FILE",
+        help="training posts, in any form that docs/data.md names, or a text file with a keyphrase per line (.txt)",
+    )
+    parser.add_argument("--test", nargs="+", default=[], metavar="FILE", help="posts to describe")
+    parser.add_argument("--json", metavar="FILE", help="all figures: split -> figure, unrounded, shares as fractions")
+    parser.add_argument("--markdown", metavar="FILE", help="the table that is printed")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dynkp stats`.
+
+    Args:
+        argv: the arguments after `dynkp stats`; those of the process if None.
+
+    Returns:
+        0, or 1 where a file cannot be read.
+    """
+    command = parser()
+    arguments = command.parse_args(argv)
+    if not arguments.train and not arguments.test:
+        command.error("name posts: --train, --test or both")
+    try:
+        _describe(arguments)
+    except (ValueError, OSError) as error:
+        print(f"dynkp stats: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    from dynkp.data.statistics import describe_posts, lists_keyphrases, load_keyphrases, statistics_table
+    from dynkp.report.evaluation import markdown_table
+    from dynkp.report.scores import write_json
+
+    splits: dict[str, dict[str, Any]] = {}
+    train_keyphrases = None
+    if arguments.train and lists_keyphrases(arguments.train):
+        train_keyphrases = load_keyphrases(arguments.train)
+        splits["train"] = {"unique_keyphrases": len(train_keyphrases)}
+    elif arguments.train:
+        posts = _posts(arguments.train, "train")
+        train_keyphrases = [phrase for row in posts.select_columns(["keyphrases"]) for phrase in row["keyphrases"] or []]
+        splits["train"] = describe_posts(posts)
+    stems = [Path(source).stem for source in arguments.test]
+    names = ["test"] if len(stems) == 1 else stems if len({*stems, "train"}) > len(stems) else arguments.test
+    for name, source in zip(names, arguments.test, strict=True):
+        splits[name] = describe_posts(_posts(source, "test"), train_keyphrases)
+    table = markdown_table(statistics_table(splits))
+    print(table)
+    if arguments.json:
+        write_json(arguments.json, splits)
+    if arguments.markdown:
+        Path(arguments.markdown).parent.mkdir(parents=True, exist_ok=True)
+        Path(arguments.markdown).write_text(table + "\n", encoding="utf-8")
+
+
+def _posts(source: str, split: str) -> Any:
+    from dynkp.data.sources import load_posts
+
+    # Names alone count here, so any folder will do to look them up in.
+    image_dir = Path(source).parent if Path(source).is_file() else None
+    posts = load_posts(source, split=split, image_dir=image_dir)
+    if "keyphrases" not in posts.column_names:
+        raise ValueError(f"{source}: the posts have no column 'keyphrases'")
+    return posts
