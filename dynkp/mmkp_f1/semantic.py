@@ -7,6 +7,7 @@ Holds   each phrase is embedded once; predictions that equal the gold phrases sc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def _distinct(phrases: Sequence[str]) -> list[str]:
 
 
 def _embedded(phrases: list[str], model: Any, batch_size: int) -> _Array:
-    if not hasattr(model, "encode"):
+    if isinstance(model, (str, os.PathLike)):
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:

@@ -152,8 +152,10 @@ def paired_permutation(
     observed = _difference(first, second, measure)
     extreme = 0
     generator = np.random.default_rng(seed)
+    width = 8 * -(-len(exchanged) // 64)  # bytes per row; whole draws of the generator, wherever the work is cut
     for rows in _parts(permutations, len(exchanged)):
-        bits = np.unpackbits(np.frombuffer(generator.bytes(rows * -(-len(exchanged) // 8)), np.uint8).reshape(rows, -1), axis=1)
+        drawn = np.frombuffer(generator.bytes(rows * width), np.uint8).reshape(rows, width)
+        bits = np.unpackbits(drawn, axis=1)
         moved = bits[:, : len(exchanged)].astype(float) @ exchanged
         one_means, other_means = ((one.sum(axis=0) + moved) / posts).T, ((other.sum(axis=0) - moved) / posts).T
         extreme += int((np.abs(combine(*other_means) - combine(*one_means)) >= abs(observed) - 1e-12).sum())
