@@ -7,6 +7,7 @@ rationale, one or several pictures, gradient checkpointing, LoRA, sdpa and eager
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import pytest
@@ -147,3 +148,18 @@ def test_a_model_that_ignores_the_cache_is_an_error() -> None:
         stack.callback(delattr, model.model, "forward")
         with pytest.raises(RuntimeError, match="prompt_backend='plain'"):
             SharedPrompt(model, batch["prompt"])
+
+
+def test_logits_that_the_model_transforms_are_scored_as_transformed() -> None:
+    model, processor = build("gemma3")
+    model.config.get_text_config().final_logit_softcapping = 2.0
+    batch = double(PairedTargetCollator(processor)(rows("gemma3")))
+    with exact_float64(model):
+        assert_twins_agree(model, batch, [0, 1])
+        with torch.no_grad():
+            log_probs = SharedPrompt(model, batch["prompt"]).log_probs(batch["direct"])
+            model.config.get_text_config().final_logit_softcapping = None
+            uncapped = SharedPrompt(model, batch["prompt"]).log_probs(batch["direct"])
+    # Logits within ±2 over V tokens: no log-probability is below -(4 + log V).
+    assert log_probs.min() >= -(4 + math.log(model.config.get_text_config().vocab_size))
+    assert not torch.allclose(log_probs, uncapped)

@@ -39,6 +39,9 @@ class Targets(TypedDict):
 
 REENTRANT = "reentrant gradient checkpointing drops the graph of a layer's keys and values (set use_reentrant=False)"
 
+# Options of models (Gemma 2, Cohere, Granite, Falcon-H1, ...) that change the logits behind the LM head.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
 Scorer = Callable[[nn.Module, dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -47,7 +50,7 @@ def score_targets(
 ) -> torch.Tensor:
     """Log-probabilities of `target_ids`, predicted by the last T positions of `inputs`.
 
-    Only positions with a target are projected through the LM head.
+    Only positions with a target are projected through the LM head, unless the model transforms its logits afterwards.
 
     Args:
         model: causal language model, or a PEFT model around one.
@@ -59,8 +62,12 @@ def score_targets(
         `torch.Tensor` of shape `(B, T)`: nats, zero where the mask is False; float32, or float64 for a float64 model.
     """
     causal_lm = _causal_lm(model)
-    hidden = causal_lm.base_model(**inputs).last_hidden_state[:, -target_ids.shape[1] :]
-    logits = causal_lm.get_output_embeddings()(hidden[target_mask])
+    length = target_ids.shape[1]
+    if any(getattr(_text_config(model), name, None) is not None for name in LOGIT_TRANSFORMS):
+        logits = causal_lm(**inputs, logits_to_keep=length).logits[target_mask]
+    else:
+        hidden = causal_lm.base_model(**inputs).last_hidden_state[:, -length:]
+        logits = causal_lm.get_output_embeddings()(hidden[target_mask])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     picked = torch.nn.functional.cross_entropy(logits, target_ids[target_mask], reduction="none").neg()
     return picked.new_zeros(target_mask.shape).masked_scatter(target_mask, picked)
