@@ -86,6 +86,7 @@ class PredictionRun:
         self.settings = json.loads(json.dumps({**settings, "modality": modality, "decodes": decodes, "seed": seed}))
         self.settings["posts"] = f"{len(self.ids)} posts, sha256 {digest.hexdigest()[:16]}"
         self.meta = self.output.with_name(f"{self.output.name}.meta.json")
+        self.num_images = max((images for images, _ in sizes), default=0)  # of the post with the most
         batches = plan_batches(sizes, batch_size)
         self.done: set[Key] = set()
         self.plan = [(decode, batch) for decode in range(decodes) for batch in batches]

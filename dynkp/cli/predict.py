@@ -171,8 +171,7 @@ def _predict(arguments: argparse.Namespace, state: Any) -> None:
     batches = run.pending()
     state.wait_for_everyone()  # all have seen what is pending before a row is added
     if batches:
-        num_images = max((len(images) for images in posts["images"]), default=0)
-        generator = _generator(arguments, checkpoint, state.device, num_images)
+        generator = _generator(arguments, checkpoint, state.device, run.num_images)
         run.predict(
             generator,
             batches,
@@ -219,6 +218,8 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
     from dynkp.data.sources import load_posts
 
     posts = load_posts(arguments.posts, image_dir=arguments.image_dir, split=arguments.split)
+    # Whatever is wrong with the keyphrases, a prediction does not depend on them.
+    posts = posts.remove_columns([name for name in ("keyphrases", "rationale") if name in posts.column_names])
     answer: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -238,7 +239,8 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
         broadcast_object_list(answer)
     if isinstance(answer[0], str):
         raise ValueError(answer[0])
-    return posts.select(answer[0])
+    needed = [name for name in ("id", "text", "images", "prompt") if name in posts.column_names]
+    return posts.select(answer[0]).select_columns(needed)
 
 
 def _task(arguments: argparse.Namespace) -> Any:

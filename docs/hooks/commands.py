@@ -1,0 +1,28 @@
+"""mkdocs hook: the line `<!-- commands -->` becomes the help of every sub-command, as its parser prints it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+from unittest import mock
+
+MARKER = "<!-- commands -->"
+
+
+def command_reference() -> str:
+    """A section for each sub-command, with its help at 100 characters a line."""
+    from dynkp.cli import COMMANDS
+
+    sections = []
+    with mock.patch.dict(os.environ, COLUMNS="100"):
+        for name, (module_name, summary) in COMMANDS.items():
+            module = importlib.import_module(module_name)
+            parser = getattr(module, "parser", None) or module._parser
+            text = f"## dynkp {name}\n\n{summary[:1].upper()}{summary[1:]}.\n\n"
+            sections.append(f"{text}```text\n{parser().format_help().rstrip()}\n```")
+    return "\n\n".join(sections)
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    return markdown.replace(MARKER, command_reference()) if MARKER in markdown else markdown
