@@ -325,6 +325,7 @@ def test_bad_posts_left_out(folder: Path, tmp_path: Path) -> None:
         (["--backend", "vllm", "--num-beams", "5"], "vLLM does not sample with beams"),
         (["--vllm-options", "[]"], "[] is not a JSON object"),
         (["--output", "."], "is a folder"),
+        (["--device", "nowhere"], "nowhere is none of auto, cpu, cuda"),
     ],
 )
 def test_arguments_that_do_not_fit(
@@ -362,6 +363,15 @@ def test_interrupted_by_hand(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(predict, "_generator", interrupt)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(predict, "_generator", full)
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 1
+    assert "with a smaller --batch-size goes on" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:

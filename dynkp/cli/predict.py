@@ -6,8 +6,10 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     )
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     where.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
-    where.add_argument("--device", default="auto", help="auto (the default: a GPU where there is one), cpu, cuda, cuda:1, mps")
+    where.add_argument(
+        "--device", type=_device, default="auto", help="auto (the default: a GPU where there is one), cpu, cuda, cuda:1, mps, xpu"
+    )
     where.add_argument(
         "--backend",
         choices=["transformers", "vllm"],
@@ -124,23 +128,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 1 where files or settings do not allow the run, 130 where it was interrupted.
     """
     arguments = _parsed(parser(), argv)
-    from accelerate import PartialState
+    import torch
 
     state = _process_group(arguments.device)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dynkp").setLevel(logging.INFO if state.is_main_process else logging.ERROR)
+    who = "dynkp predict" if state.is_main_process else f"dynkp predict, process {state.process_index + 1}"
     try:
         _predict(arguments, state)
     except KeyboardInterrupt:
-        print(f"\ndynkp predict: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
+        print(f"\n{who}: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"{who}: error: {error}\nThe same command with a smaller --batch-size goes on.", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
-        if state.is_main_process:
-            print(f"dynkp predict: error: {error}", file=sys.stderr)
+        print(f"{who}: error: {error}", file=sys.stderr)
         return 1
     finally:
-        if PartialState().num_processes > 1:
-            PartialState().destroy_process_group()
+        if state.num_processes > 1:
+            state.destroy_process_group()
     return 0
 
 
@@ -194,26 +201,38 @@ def _predict(arguments: argparse.Namespace, state: Any) -> None:
             logger.warning("%d outputs were cut off at --max-new-tokens %d", cut_off, arguments.max_new_tokens)
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """What `accelerate.PartialState` says of several processes, for one."""
+
+    device: Any
+    process_index = 0
+    num_processes = 1
+    is_main_process = True
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
 def _process_group(device: str) -> Any:
     """This process among those that accelerate or torchrun started, if any."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        if device not in ("auto", "cpu") and found.type != device.partition(":")[0]:
+            raise SystemExit(f"dynkp predict: error: --device {device}: torch finds none here; take auto or cpu")
+        return _Alone(found if device == "auto" else torch.device(device))
     from datetime import timedelta
 
     from accelerate import PartialState
 
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # A process that is done waits for the others, for as long as it takes.
-    state = PartialState(cpu=device == "cpu", **({"timeout": timedelta(days=7)} if several else {}))
-    if device not in ("auto", "cpu") and not several:
-        import torch
-
-        state.device = torch.device(device)
-    return state
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
 
 
 def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
     """The posts that can be predicted. The first process looks at them, and tells the others."""
-    from accelerate.utils import broadcast_object_list
-
     from dynkp.data.posts import validate_posts
     from dynkp.data.sources import load_posts
 
@@ -236,6 +255,8 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
         except ValueError as error:
             answer = [str(error)]
     if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
         broadcast_object_list(answer)
     if isinstance(answer[0], str):
         raise ValueError(answer[0])
@@ -363,6 +384,12 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
     return number
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:1, mps, xpu")
+    return text
 
 
 def _above_zero(text: str) -> float:
