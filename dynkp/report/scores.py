@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynkp.mmkp_f1.outputs import list_statistics
 from dynkp.mmkp_f1.scoring import score_keyphrases
 
 
@@ -28,8 +29,8 @@ def summarise(
 
     Returns:
         `dict` with `convention`, `posts`, `subsets` (as [`score_keyphrases`] gives them), `empty_share`,
-        `keyphrases_per_post` and, where predictions have them, `reasoning_share`, `output_words`, `output_tokens`
-        (means per post).
+        `keyphrases_per_post`, `repeat_share` and, where predictions have them, `reasoning_share`, `output_words`,
+        `output_tokens` (means per post).
 
     Raises:
         ValueError: listing the first ids, if predictions and posts do not match.
@@ -57,8 +58,7 @@ def summarise(
             texts=[text for _, text in gold.values()],
             train_keyphrases=train_keyphrases,
         ),
-        "empty_share": sum(not phrases for phrases in lists) / len(rows),
-        "keyphrases_per_post": sum(map(len, lists)) / len(rows),
+        **list_statistics(lists),
     }
     for column, name in (
         ("reasoned", "reasoning_share"),
