@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     where.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
     where.add_argument(
-        "--device", type=_device, default="auto", help="auto (the default: a GPU where there is one), cpu, cuda, cuda:1, mps, xpu"
+        "--device", type=_device, default="auto", help="auto (the default: a GPU if there is one), cpu, cuda, cuda:1, mps, xpu"
     )
     where.add_argument(
         "--backend",
