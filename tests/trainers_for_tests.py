@@ -26,6 +26,7 @@ PLAIN_SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 0.0,
     "max_steps": 3,
+    "eval_generation_posts": 0,
 }
 NOT_IN_THE_CONFIG = ("eval_dataset", "peft_config", "callbacks", "processing_class", "data_collator")
 

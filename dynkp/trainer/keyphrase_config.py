@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from dynkp.mmkp_f1.scoring import CONVENTIONS
+
 
 @dataclass
 class KeyphraseConfig(SFTConfig):
@@ -64,8 +66,27 @@ class KeyphraseConfig(SFTConfig):
         },
     )
 
+    eval_generation_posts: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many evaluation posts, from the start, are generated for and scored at each evaluation: all by default "
+            "(None), 0 for the loss alone."
+        },
+    )
+    eval_max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest output in evaluation, in tokens; by default 32 where only direct answers are taught, else 512."},
+    )
+    eval_convention: str = field(
+        default="cmkp",
+        metadata={"help": "Convention of the scores in evaluation: 'cmkp', 'aimkp', 'padded' or 'unpadded' (docs/metric.md)."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _one_of(self.eval_convention, "eval_convention", CONVENTIONS)
+        if self.eval_generation_posts is not None and self.eval_generation_posts < 0:
+            raise ValueError(f"`eval_generation_posts` is {self.eval_generation_posts}; give a number >= 0, or None for all.")
         _one_of(self.on_invalid, "on_invalid", ("error", "skip"))
         _one_of(self.prompt_backend, "prompt_backend", ("auto", "shared", "plain"))
         if self.remove_unused_columns:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
@@ -36,6 +38,7 @@ from dynkp.mechanics.shared_prompt import (
     score_targets,
     unsupported_reason,
 )
+from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.preparation import fit_max_length, prepare_posts
 
@@ -140,6 +143,11 @@ class KeyphraseTrainer(SFTTrainer):
         if self.args.freeze_vision_tower:
             freeze_vision_tower(self.model)
         self.shares_prompt = self._choose_prompt_backend()
+        if (args.metric_for_best_model or "").removeprefix("eval_") == "composite":
+            logger.warning(
+                "`metric_for_best_model` is 'composite' (F1@1 + F1@3 + MAP@5, AimKP's choice): F1@3 of convention 'aimkp' and "
+                "its MAP@5 reward short lists, whatever their quality."
+            )
         self.add_callback(MethodState(self))
 
     def build_collator(self) -> PairedTargetCollator:
@@ -307,6 +315,34 @@ class KeyphraseTrainer(SFTTrainer):
         self._eval_prefix = metric_key_prefix  # "eval_NAME" for one of several evaluation sets
         self._records["eval"].clear()  # of a prediction, which logs nothing
         return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_generation_posts == 0:
+            return output
+        direct_only = tuple(self.target_kinds) == ("direct",)
+        # On several ranks, a stream arrives as this rank's share of it.
+        posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
+        metrics = generative_metrics(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            posts,
+            task=self.task,
+            train_keyphrases=keyphrases_of(self.train_dataset),
+            limit=self.args.eval_generation_posts,
+            batch_size=self.args.per_device_eval_batch_size,
+            max_new_tokens=self.args.eval_max_new_tokens or (32 if direct_only else 512),
+            convention=self.args.eval_convention,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            gather=self.gather_list,
+            progress=self.accelerator.is_main_process and not self.args.disable_tqdm,
+        )
+        # Before Trainer logs them, and before it chooses the best checkpoint and stops early by them.
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
 
     def record(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add `values` to the mean that is logged as `name`: over posts, micro-batches and ranks, weighted.

@@ -1,0 +1,172 @@
+"""Evaluation by generating, in training.
+
+Its figures are those of predicting and scoring the same posts with the same weights, in process and through the
+command line, for full and LoRA training, for a stream, and on two ranks as on one; the best checkpoint and early
+stopping go by them; gold answers are never seen by the prompt nor by a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from datasets import IterableDataset
+from peft import LoraConfig
+from posts_for_tests import rows
+from trainers_for_tests import losses, trainer_of
+from transformers import EarlyStoppingCallback
+
+from dynkp import cli, generate_keyphrases, load_posts, score_keyphrases
+from dynkp.data.sources import write_posts_jsonl
+from dynkp.trainer.generative_evaluation import gold_keyphrases
+
+LEARNS: dict[str, Any] = {
+    "strategy": "direct",
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 6,
+    "max_steps": 60,
+    "logging_steps": 20,
+    "eval_generation_posts": None,
+    "eval_max_new_tokens": 24,
+}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny LLaVA that has learned some of six posts by heart, so that scores are neither 0 nor 1."""
+    posts = rows("llava", 6)
+    trainer = trainer_of("llava", tmp_path_factory.mktemp("learned"), posts, eval_dataset=evaluation_posts(), **LEARNS)
+    trainer.train()
+    return trainer
+
+
+def evaluation_posts() -> list[dict[str, Any]]:
+    """The six posts, two of them with another gold answer: a perfect memory scores below 1."""
+    posts = rows("llava", 6)
+    posts[0]["keyphrases"] = ["arsenal"]
+    posts[1]["keyphrases"] = ["summer holidays", "sea", "work"]
+    return posts
+
+
+def test_metrics_are_those_of_predicting_and_scoring(learned: Any) -> None:
+    metrics = learned.evaluate()
+    posts = load_posts(evaluation_posts())
+    predictions = list(
+        generate_keyphrases(learned.model, learned.processing_class, posts, max_new_tokens=24, progress=False)
+    )
+    scores = score_keyphrases(
+        [row["keyphrases"] for row in predictions],
+        posts["keyphrases"],
+        texts=posts["text"],
+        train_keyphrases={phrase for post in rows("llava", 6) for phrase in post["keyphrases"]},
+    )
+    assert 0 < scores["all"]["f1@1"] < 1
+    for name in ("f1@1", "f1@3", "map@5"):
+        assert metrics[f"eval_{name}"] == scores["all"][name]
+    assert metrics["eval_composite"] == pytest.approx(sum(scores["all"][name] for name in ("f1@1", "f1@3", "map@5")))
+    for subset in ("present", "absent", "seen", "unseen"):
+        if scores[subset]["posts"]:
+            assert metrics[f"eval_{subset}_f1@1"] == scores[subset]["f1@1"]
+        else:
+            assert f"eval_{subset}_f1@1" not in metrics
+    assert metrics["eval_generated_posts"] == 6
+    assert metrics["eval_output_words"] == sum(row["output_words"] for row in predictions) / 6
+    assert metrics["eval_loss"] > 0
+    assert learned.state.log_history[-1]["eval_f1@1"] == metrics["eval_f1@1"], "must be logged"
+
+
+def test_the_number_of_posts_is_bounded(learned: Any) -> None:
+    learned.args.eval_generation_posts = 2
+    try:
+        assert learned.evaluate()["eval_generated_posts"] == 2
+        learned.args.eval_generation_posts = 0
+        assert "eval_f1@1" not in learned.evaluate()
+    finally:
+        learned.args.eval_generation_posts = None
+
+
+def test_a_stream_is_evaluated_alike(learned: Any) -> None:
+    whole = learned.evaluate()
+    stream = IterableDataset.from_generator(lambda: iter(load_posts(evaluation_posts())))
+    streamed = learned.evaluate(stream)
+    assert {name: whole[name] for name in whole if "@" in name} == {name: streamed[name] for name in whole if "@" in name}
+
+
+def test_rows_in_trls_form_are_scored_by_their_completion(learned: Any) -> None:
+    row = {"completion": [{"role": "assistant", "content": "one; two"}]}
+    assert gold_keyphrases(row, learned.task) == ["one", "two"]
+
+
+def test_best_checkpoint_and_early_stopping_go_by_the_scores(tmp_path: Path) -> None:
+    options = {**LEARNS, "max_steps": 40, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "f1@1", "greater_is_better": True}
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = trainer_of("llava", tmp_path, rows("llava", 6), eval_dataset=rows("llava", 6), callbacks=[stop], **options)
+    trainer.train()
+    scores = losses(trainer, "eval_f1@1")
+    assert trainer.state.best_metric == max(scores) > 0
+    assert trainer.evaluate()["eval_f1@1"] == max(scores), "the best weights must be back"
+    best = scores.index(max(scores))
+    assert len(scores) <= best + 3, "two evaluations without progress must stop the run"
+
+
+def test_composite_warns_that_it_rewards_short_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_of("llava", tmp_path, metric_for_best_model="composite")
+    assert "reward short lists" in caplog.text
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_and_the_command_line_give_the_same_figures(lora: bool, tmp_path: Path) -> None:
+    """Evaluation in training == `dynkp predict`, then `dynkp evaluate`, on what the run saved."""
+    options = {**LEARNS, "learning_rate": 3e-2 if lora else 1e-2}
+    base = trainer_of("llava", tmp_path / "base", max_steps=1)
+    base.save_model(str(tmp_path / "base"))
+    if lora:
+        options["peft_config"] = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"])
+    trainer = trainer_of(
+        "llava", tmp_path / "run", rows("llava", 6), model=base.model, eval_dataset=evaluation_posts(), **options
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(tmp_path / "run"))
+    write_posts_jsonl(load_posts(evaluation_posts()), tmp_path / "posts.jsonl", image_dir=tmp_path / "images")
+    (tmp_path / "phrases.txt").write_text(
+        "\n".join(sorted({phrase for post in rows("llava", 6) for phrase in post["keyphrases"]})) + "\n"
+    )
+    model = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "run")] if lora else ["--model", str(tmp_path / "run")]
+    posts = ["--posts", str(tmp_path / "posts.jsonl")]
+    predictions, report = tmp_path / "predictions.jsonl", tmp_path / "report.json"
+    cli.main(
+        ["predict", *model, *posts, "--image-dir", str(tmp_path / "images"), "--output", str(predictions)]
+        + ["--max-new-tokens", "24", "--device", "cpu"]
+    )
+    cli.main(
+        ["evaluate", "--predictions", str(predictions), *posts, "--train-keyphrases", str(tmp_path / "phrases.txt")]
+        + ["--json", str(report)]
+    )
+    subsets = json.loads(report.read_text())["subsets"]
+    for name in ("f1@1", "f1@3", "map@5"):
+        assert metrics[f"eval_{name}"] == subsets["all"][name]
+    for subset in ("present", "absent", "seen", "unseen"):
+        assert metrics.get(f"eval_{subset}_f1@1") == subsets[subset]["f1@1"]
+
+
+def test_two_ranks_give_the_figures_of_one(learned: Any, tmp_path: Path) -> None:
+    learned.save_model(str(tmp_path / "model"))
+    script = REPOSITORY / "tests" / "distributed" / "evaluate_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617", str(script)]
+    subprocess.run([*command, str(tmp_path)], check=True, timeout=200, capture_output=True)
+    alone = learned.evaluate()
+    for rank in range(2):
+        metrics = json.loads((tmp_path / f"metrics.{rank}.json").read_text())
+        assert metrics["world_size"] == 2
+        for name, value in alone.items():
+            if "@" in name or name in ("eval_generated_posts", "eval_composite", "eval_output_words"):
+                assert metrics[name] == pytest.approx(value, abs=1e-12), name
+        assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
