@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,25 @@ def test_batches_are_one_call(metric):
     )
     metric.add_batch(predictions=[["a"]], references=[["a"]])  # without texts, after posts that had them
     assert list(metric.compute()["subsets"]) == ["all"]
+
+
+def test_two_processes_score_all_posts_on_the_first(tmp_path):
+    code = """
+import json, sys
+import dynkp
+rank = int(sys.argv[1])
+metric = dynkp.load_metric(num_process=2, process_id=rank, experiment_id="two", cache_dir=sys.argv[2])
+posts = [{"predictions": [["x"], ["sun"]], "references": [["a"], ["sun"]]}, {"predictions": [["dog"]], "references": [["dogs"]]}]
+metric.add_batch(**posts[rank], texts=["a dog"] * len(posts[rank]["references"]))
+print(json.dumps(metric.compute(k=[1])))
+"""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in ranks)
+    assert second is None
+    assert first == evaluate_keyphrases([["x"], ["sun"], ["dog"]], [["a"], ["sun"], ["dogs"]], texts=["a dog"] * 3, ks=[1])
 
 
 def test_raw_outputs(metric):

@@ -148,13 +148,14 @@ class MmkpF1(evaluate.Metric):
             self.add_batch(predictions=predictions, references=references, texts=texts)
         if self.writer is None and self.num_process == 1:  # `evaluate` cannot read a file without posts
             return self._scores([], [], None, **options)
-        return evaluate.Metric.compute(self, **options)
+        result = evaluate.Metric.compute(self, **options)
+        self._with_texts = None
+        return result
 
     def _compute(
         self, *, predictions: Sequence[Any], references: Sequence[Sequence[str]], texts: Sequence[str], **options: Any
     ) -> dict[str, Any]:
-        with_texts, self._with_texts = self._with_texts, None
-        return self._scores(predictions, references, texts if with_texts else None, **options)
+        return self._scores(predictions, references, texts if self._with_texts else None, **options)
 
     @staticmethod
     def _scores(
