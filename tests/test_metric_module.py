@@ -96,7 +96,10 @@ import json, sys
 import dynkp
 rank = int(sys.argv[1])
 metric = dynkp.load_metric(num_process=2, process_id=rank, experiment_id="two", cache_dir=sys.argv[2])
-posts = [{"predictions": [["x"], ["sun"]], "references": [["a"], ["sun"]]}, {"predictions": [["dog"]], "references": [["dogs"]]}]
+posts = [
+    {"predictions": [["x"], ["sun"]], "references": [["a"], ["sun"]]},
+    {"predictions": [["dog"]], "references": [["dogs"]]},
+]
 metric.add_batch(**posts[rank], texts=["a dog"] * len(posts[rank]["references"]))
 print(json.dumps(metric.compute(k=[1])))
 """
