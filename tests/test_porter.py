@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from dynkp.mmkp_f1 import porter
 from dynkp.mmkp_f1.porter import porter_stem
 
-SUFFIXES = [*porter._STEP_2, *porter._STEP_3, *porter._STEP_4, "s", "ies", "ied", "eed", "ed", "ing", "y", "e", "ll", "sses", "*d"]
+RULES = [*porter._STEP_2, *porter._STEP_3, *porter._STEP_4]
+SUFFIXES = [*RULES, "s", "ies", "ied", "eed", "ed", "ing", "y", "e", "ll", "sses", "*d"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_every_word_of_cmkp(shared: Path, nltk_stem):
 STEMS = st.text("aeiouybdlstzwx*", max_size=5)
 
 
-@settings(max_examples=3000)
+@settings(max_examples=1500)
 @given(STEMS, st.lists(st.sampled_from(SUFFIXES), max_size=3).map("".join))
 @example("a", "*ding")
 @example("y", "y" * 50 + "ing")
