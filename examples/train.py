@@ -100,9 +100,12 @@ class TinyModelArguments:
     tiny_hidden_size: int = field(default=128, metadata={"help": "Width of the language model built from scratch."})
     tiny_layers: int = field(default=1, metadata={"help": "Its layers."})
     tiny_heads: int = field(default=2, metadata={"help": "Its attention heads."})
-    tiny_attention_dropout: float = field(
-        default=0.6,
-        metadata={"help": "Its attention dropout: with few heads it drops words, which keeps it from memorising posts."},
+    tiny_attention_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Its attention dropout: with few heads it drops words, which keeps it from memorising posts. By default 0.6, "
+            "or 0 where posts have rationales: their losses would never fall below γ."
+        },
     )
     tiny_vocab_size: int = field(default=8192, metadata={"help": "Size of its byte-level BPE vocabulary."})
     tiny_image_size: int = field(default=64, metadata={"help": "Side of its square pictures in pixels; patches are 8 px."})
@@ -174,6 +177,9 @@ def load_model(
     if isinstance(train_posts, IterableDataset):
         raise ValueError("A model from scratch reads all training texts first; name one (--model_name_or_path) to stream.")
     texts = train_posts.select_columns(["text", "keyphrases", "rationale"])
+    dropout = tiny.tiny_attention_dropout
+    if dropout is None:
+        dropout = 0.0 if any(texts["rationale"]) else 0.6
     model, processor = build_tiny_vlm(
         [resolve_task(args.task).instruction]
         + [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in texts],
@@ -182,7 +188,7 @@ def load_model(
         hidden_size=tiny.tiny_hidden_size,
         layers=tiny.tiny_layers,
         heads=tiny.tiny_heads,
-        attention_dropout=tiny.tiny_attention_dropout,
+        attention_dropout=dropout,
         image_size=tiny.tiny_image_size,
         seed=args.seed,
     )

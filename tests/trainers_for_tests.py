@@ -26,7 +26,6 @@ PLAIN_SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 0.0,
     "max_steps": 3,
-    "eval_generation_posts": 0,
 }
 NOT_IN_THE_CONFIG = ("eval_dataset", "peft_config", "callbacks", "processing_class", "data_collator")
 
@@ -36,7 +35,7 @@ def trainer_of(family: str, output_dir: Path | str, posts: Any = None, model: An
     tiny, processor = build(family)
     arguments = {"processing_class": processor}
     arguments |= {name: options.pop(name) for name in NOT_IN_THE_CONFIG if name in options}
-    args = DynamicCoTConfig(output_dir=str(output_dir), **{**PLAIN_SETTINGS, **options})
+    args = DynamicCoTConfig(output_dir=str(output_dir), **{**PLAIN_SETTINGS, "eval_generation_posts": 0, **options})
     posts = rows(family, 6) if posts is None else posts
     return DynamicCoTTrainer(model=tiny if model is None else model, args=args, train_dataset=posts, **arguments)
 
