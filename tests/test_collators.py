@@ -471,3 +471,15 @@ def test_messages_with_images_are_trls() -> None:
     row = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "images": [picture(1)]}
     expected = prepare_multimodal_messages(row["prompt"], images=[None])
     assert PromptRenderer(processor).prompt_messages(row, 1) == expected
+
+
+def test_tags_that_are_special_tokens_stay_whole_in_targets_and_end_no_turn() -> None:
+    """A vocabulary that holds <think> and </answer> as special tokens: they are what is taught, not control tokens."""
+    _, tokenizer = build("llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
+    renderer = PromptRenderer(tokenizer)
+    post = {"id": "1", "text": "goal", "keyphrases": ["mufc"], "rationale": "They <|eot_id|> scored."}
+    target = renderer.reasoning_target(post, 0)
+    assert target.startswith("<think>They ") and "</think><answer>mufc</answer>" in target
+    ends = renderer.direct_target(post, 0).removeprefix("mufc")
+    assert ends and target.endswith("</answer>" + ends)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from dynkp.data.images import open_image
-from dynkp.data.prompts import KeyphraseTask, resolve_task
+from dynkp.data.prompts import TAGS, KeyphraseTask, resolve_task
 from dynkp.mechanics.shared_prompt import Targets
 
 
@@ -127,7 +127,8 @@ class PromptRenderer:
         for name in ("image_token", "video_token", "boi_token", "eoi_token"):
             if isinstance(token := getattr(self.processor, name, None), str):
                 tokens.add(token)
-        return sorted(tokens - {""}, key=len, reverse=True)
+        # A vocabulary may hold <think> and </answer> as special tokens; in a target they are what is taught.
+        return sorted(tokens - {"", *TAGS}, key=len, reverse=True)
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:

@@ -230,7 +230,7 @@ class Evaluation:
             "decodes": len(decodes),
             "subsets": {subset: _mean_scores([one[subset] for one in scores]) for subset in self.subsets},
             **list_statistics([list(row["keyphrases"]) for row in every]),
-            **_output_statistics(every),
+            **output_means(every),
         }
         if semantic:
             system |= _mean_scores(semantic)
@@ -335,10 +335,10 @@ class Evaluation:
         measures = [f"p@{k}", f"r@{k}", *self.shown_measures()]
         rows = [["subset", "posts", "phrases", *map(_head, measures)]]
         for subset, scores in system["subsets"].items():
-            cells = [_percent(scores[measure]) for measure in measures]
+            cells = [percent(scores[measure]) for measure in measures]
             bounds = system.get("intervals", {}).get("subsets", {}).get(subset, {}).get(f"f1@{k}")
             if bounds:
-                cells[measures.index(f"f1@{k}")] += f" [{_percent(bounds[0])}, {_percent(bounds[1])}]"
+                cells[measures.index(f"f1@{k}")] += f" [{percent(bounds[0])}, {percent(bounds[1])}]"
             rows.append([subset, f"{scores['posts']:,}", f"{scores['phrases']:,}", *cells])
         return rows
 
@@ -347,9 +347,9 @@ class Evaluation:
         measures = self.shown_measures()
         rows = [["system", *(f"{_head(measure)} {lead}" for measure in measures), "reasoning", "output words", "no keyphrase"]]
         for name, system in self.systems.items():
-            scores = [_percent(system["subsets"][lead][measure]) + self._mark(name, lead, measure) for measure in measures]
+            scores = [percent(system["subsets"][lead][measure]) + self._mark(name, lead, measure) for measure in measures]
             words = "-" if system.get("output_words") is None else f"{system['output_words']:.2f}"
-            rows.append([name, *scores, _percent(system.get("reasoning_share")), words, _percent(system["empty_share"])])
+            rows.append([name, *scores, percent(system.get("reasoning_share")), words, percent(system["empty_share"])])
         return rows
 
     def _subsets_table(self) -> list[list[str]]:
@@ -358,7 +358,7 @@ class Evaluation:
         rows = [["system", *(f"{_head(measure)} {subset} ({counts[subset]['posts']:,} posts)" for subset in self.subsets)]]
         for name, system in self.systems.items():
             rows.append(
-                [name, *(_percent(system["subsets"][s][measure]) + self._mark(name, s, measure) for s in self.subsets)]
+                [name, *(percent(system["subsets"][s][measure]) + self._mark(name, s, measure) for s in self.subsets)]
             )
         return rows
 
@@ -382,7 +382,7 @@ class Evaluation:
             if self.resamples:
                 parts.append(f"In brackets {self.confidence:.0%} bootstrap intervals.")
             stated = [
-                f"{_percent(system[name])} % {text}"
+                f"{percent(system[name])} % {text}"
                 for name, text in (
                     ("reasoning_share", "reasoned"),
                     ("empty_share", "without keyphrase"),
@@ -426,7 +426,7 @@ def _mean_post_scores(scores: Sequence[PostScores]) -> PostScores:
     return PostScores(first.convention, first.positions, columns)
 
 
-def _output_statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def output_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means of the columns that all rows have (rows filled in for missing ones aside)."""
     given = [row for row in rows if len(row) > 2]
     statistics = {}
@@ -448,7 +448,7 @@ def _head(measure: str) -> str:
     return f"{name.upper()}{at}{cut.upper()}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 

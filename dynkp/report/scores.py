@@ -15,6 +15,7 @@ from typing import Any
 
 from dynkp.mmkp_f1.outputs import list_statistics
 from dynkp.mmkp_f1.scoring import score_keyphrases
+from dynkp.report.evaluation import gold_posts, markdown_table, match_predictions, output_means, percent
 
 
 def summarise(
@@ -33,41 +34,18 @@ def summarise(
         `output_tokens` (means per post).
 
     Raises:
-        ValueError: listing the first ids, if predictions and posts do not match.
+        ValueError: listing the ids, if predictions and posts do not match.
     """
-    gold: dict[str, tuple[list[str], str]] = {}
-    for post in posts:
-        gold[str(post["id"])] = (list(post["keyphrases"]), post["text"] or "")
-    by_id: dict[str, Mapping[str, Any]] = {}
-    for row in predictions:
-        if row["id"] in by_id:
-            raise ValueError(f"the id {row['id']!r} is predicted twice; keep one prediction per post")
-        by_id[row["id"]] = row
-    if wrong := gold.keys() ^ by_id.keys():
-        missing = sorted(wrong & gold.keys())[:5]
-        unknown = sorted(wrong & by_id.keys())[:5]
-        raise ValueError(f"predictions and posts do not match: missing {missing}, unknown {unknown} (first five of each)")
-    rows = [by_id[post_id] for post_id in gold]
-    lists = [list(row["keyphrases"]) for row in rows]
-    summary: dict[str, Any] = {
-        "convention": "cmkp",
-        "posts": len(rows),
-        "subsets": score_keyphrases(
-            lists,
-            [keyphrases for keyphrases, _ in gold.values()],
-            texts=[text for _, text in gold.values()],
-            train_keyphrases=train_keyphrases,
-        ),
-        **list_statistics(lists),
-    }
-    for column, name in (
-        ("reasoned", "reasoning_share"),
-        ("output_words", "output_words"),
-        ("output_tokens", "output_tokens"),
-    ):
-        if all(column in row for row in rows):
-            summary[name] = sum(row[column] for row in rows) / len(rows)
-    return summary
+    gold = gold_posts(posts)
+    (rows,), _ = match_predictions(predictions, gold)
+    lists = [row["keyphrases"] for row in rows]
+    scores = score_keyphrases(
+        lists,
+        [post.keyphrases for post in gold],
+        texts=[post.text for post in gold],
+        train_keyphrases=train_keyphrases,
+    )
+    return {"convention": "cmkp", "posts": len(rows), "subsets": scores, **list_statistics(lists), **output_means(rows)}
 
 
 def table(systems: Mapping[str, Mapping[str, Any]], subsets: Sequence[str] = ("all", "seen", "unseen")) -> str:
@@ -84,29 +62,13 @@ def table(systems: Mapping[str, Mapping[str, Any]], subsets: Sequence[str] = ("a
     first = next(iter(systems.values()))
     heads = [f"F1@1 {name} ({first['subsets'][name]['posts']:,} posts)" for name in shown]
     header = ["system", *heads, "P@1 all", "reasoning", "output words", "no keyphrase"]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = [header]
     for name, system in systems.items():
-        scores = [_percent(system["subsets"][subset]["f1@1"]) for subset in shown]
+        scores = [percent(system["subsets"][subset]["f1@1"]) for subset in shown]
         words = f"{system['output_words']:.1f}" if "output_words" in system else "-"
-        lines.append(
-            [
-                name,
-                *scores,
-                _percent(system["subsets"]["all"]["p@1"]),
-                _percent(system.get("reasoning_share")),
-                words,
-                _percent(system["empty_share"]),
-            ]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in row) + " |"
-        for row in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
+        shares = [percent(system["subsets"]["all"]["p@1"]), percent(system.get("reasoning_share"))]
+        lines.append([name, *scores, *shares, words, percent(system["empty_share"])])
+    return markdown_table(lines)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
