@@ -103,8 +103,8 @@ class TinyModelArguments:
     tiny_attention_dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Its attention dropout: with few heads it drops words, which keeps it from memorising posts. By default 0.6, "
-            "or 0 where posts have rationales: their losses would never fall below γ."
+            "help": "Its attention dropout: with few heads it drops words, which keeps it from memorising posts. By default "
+            "0.6, or 0 where posts have rationales: their losses would never fall below γ."
         },
     )
     tiny_vocab_size: int = field(default=8192, metadata={"help": "Size of its byte-level BPE vocabulary."})

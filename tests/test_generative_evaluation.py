@@ -139,7 +139,8 @@ def test_training_and_the_command_line_give_the_same_figures(lora: bool, tmp_pat
     (tmp_path / "phrases.txt").write_text(
         "\n".join(sorted({phrase for post in rows("llava", 6) for phrase in post["keyphrases"]})) + "\n"
     )
-    model = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "run")] if lora else ["--model", str(tmp_path / "run")]
+    model = ["--model", str(tmp_path / ("base" if lora else "run"))]
+    model += ["--adapter", str(tmp_path / "run")] if lora else []
     posts = ["--posts", str(tmp_path / "posts.jsonl")]
     predictions, report = tmp_path / "predictions.jsonl", tmp_path / "report.json"
     cli.main(

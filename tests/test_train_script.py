@@ -93,8 +93,8 @@ def test_mixture_in_yaml(shared: Path, tmp_path: Path) -> None:
     first = head(shared / "data/cmkp/valid.jsonl", 30, tmp_path / "first.jsonl")
     second = head(shared / "data/cmkp/train_tiny.jsonl", 30, tmp_path / "second.jsonl")
     datasets = [{"path": str(first), "weight": 3}, {"path": str(second), "weight": 1}]
-    config = {"datasets": datasets, "stopping_strategy": "all_exhausted", "strategy": "direct", "output_dir": str(tmp_path / "o")}
-    config |= {"max_steps": 2, "bf16": False}
+    config = {"datasets": datasets, "stopping_strategy": "all_exhausted", "strategy": "direct"}
+    config |= {"output_dir": str(tmp_path / "o"), "max_steps": 2, "bf16": False}
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(config))
     train.main(["--config", str(tmp_path / "mix.yaml"), *QUICK, *TINY])
     assert (tmp_path / "o/model.safetensors").exists()

@@ -69,13 +69,15 @@ class KeyphraseConfig(SFTConfig):
     eval_generation_posts: int | None = field(
         default=None,
         metadata={
-            "help": "How many evaluation posts, from the start, are generated for and scored at each evaluation: all by default "
-            "(None), 0 for the loss alone."
+            "help": "How many evaluation posts, from the start, are generated for and scored at each evaluation: all by "
+            "default (None), 0 for the loss alone."
         },
     )
     eval_max_new_tokens: int | None = field(
         default=None,
-        metadata={"help": "Longest output in evaluation, in tokens; by default 32 where only direct answers are taught, else 512."},
+        metadata={
+            "help": "Longest output in evaluation, in tokens; by default 32 where only direct answers are taught, else 512."
+        },
     )
     eval_convention: str = field(
         default="cmkp",

@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from test_generative_evaluation import LEARNS, evaluation_posts  # noqa: E402
 from posts_for_tests import rows  # noqa: E402
+from test_generative_evaluation import LEARNS, evaluation_posts  # noqa: E402
 from trainers_for_tests import trainer_of  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
