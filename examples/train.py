@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import drawn_posts
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
@@ -57,6 +58,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "save_total_limit": 2,
     "logging_steps": 50.0,
     "report_to": ["none"],
+    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 
