@@ -314,6 +314,10 @@ class TransformersGenerator:
         self.options = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
+            # Some checkpoints' own defaults are not plain decoding (Qwen2.5-VL penalises repetition).
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
             "use_cache": True,  # trainers turn it off in the model's config while gradients are checkpointed
             "eos_token_id": sorted(self.stop_ids),
             "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

@@ -293,6 +293,16 @@ def test_pictures_follow_the_model_s_dtype():
     assert len(predict(model, processor, posts(3))) == 3
 
 
+def test_a_checkpoint_s_own_way_of_decoding_is_not_taken():
+    model, processor = build("llava")
+    expected = predict(model, processor, posts(3), max_new_tokens=12)
+    model.generation_config.update(do_sample=True, num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1)
+    assert predict(model, processor, posts(3), max_new_tokens=12) == expected
+    # They would have changed the outputs.
+    own = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    assert predict(model, processor, posts(3), max_new_tokens=12, generation_kwargs=own) != expected
+
+
 def test_generation_kwargs_win():
     model, processor = build("llava")
     rows = posts(3)

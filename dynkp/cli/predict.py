@@ -330,7 +330,6 @@ def _generator(arguments: argparse.Namespace, checkpoint: Any, device: Any, num_
         dialogue,
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
-        repetition_penalty=1.0,  # some checkpoints' own defaults are not plain decoding
         **sampling,
     )
 
