@@ -19,7 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
@@ -90,6 +90,7 @@ class PredictionRun:
         batches = plan_batches(sizes, batch_size)
         self.done: set[Key] = set()
         self.plan = [(decode, batch) for decode in range(decodes) for batch in batches]
+        self._lock: BinaryIO | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -121,10 +122,19 @@ class PredictionRun:
     def start(self, info: Mapping[str, Any] | None = None) -> None:
         """Write the settings, and repair what a killed run left; one process calls it, before any predicts.
 
+        From here to `finish` or `close` no other run can start with this output.
+
         Args:
             info: more to be written beside the settings; not compared when the run goes on.
+
+        Raises:
+            BlockingIOError: if another run is writing to the output.
+            ValueError: as when the run was made, if another run has come and gone since.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        # Before anything is looked at: what another run is just writing looks like a torn line, or like nothing done.
+        self._lock = _locked(self.output)
+        self._check_settings()
         for file in self._files():
             _repair(file)
         write_json(self.meta, {"settings": self.settings, "info": dict(info or {})})
@@ -158,9 +168,6 @@ class PredictionRun:
             rank: this process's number, from 0; it takes every `num_ranks`-th batch.
             num_ranks: the number of processes.
             progress: whether to show a progress bar, with posts per second and the time left.
-
-        Raises:
-            BlockingIOError: if another run is writing to the output.
         """
         mine = list(batches)[rank::num_ranks]
         path = self.output if rank == 0 else self.output.with_name(f"{self.output.name}.rank-{rank}")
@@ -170,7 +177,6 @@ class PredictionRun:
             path.open("ab") as file,
             tqdm(total=len(keys), desc=f"Predicting{share}", unit="post", disable=not progress or rank != 0) as bar,
         ):
-            _lock(file, self.output)
             for decode, batch in mine:
                 rows = [prompt_row(self.posts[index], index, self.modality) for index in batch]
                 seed = None if self.seed is None else self.seed + decode
@@ -195,11 +201,12 @@ class PredictionRun:
             RuntimeError: if a post is not done.
         """
         files = self._files()
-        rows = {key: line for file in files for key, line in self._rows(file)}
+        lines = [row for file in files for row in self._rows(file)]
+        rows = dict(lines)
         order = [(post_id, decode) for post_id in self.ids for decode in range(self.decodes)]
         if missing := [key for key in order if key not in rows]:
             raise RuntimeError(f"{len(missing)} of {len(order)} predictions are missing, first {missing[0]}; run it again")
-        if files != [self.output] or list(rows) != order:
+        if files != [self.output] or [key for key, _ in lines] != order:
             partial = self.output.with_name(f".{self.output.name}.partial")
             with partial.open("wb") as file:
                 file.writelines(rows[key] + b"\n" for key in order)
@@ -209,7 +216,13 @@ class PredictionRun:
             for shard in files:
                 if shard != self.output:
                     shard.unlink()
+        self.close()
         return [json.loads(rows[key]) for key in order]
+
+    def close(self) -> None:
+        """Let other runs have the output; `finish` does it too."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _rows(self, file: Path) -> Iterator[tuple[Key, bytes]]:
         with file.open("rb") as lines:
@@ -245,18 +258,19 @@ def _repair(file: Path) -> None:
             stream.truncate(end)
 
 
-def _lock(file: Any, output: Path) -> None:
-    """Two runs must not write to one file; the lock goes with the process, however that ends."""
+def _locked(output: Path) -> BinaryIO:
+    """The output, locked: two runs must not write to one file. The lock goes with the process, however that ends."""
+    file = output.open("ab")
     try:
         import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.close()
         raise BlockingIOError(f"another run is writing to {output}: wait for it, or choose another output") from None
-    except OSError:  # some network file systems have no locks
-        return
+    except (ImportError, OSError):  # Windows and some network file systems have no such locks
+        pass
+    return file
 
 
 def _prompt_content(row: Mapping[str, Any]) -> bytes:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from dynkp import DynamicCoTConfig, DynamicCoTTrainer, KeyphraseTask, generate_keyphrases, write_predictions
@@ -49,6 +51,8 @@ MAX_NEW_TOKENS = 48
 def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> None:
     """Draw, pretrain, train with each strategy, predict, score, print; files go to `args.output_dir`."""
     started = time.perf_counter()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more threads cost a model this small more than they give, and its worker wants a core
     train_posts = draw_posts(TRAIN_POSTS, split="train", seed=args.seed)
     test_posts = draw_posts(TEST_POSTS, split="test", seed=args.seed)
     descriptions = describe_posts(PRETRAINING_ROWS, seed=args.seed)

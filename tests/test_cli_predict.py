@@ -375,16 +375,37 @@ def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
-    posts = [{"id": "1", "text": "a"}]
-    inner = PredictionRun(posts, tmp_path / "p.jsonl", {}, batch_size=1)
-    outer = PredictionRun(posts, tmp_path / "p.jsonl", {}, batch_size=1)
+    """Not even while a line is being written, or after a run that came and went."""
+    output = tmp_path / "p.jsonl"
+    posts = [{"id": str(index), "text": "a"} for index in range(3)]
+    first, second, third = (PredictionRun(posts, output, {"mode": mode}, batch_size=1) for mode in ("a", "a", "b"))
 
     def generator(rows: Any, seed: Any = None) -> Any:
-        inner.predict(generator, inner.pending(), progress=False)
+        with output.open("ab") as half:
+            half.write(b'{"id": "1", ')
+        with pytest.raises(BlockingIOError, match="another run is writing"):
+            second.start()
+        assert output.read_bytes().endswith(b'{"id": "1", '), "not torn, but just being written"
+        os.truncate(output, output.stat().st_size - 12)
+        return [{"id": row["id"], "keyphrases": []} for row in rows]
 
-    outer.start()
-    with pytest.raises(BlockingIOError, match="another run is writing"):
-        outer.predict(generator, outer.pending(), progress=False)
+    first.start()
+    first.predict(generator, first.pending(), progress=False)
+    assert len(first.finish()) == 3
+    second.start()
+    assert second.pending() == []
+    second.close()
+    with pytest.raises(ValueError, match="mode was 'a' and is 'b'"):
+        third.start()
+    third.close()
+
+
+def test_rows_written_twice_are_kept_once(tmp_path: Path) -> None:
+    run = PredictionRun([{"id": "1", "text": "a"}, {"id": "2", "text": "b"}], tmp_path / "p.jsonl", {}, batch_size=1)
+    run.start()
+    (tmp_path / "p.jsonl").write_text('{"id": "1", "raw": ""}\n{"id": "2", "raw": ""}\n{"id": "2", "raw": ""}\n')
+    assert [row["id"] for row in run.finish()] == ["1", "2"]
+    assert len(read(tmp_path / "p.jsonl")) == 2
 
 
 # --- vLLM ---

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,24 +172,25 @@ def _predict(arguments: argparse.Namespace, state: Any) -> None:
         decodes=arguments.decodes,
         seed=arguments.seed if arguments.do_sample else None,
     )
-    state.wait_for_everyone()  # all have looked at the settings before they are written
+    with closing(run):
+        state.wait_for_everyone()  # all have looked at the settings before they are written
+        if state.is_main_process:
+            run.start(_info(arguments, state))
+        state.wait_for_everyone()
+        batches = run.pending()
+        state.wait_for_everyone()  # all have seen what is pending before a row is added
+        if batches:
+            generator = _generator(arguments, checkpoint, state.device, run.num_images)
+            run.predict(
+                generator,
+                batches,
+                rank=state.process_index,
+                num_ranks=state.num_processes,
+                progress=not arguments.no_progress,
+            )
+        state.wait_for_everyone()
+        rows = run.finish() if state.is_main_process else []
     if state.is_main_process:
-        run.start(_info(arguments, state))
-    state.wait_for_everyone()
-    batches = run.pending()
-    state.wait_for_everyone()  # all have seen what is pending before a row is added
-    if batches:
-        generator = _generator(arguments, checkpoint, state.device, run.num_images)
-        run.predict(
-            generator,
-            batches,
-            rank=state.process_index,
-            num_ranks=state.num_processes,
-            progress=not arguments.no_progress,
-        )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        rows = run.finish()
         count = max(1, len(rows))
         reasoned = sum(row["reasoned"] for row in rows) / count
         words = sum(row["output_words"] for row in rows) / count
