@@ -34,6 +34,25 @@ Key = tuple[str, int]
 Generator = Callable[..., list[Prediction]]
 # Places in a file of weights whose bytes stand for the whole of it, and how many bytes each.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+# What of a checkpoint decides on its outputs beside the weights: by name, as a run's own files may lie in the folder.
+_SETTINGS_FILES = frozenset(
+    (
+        "config.json",
+        "adapter_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+    )
+)
 
 
 class PredictionRun:
@@ -292,14 +311,14 @@ def weights_fingerprint(model: str) -> str:
         model: a folder, or a Hub id.
 
     Returns:
-        For a folder, a checksum of its configuration and of bytes sampled all over its weights, so that it may be
-        moved; for a Hub id, the id.
+        For a folder, a checksum of bytes sampled all over its weights and of its configuration, tokenizer, chat template
+        and processor, so that it may be moved; for a Hub id, the id.
     """
     if not os.path.isdir(model):
         return model
     digest = hashlib.sha256()
     for file in sorted(Path(model).iterdir()):
-        if file.suffix not in (".safetensors", ".bin") and file.name not in ("config.json", "adapter_config.json"):
+        if file.suffix not in (".safetensors", ".bin") and file.name not in _SETTINGS_FILES:
             continue
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,17 @@ def test_moved_folders_are_the_same(folder: Path, whole: list[dict[str, Any]], t
     moved = ["--model", str(tmp_path / "moved"), "--image-dir", str(tmp_path / "pictures")]
     assert run(folder, folder / "whole" / "p.jsonl", *moved, batch_size=2) == whole
     assert weights_fingerprint(str(tmp_path / "moved")) == weights_fingerprint(str(folder / "model"))
+
+
+def test_a_checkpoint_is_more_than_its_weights(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    before = weights_fingerprint(str(model))
+    (model / "predictions.jsonl.meta.json").write_text("{}")  # of a run, whose output may stand in the same folder
+    assert weights_fingerprint(str(model)) == before
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert weights_fingerprint(str(model)) != before
 
 
 @pytest.mark.parametrize(
