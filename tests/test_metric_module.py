@@ -16,7 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import evaluate
+import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
@@ -120,6 +122,13 @@ def test_raw_outputs(metric):
     assert result["unparsable_share"] == 1 / 3
     assert result["reasoning_share"] == 2 / 3
     assert result["output_tokens"] == sum(map(len, outputs)) / 3
+
+
+def test_columns_arrays_and_generators_are_lists(metric):
+    rows = datasets.Dataset.from_dict({"raw": ["dogs; cat", "sun"], "gold": [["dog"], ["sea"]]})
+    for outputs in (rows["raw"], np.array(rows["raw"][:]), iter(rows["raw"][:])):
+        assert metric.compute(predictions=outputs, references=rows["gold"], parse=True)["subsets"]["all"]["r@1"] == 0.5
+    assert metric.compute(predictions=rows["gold"], references=rows["gold"])["subsets"]["all"]["r@1"] == 1
 
 
 def test_intervals(metric):

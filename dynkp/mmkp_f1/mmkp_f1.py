@@ -6,7 +6,7 @@ used are imported here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -99,6 +99,7 @@ class MmkpF1(evaluate.Metric):
         """Add some posts; all of them, or none if one cannot be scored."""
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: add_batch takes predictions, references and texts; options go to compute")
+        predictions = _listed(predictions)
         # Checked here: `datasets` would write a NaN as the string "nan".
         raw = _is_raw(predictions)
         check = checked_strings if raw else checked_phrase_lists
@@ -135,6 +136,7 @@ class MmkpF1(evaluate.Metric):
         if options.get("train_keyphrases") is not None:
             options["train_keyphrases"] = checked_strings("train_keyphrases", options["train_keyphrases"])
         given = predictions is not None or references is not None
+        predictions = _listed(predictions)
         # Tried on one post first: refused after the posts are read, the options would cost those added before.
         raw = _is_raw(predictions) if given else self.selected_feature_format == _RAW
         if raw and not options.get("parse"):
@@ -168,8 +170,14 @@ class MmkpF1(evaluate.Metric):
         return evaluate_keyphrases(predictions, references, texts=texts, ks=k, **options)
 
 
+def _listed(predictions: Any) -> Any:
+    """A column of a dataset, an array or a generator as a list; what is no list of anything is refused further on."""
+    listable = isinstance(predictions, Iterable) and not isinstance(predictions, (str, bytes, Mapping))
+    return list(predictions) if listable else predictions
+
+
 def _is_raw(predictions: Any) -> bool:
-    return isinstance(predictions, (list, tuple)) and len(predictions) > 0 and isinstance(predictions[0], str)
+    return isinstance(predictions, list) and len(predictions) > 0 and isinstance(predictions[0], str)
 
 
 def load_metric(**settings: Any) -> MmkpF1:
