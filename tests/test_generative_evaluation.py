@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY
 from datasets import IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from posts_for_tests import rows
 from trainers_for_tests import losses, trainer_of
-from transformers import EarlyStoppingCallback
+from transformers import AutoModelForImageTextToText, EarlyStoppingCallback
 
 from dynkp import cli, generate_keyphrases, load_posts, score_keyphrases
 from dynkp.data.sources import write_posts_jsonl
-from dynkp.trainer.generative_evaluation import gold_keyphrases
+from dynkp.trainer import generative_evaluation
+from dynkp.trainer.generative_evaluation import generative_metrics, gold_keyphrases
 
 LEARNS: dict[str, Any] = {
     "strategy": "direct",
@@ -98,6 +100,35 @@ def test_a_stream_is_evaluated_alike(learned: Any) -> None:
     assert {name: whole[name] for name in whole if "@" in name} == {name: streamed[name] for name in whole if "@" in name}
 
 
+def test_posts_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stream no more posts are alive than one window of batches, whatever their number."""
+    alive: list[int] = []
+
+    class Text(str):
+        def __del__(self) -> None:
+            alive.remove(1)
+
+    def posts(count: int) -> Any:
+        for index in range(count):
+            alive.append(1)
+            peak.append(len(alive))
+            yield {"id": str(index), "text": Text("a dog"), "keyphrases": ["dog"]}
+
+    def predict(model: Any, processor: Any, rows: Any, **_: Any) -> Any:
+        for row in rows:
+            counts = {"reasoned": False, "output_words": 1, "output_tokens": 1}
+            yield {"id": row["id"], "keyphrases": ["dogs"], **counts}
+
+    monkeypatch.setattr(generative_evaluation, "generate_keyphrases", predict)
+    options: dict[str, Any] = {"task": None, "train_keyphrases": None, "limit": None, "batch_size": 1, "max_new_tokens": 1}
+    options |= {"convention": "cmkp", "rank": 0, "ranks": 1, "gather": list, "progress": False}
+    for count in (10, 3000):
+        peak: list[int] = []
+        metrics = generative_metrics(None, None, posts(count), **options)
+        assert (metrics["generated_posts"], metrics["f1@1"], metrics["output_words"]) == (count, 1, 1)
+        assert max(peak) < 600
+
+
 def test_rows_in_trls_form_are_scored_by_their_completion(learned: Any) -> None:
     row = {"completion": [{"role": "assistant", "content": "one; two"}]}
     assert gold_keyphrases(row, learned.task) == ["one", "two"]
@@ -159,15 +190,30 @@ def test_training_and_the_command_line_give_the_same_figures(lora: bool, tmp_pat
 
 
 def test_two_ranks_give_the_figures_of_one(learned: Any, tmp_path: Path) -> None:
-    learned.save_model(str(tmp_path / "model"))
+    """In full and with LoRA, whose adapter is put on the base model as `dynkp predict --adapter` does."""
+    learned.save_model(str(tmp_path / "full"))
+    adapted = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "full"), str(adapter_on(tmp_path / "full", tmp_path / "lora"))
+    )
+    lora = trainer_of("llava", tmp_path / "out", rows("llava", 6), model=adapted, eval_dataset=evaluation_posts(), **LEARNS)
     script = REPOSITORY / "tests" / "distributed" / "evaluate_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     subprocess.run([*command, str(tmp_path)], check=True, timeout=200, capture_output=True)
-    alone = learned.evaluate()
-    for rank in range(2):
-        metrics = json.loads((tmp_path / f"metrics.{rank}.json").read_text())
-        assert metrics["world_size"] == 2
-        for name, value in alone.items():
-            if "@" in name or name in ("eval_generated_posts", "eval_composite", "eval_output_words"):
-                assert metrics[name] == pytest.approx(value, abs=1e-12), name
-        assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    for name, trainer in (("full", learned), ("lora", lora)):
+        alone = trainer.evaluate()
+        for rank in range(2):
+            metrics = json.loads((tmp_path / f"metrics.{name}.{rank}.json").read_text())
+            assert metrics["world_size"] == 2
+            for key, value in alone.items():
+                if "@" in key or key in ("eval_generated_posts", "eval_composite", "eval_output_words"):
+                    assert metrics[key] == pytest.approx(value, abs=1e-12), (name, key)
+            assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    assert lora.evaluate()["eval_loss"] != pytest.approx(learned.evaluate()["eval_loss"], rel=1e-3), "the adapter must count"
+
+
+def adapter_on(model: Path, folder: Path) -> Path:
+    """An adapter that changes the model a little."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForImageTextToText.from_pretrained(model), config).save_pretrained(folder)
+    return folder

@@ -268,6 +268,31 @@ def test_order_and_batches_of_posts_change_nothing(convention, posts, seed, cut)
         assert len(kept.positions) == scores[subset]["posts"]
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@given(posts=POSTS, cut=st.integers(0, 6))
+def test_totals_of_two_scorers_are_those_of_one(convention, posts, cut):
+    scorers = [KeyphraseScorer(convention=convention, subsets=["all", "present"]) for _ in range(3)]
+    for scorer, part in zip(scorers, (slice(cut), slice(cut, None)), strict=False):
+        scorer.add_batch(*(column[part] for column in posts))
+        scorers[2].add_totals(scorer.totals())
+    expected = score_keyphrases(*posts[:2], texts=posts[2], convention=convention, subsets=["all", "present"])
+    for subset, row in scorers[2].compute().items():
+        assert row == pytest.approx(expected[subset], abs=1e-12)
+
+
+def test_totals_that_do_not_fit_are_refused():
+    scorer, other = KeyphraseScorer(ks=[1]), KeyphraseScorer(ks=[2])
+    for one in (scorer, other):
+        one.add_batch([["a"]], [["a"]])
+    with pytest.raises(ValueError, match="other cut-offs"):
+        scorer.add_totals(other.totals())
+    with pytest.raises(ValueError, match="do not fit"):
+        scorer.add_totals(KeyphraseScorer(subsets=["all", "present"]).totals())
+    with pytest.raises(ValueError, match="keep_posts"):
+        KeyphraseScorer(keep_posts=True).add_totals(scorer.totals())
+    assert scorer.compute()["all"]["posts"] == 1
+
+
 @given(POSTS)
 def test_case_and_repeats_change_nothing_by_cmkp(posts):
     predictions, references, _ = posts

@@ -207,6 +207,27 @@ class KeyphraseScorer:
                 self._kept[name].append(PostScores(self.convention, members + self._posts, columns))
         self._posts += rows
 
+    def totals(self) -> dict[str, Any]:
+        """What the posts so far add up to: small, and fit to be sent to another process's scorer."""
+        return self._totals
+
+    def add_totals(self, totals: Mapping[str, Any]) -> None:
+        """Take in the posts of another scorer with the same options.
+
+        Args:
+            totals: the other's `totals()`.
+
+        Raises:
+            ValueError: if the totals show that the other's options differ, or if this scorer keeps the posts' scores, which
+                totals do not hold.
+        """
+        if self._kept is not None:
+            raise ValueError("keep_posts=True: another scorer's totals do not hold its posts' scores")
+        if totals.keys() != self._totals.keys():
+            raise ValueError(f"totals of the subsets {list(totals)} do not fit those of this scorer, {list(self.subsets)}")
+        for name, total in totals.items():
+            self._totals[name].merge(total)
+
     def _is_dropped(self, phrase: str) -> bool:
         if self.convention == "cmkp":
             return not _DROPPED_TOKENS.isdisjoint(phrase.split())
@@ -319,6 +340,13 @@ class _Totals:
         for name, values in columns.items():
             # One after the other, as the scripts add: so batches change nothing, not even the last digit.
             self.sums[name] = float(np.add.accumulate(np.concatenate([[self.sums.get(name, 0.0)], values]))[-1])
+
+    def merge(self, other: _Totals) -> None:
+        if self.sums and other.sums and self.sums.keys() != other.sums.keys():
+            raise ValueError("totals are of another convention or of other cut-offs: give both scorers the same options")
+        self.posts += other.posts
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
 
     def scores(self, wanted: Sequence[str], convention: str) -> dict[str, Any]:
         row: dict[str, Any] = {"posts": self.posts, "phrases": int(self.sums.get("phrases", 0))}

@@ -4,11 +4,13 @@ Given   a trainer's model and evaluation posts.
 Gives   F1, MAP, subsets, share of reasoning and length of the outputs, as `dynkp predict` and `dynkp evaluate` give them
         for the same weights and posts.
 Holds   prompts are made of text and pictures alone, and no limit depends on a gold answer; ranks share the posts and
-        know all the same figures afterwards; of a post only its keyphrases and text are kept, never its pictures.
+        know all the same figures afterwards; posts are scored as they come and not kept, so memory does not grow with
+        their number.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -22,6 +24,8 @@ from dynkp.mmkp_f1.scoring import KeyphraseScorer
 # Logged of every subset; of all posts, the measures of the composite too.
 SUBSET_MEASURES = ("f1@1",)
 COMPOSITE = ("f1@1", "f1@3", "map@5")
+# Predictions scored together: scoring one by one would cost more.
+_SCORED_AT_A_TIME = 256
 
 
 def generative_metrics(
@@ -60,7 +64,7 @@ def generative_metrics(
         `f1@1`, `f1@3`, `map@5` and `composite` (their sum) over all posts, `SUBSET_f1@1`, `generated_posts`,
         `generated_reasoning_share`, `output_words`, `output_tokens`, `empty_share`. Empty if there is no post.
     """
-    gold: list[tuple[list[str], str]] = []
+    gold: deque[tuple[list[str], str]] = deque()  # of posts generated for and not yet scored
 
     def mine() -> Iterator[Mapping[str, Any]]:
         if isinstance(posts, Dataset):  # reads only this rank's rows
@@ -74,30 +78,37 @@ def generative_metrics(
     predictions = generate_keyphrases(
         model, processor, mine(), task=task, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
-    measured = [
-        (row["keyphrases"], row["reasoned"], row["output_words"], row["output_tokens"]) for row in predictions
-    ]
-    everything = gather([(*prediction, *reference) for prediction, reference in zip(measured, gold, strict=True)])
-    if not everything:
-        return {}
-    lists, reasoned, words, tokens, references, texts = zip(*everything, strict=True)
-
     subsets = ["all", "present", "absent"] + (["seen", "unseen"] if train_keyphrases is not None else [])
-    scorer = KeyphraseScorer(convention=convention, subsets=subsets, train_keyphrases=train_keyphrases)
-    scorer.add_batch(lists, references, texts=texts)
-    scores = scorer.compute()
+    own, whole = (
+        KeyphraseScorer(convention=convention, subsets=subsets, train_keyphrases=train_keyphrases) for _ in range(2)
+    )
+    sums: Counter[str] = Counter()
+    while rows := list(islice(predictions, _SCORED_AT_A_TIME)):
+        references, texts = zip(*(gold.popleft() for _ in rows), strict=True)
+        own.add_batch([row["keyphrases"] for row in rows], references, texts)
+        sums["posts"] += len(rows)
+        sums["empty"] += sum(not row["keyphrases"] for row in rows)
+        for column in ("reasoned", "output_words", "output_tokens"):
+            sums[column] += sum(row[column] for row in rows)
+    gathered = gather([(own.totals(), sums)])
+    sums = Counter()
+    for totals, counts in gathered:
+        whole.add_totals(totals)
+        sums.update(counts)
+    if not (count := sums["posts"]):
+        return {}
+    scores = whole.compute()
     metrics = {name: scores["all"][name] for name in COMPOSITE}
     metrics["composite"] = sum(metrics.values())
     for subset in subsets[1:]:
         # A subset without posts has no score; a zero would be one.
         metrics |= {f"{subset}_{name}": scores[subset][name] for name in SUBSET_MEASURES if scores[subset]["posts"]}
-    count = len(lists)
     return metrics | {
         "generated_posts": count,
-        "generated_reasoning_share": sum(reasoned) / count,
-        "output_words": sum(words) / count,
-        "output_tokens": sum(tokens) / count,
-        "empty_share": sum(not phrases for phrases in lists) / count,
+        "generated_reasoning_share": sums["reasoned"] / count,
+        "output_words": sums["output_words"] / count,
+        "output_tokens": sums["output_tokens"] / count,
+        "empty_share": sums["empty"] / count,
     }
 
 

@@ -1,4 +1,7 @@
-"""Run by test_generative_evaluation.py on two ranks: evaluate a saved model, write each rank's metrics."""
+"""Run by test_generative_evaluation.py on two ranks: evaluate a saved model, alone and with an adapter.
+
+Each rank writes its metrics.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
 from posts_for_tests import rows  # noqa: E402
 from test_generative_evaluation import LEARNS, evaluation_posts  # noqa: E402
 from trainers_for_tests import trainer_of  # noqa: E402
@@ -16,13 +20,15 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 
 
 def main(folder: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model")
-    trainer = trainer_of(
-        "llava", folder / "out", rows("llava", 6), model=model, eval_dataset=evaluation_posts(), ddp_backend="gloo", **LEARNS
-    )
-    metrics = trainer.evaluate()
-    metrics["world_size"] = trainer.accelerator.num_processes
-    (folder / f"metrics.{trainer.accelerator.process_index}.json").write_text(json.dumps(metrics))
+    for name in ("full", "lora"):
+        model = AutoModelForImageTextToText.from_pretrained(folder / "full")
+        if name == "lora":
+            model = PeftModel.from_pretrained(model, str(folder / "lora"))
+        out, posts = folder / "out", evaluation_posts()
+        trainer = trainer_of("llava", out, rows("llava", 6), model=model, eval_dataset=posts, ddp_backend="gloo", **LEARNS)
+        metrics = trainer.evaluate()
+        metrics["world_size"] = trainer.accelerator.num_processes
+        (folder / f"metrics.{name}.{trainer.accelerator.process_index}.json").write_text(json.dumps(metrics))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
