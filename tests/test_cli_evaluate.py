@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def test_an_id_may_be_a_number(tmp_path: Path) -> None:
         ('{"id": "a", "keyphrases": ["dog", null]}\n', "'keyphrases' must be a list of strings"),
         ('{"id": "a", "keyphrases": NaN}\n', "'keyphrases' must be a list of strings, got nan"),
         ('{"id": "a", "keyphrases": [], "decode": "first"}\n', "'decode' must be a whole number"),
+        ('{"id": "a", "keyphrases": [], "output_words": NaN}\n', "'output_words' must be a number, got nan"),
         ("[" * 100_000 + "\n", "line 2: not JSON"),
     ],
 )
@@ -241,6 +243,7 @@ def test_lines_that_are_no_predictions(
         (["--train-keyphrases", "EMPTY"], "there is no keyphrase in it"),
         (["--train-keyphrases", "/nowhere.txt"], "/nowhere.txt"),
         (["--posts", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--posts", "BLANK"], "posts with a blank keyphrase: 'x'. Leave"),
         (["--posts", "BARE"], "posts without keyphrases, which cannot be scored: 'x', 'y'"),
     ],
 )
@@ -249,9 +252,20 @@ def test_errors_name_what_is_wrong(
 ) -> None:
     bare = [{"id": "x", "text": "t", "keyphrases": []}, {"id": "y", "text": "t", "keyphrases": ["  "]}, POSTS[0]]
     files = {"EMPTY": write(tmp_path / "empty.txt", ["\n\n"]), "BARE": write(tmp_path / "bare.jsonl", bare)}
+    files["BLANK"] = write(tmp_path / "blank.jsonl", [{"id": "x", "text": "t", "keyphrases": ["dog", " "]}, POSTS[0]])
     file = write(tmp_path / "p.jsonl", ROWS)
     assert evaluate("--predictions", file, "--posts", posts, *[files.get(word, word) for word in more]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_figures_may_go_into_a_pipe(posts: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    file = write(tmp_path / "p.jsonl", ROWS)
+    assert evaluate("--predictions", file, "--posts", posts, "--resamples", "0", "--json", str(tmp_path / "pipe")) == 0
+    assert json.loads(os.read(reader, 1 << 16))["posts"] == len(POSTS)
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_systems_need_names_of_their_own() -> None:

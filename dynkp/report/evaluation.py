@@ -10,6 +10,7 @@ Holds   predictions and posts are matched by id, never by position; missing, rep
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +45,7 @@ def gold_posts(posts: Iterable[Mapping[str, Any]]) -> list[GoldPost]:
         posts: rows with `id`, `keyphrases` and, if need be, `text`.
 
     Raises:
-        ValueError: listing the posts that have no keyphrases, or an id that others have.
+        ValueError: listing the posts that have no keyphrases, a blank one, or an id that others have.
     """
     gold = [GoldPost(str(row["id"]), list(row["keyphrases"] or []), row.get("text") or "") for row in posts]
     if not gold:
@@ -53,6 +54,8 @@ def gold_posts(posts: Iterable[Mapping[str, Any]]) -> list[GoldPost]:
         raise ValueError(f"ids that several posts have: {_listed(repeated)}")
     if bare := [post.id for post in gold if not any(phrase.strip() for phrase in post.keyphrases)]:
         raise ValueError(f"posts without keyphrases, which cannot be scored: {_listed(bare)}. Leave them out")
+    if blank := [post.id for post in gold if not all(phrase.strip() for phrase in post.keyphrases)]:
+        raise ValueError(f"posts with a blank keyphrase: {_listed(blank)}. Leave the blank ones out")
     return gold
 
 
@@ -86,6 +89,9 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     phrases = row["keyphrases"]
     if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
         raise ValueError(f"{where}, id {row['id']!r}: 'keyphrases' must be a list of strings, got {phrases!r:.80}")
+    for column in ("reasoned", "output_words", "output_tokens"):
+        if isinstance(value := row.get(column), float) and not math.isfinite(value):
+            raise ValueError(f"{where}, id {row['id']!r}: {column!r} must be a number, got {value!r}")
     decode = row.get("decode", 0)
     if not isinstance(decode, int) or isinstance(decode, bool):
         raise ValueError(f"{where}, id {row['id']!r}: 'decode' must be a whole number, got {decode!r:.80}")

@@ -19,14 +19,14 @@ from dynkp.report.evaluation import gold_posts, markdown_table, match_prediction
 
 
 def summarise(
-    predictions: Iterable[Mapping[str, Any]], posts: Iterable[Mapping[str, Any]], train_keyphrases: Iterable[str]
+    predictions: Iterable[Mapping[str, Any]], posts: Iterable[Mapping[str, Any]], train_keyphrases: Iterable[str] | None
 ) -> dict[str, Any]:
     """Score one system's predictions.
 
     Args:
         predictions: rows with `id` and `keyphrases`; of `reasoned`, `output_words` and `output_tokens`, what there is.
         posts: rows with `id`, `text` and `keyphrases`, each predicted exactly once.
-        train_keyphrases: what makes a keyphrase "seen".
+        train_keyphrases: what makes a keyphrase "seen"; `None` leaves "seen" and "unseen" out.
 
     Returns:
         `dict` with `convention`, `posts`, `subsets` (as [`score_keyphrases`] gives them), `empty_share`,
@@ -74,7 +74,11 @@ def table(systems: Mapping[str, Mapping[str, Any]], subsets: Sequence[str] = ("a
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON; the file appears, or is replaced, only when it is complete."""
     path = Path(path)
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout, must not be replaced by a file
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
