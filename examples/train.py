@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         model=model,
         args=args,
         train_dataset=train_posts,
+        eval_dataset=eval_posts,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args) if model_args.model_name_or_path else None,
@@ -144,25 +145,36 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(args.output_dir)
     if eval_posts is not None:
-        evaluate(trainer, eval_posts, prediction)
+        evaluate(trainer, prediction)
 
 
 def load_data(data: DataArguments, args: DynamicCoTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Training posts and, if there are any, evaluation posts."""
-    if data.datasets:
-        train_posts = load_mixture(data, on_invalid=args.on_invalid)
-        args.unique_ids = False  # each dataset was checked by itself, and a mixture may repeat its posts
-    else:
-        train_posts = load_posts(data.train_file, image_dir=data.image_dir, streaming=data.streaming)
+    train_posts, eval_posts = load_train_posts(data, args), None
     if data.eval_file:
         eval_image_dir = data.image_dir if data.eval_image_dir is None else data.eval_image_dir
-        return train_posts, load_posts(data.eval_file, image_dir=eval_image_dir, split="test")
-    if data.eval_posts:
+        eval_posts = load_posts(data.eval_file, image_dir=eval_image_dir, split="test")
+    elif data.eval_posts:
         if data.streaming:
             raise ValueError("`eval_posts` cannot hold out posts of a stream; give `eval_file`, or streaming=False.")
         split = train_posts.train_test_split(test_size=data.eval_posts, seed=args.seed)
-        return split["train"], split["test"]
-    return train_posts, None
+        train_posts, eval_posts = split["train"], split["test"]
+    if eval_posts is not None and "keyphrases" not in eval_posts.column_names:
+        raise ValueError(
+            "The evaluation posts have no column 'keyphrases', so nothing could be scored after the training. Give posts with "
+            "`id`, `text` and `keyphrases`; rows of prompt and completion can be trained on only."
+        )
+    return train_posts, eval_posts
+
+
+def load_train_posts(data: DataArguments, args: DynamicCoTConfig) -> Dataset | IterableDataset:
+    """One dataset of posts, or a mixture of several."""
+    if data.datasets:
+        separator = resolve_task(args.task).separator if args.separator is None else args.separator
+        train_posts = load_mixture(data, on_invalid=args.on_invalid, separator=separator)
+        args.unique_ids = False  # each dataset was checked by itself, and a mixture may repeat its posts
+        return train_posts
+    return load_posts(data.train_file, image_dir=data.image_dir, streaming=data.streaming)
 
 
 def load_model(
@@ -178,6 +190,8 @@ def load_model(
         return model_args.model_name_or_path, None
     if isinstance(train_posts, IterableDataset):
         raise ValueError("A model from scratch reads all training texts first; name one (--model_name_or_path) to stream.")
+    if "keyphrases" not in train_posts.column_names:
+        raise ValueError("A model from scratch needs posts; name one (--model_name_or_path) for prompts and completions.")
     texts = train_posts.select_columns(["text", "keyphrases", "rationale"])
     dropout = tiny.tiny_attention_dropout
     if dropout is None:
@@ -208,9 +222,9 @@ def checkpoint_to_resume(args: DynamicCoTConfig) -> str | None:
     return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
 
 
-def evaluate(trainer: DynamicCoTTrainer, eval_posts: Dataset, options: PredictionArguments) -> None:
+def evaluate(trainer: DynamicCoTTrainer, options: PredictionArguments) -> None:
     """Predict on all ranks; score, print and write on the first."""
-    state = trainer.accelerator
+    state, eval_posts = trainer.accelerator, trainer.eval_dataset
     mine = range(state.process_index, len(eval_posts), state.num_processes)
     model = state.unwrap_model(trainer.model)
     predictions: list[Any] = list(
@@ -229,9 +243,11 @@ def evaluate(trainer: DynamicCoTTrainer, eval_posts: Dataset, options: Predictio
     if not state.is_main_process:
         return
     train_posts = trainer.train_dataset
-    train_keyphrases = {phrase for phrases in train_posts["keyphrases"] for phrase in phrases}
+    # Rows of prompt and completion have no such column: without it there is neither "seen" nor a baseline.
+    has_keyphrases = "keyphrases" in train_posts.column_names
+    train_keyphrases = {phrase for phrases in train_posts["keyphrases"] for phrase in phrases} if has_keyphrases else None
     systems = {f"{trainer.args.strategy}": summarise(predictions, eval_posts, train_keyphrases)}
-    for name, lists in baselines(train_posts, eval_posts).items():
+    for name, lists in (baselines(train_posts, eval_posts) if has_keyphrases else {}).items():
         rows = [{"id": post_id, "keyphrases": list_} for post_id, list_ in zip(eval_posts["id"], lists, strict=True)]
         systems[name] = summarise(rows, eval_posts, train_keyphrases)
     output_dir = Path(trainer.args.output_dir)
@@ -244,10 +260,12 @@ def evaluate(trainer: DynamicCoTTrainer, eval_posts: Dataset, options: Predictio
     print(f"\n{table(systems)}\n\nPercent, convention cmkp. Written: {output_dir}/predictions.jsonl, {output_dir}/metrics.json")
 
 
-def baselines(train_posts: Dataset, eval_posts: Dataset) -> dict[str, list[list[str]]]:
+def baselines(train_posts: Dataset | IterableDataset, eval_posts: Dataset) -> dict[str, list[list[str]]]:
     """What needs no model: the yardsticks to print beside one."""
     frequent = most_frequent_keyphrase(train_posts.select_columns(["keyphrases"]))
     lists = {f"most frequent keyphrase ({frequent})": [[frequent]] * len(eval_posts)}
+    if isinstance(train_posts, IterableDataset):
+        return lists  # a neighbour could only be found among texts in memory
     try:
         texts = [text or "" for text in train_posts["text"]]
         lists["nearest neighbour in text"] = nearest_neighbour_keyphrases(

@@ -1,7 +1,8 @@
 """examples/train.py end to end, as its users start it: posts in; model, predictions, scores and a table out.
 
 Real tweets without pictures, real photographs with rationales, the drawn default, a run killed and continued, a saved
-model named by its folder, and a mixture of datasets in YAML.
+model named by its folder, a mixture of datasets in YAML; what could not be predicted or scored after the training is
+found before it.
 """
 
 from __future__ import annotations
@@ -124,6 +125,58 @@ def test_killed_and_continued(tweets: list[str], tmp_path: Path) -> None:
 
     assert losses("out") == losses("whole") and len(losses("whole")) == 12
     assert read_jsonl(tmp_path / "out/predictions.jsonl") == read_jsonl(tmp_path / "whole/predictions.jsonl")
+
+
+@pytest.fixture()
+def small_model(tmp_path: Path) -> str:
+    """A folder with a tiny model that was trained for a step."""
+    posts = [{"id": str(index), "text": f"goal number {index}", "keyphrases": ["mufc"]} for index in range(4)]
+    arguments = ["--train_file", write_jsonl(tmp_path / "first.jsonl", posts), "--output_dir", str(tmp_path / "model")]
+    train.main([*arguments, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "1", "--save_strategy", "no"])
+    return str(tmp_path / "model")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["stream", "prompt and completion"])
+def test_a_run_ends_with_scores_whatever_the_training_posts_are(kind: str, small_model: str, tmp_path: Path) -> None:
+    posts = [{"id": str(index), "text": f"goal {index}", "keyphrases": ["mufc"]} for index in range(8)]
+    conversations = [
+        {"prompt": [{"role": "user", "content": "goal"}], "completion": [{"role": "assistant", "content": "mufc"}]}
+    ] * 8
+    rows = posts if kind == "stream" else conversations
+    arguments = ["--train_file", write_jsonl(tmp_path / "train.jsonl", rows), "--max_steps", "1", "--strategy", "direct"]
+    arguments += ["--eval_file", write_jsonl(tmp_path / "eval.jsonl", posts), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--model_name_or_path", small_model, "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    train.main([*arguments, *QUICK, "--streaming", str(kind == "stream")])
+    systems = json.loads((tmp_path / "out/metrics.json").read_text())["systems"]
+    assert list(systems) == (["direct", "most frequent keyphrase (mufc)"] if kind == "stream" else ["direct"])
+    assert ("seen" in systems["direct"]["subsets"]) == (kind == "stream")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [({"image": "missing.png"}, "missing_file"), ({"id": "1"}, "repeated_id"), ({"keyphrases": []}, "no_keyphrases")],
+)
+def test_bad_evaluation_posts_are_found_before_the_training(fault: dict, message: str, tmp_path: Path) -> None:
+    posts = [{"id": str(index), "text": "goal", "keyphrases": ["mufc"]} for index in range(4)]
+    arguments = ["--train_file", write_jsonl(tmp_path / "train.jsonl", posts), "--image_dir", str(tmp_path)]
+    arguments += ["--eval_file", write_jsonl(tmp_path / "eval.jsonl", [*posts[:3], posts[3] | fault])]
+    with pytest.raises(ValueError, match=message):
+        train.main([*arguments, *QUICK, *TINY, "--output_dir", str(tmp_path / "out")])
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_mixture_takes_the_tasks_separator(tmp_path: Path) -> None:
+    posts = [{"id": str(index), "text": "goal", "keyphrases": ["goal; scored"]} for index in range(4)]
+    recipe = {"datasets": [{"path": write_jsonl(tmp_path / "train.jsonl", posts)}], "task": "aimkp", "strategy": "direct"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    train.main([*arguments, *QUICK, *TINY, "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
