@@ -291,6 +291,7 @@ def test_files_that_are_no_predictions(
         (['{"id": "1", "text": "a", "image": "nowhere.png"}'], "nowhere.png"),
         (['{"id": "1"}'], "neither text nor image"),
         (['{"id": "1", "text": "a"'], "line 1: not valid JSON"),
+        ([], "there are no posts to predict"),
     ],
 )
 def test_bad_posts(folder: Path, tmp_path: Path, lines: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

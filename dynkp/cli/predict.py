@@ -239,6 +239,8 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
     from dynkp.data.sources import load_posts
 
     posts = load_posts(arguments.posts, image_dir=arguments.image_dir, split=arguments.split)
+    if not len(posts):
+        raise ValueError(f"{arguments.posts}: there are no posts to predict")
     # Whatever is wrong with the keyphrases, a prediction does not depend on them.
     posts = posts.remove_columns([name for name in ("keyphrases", "rationale") if name in posts.column_names])
     answer: list[Any] = [None]
