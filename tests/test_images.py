@@ -159,6 +159,8 @@ def test_urls_are_never_opened(url):
 
 def test_missing_files_folders_pipes_and_devices(tmp_path):
     refused(str(tmp_path / "none.jpg"), "missing_file")
+    stored = {"bytes": None, "path": str(tmp_path / "none.jpg")}
+    assert str(check_image(stored)) == f"there is no file {str(tmp_path / 'none.jpg')!r}"
     refused(str(tmp_path), "unreadable_image")
     os.mkfifo(tmp_path / "pipe.jpg")  # to open it for reading would wait for a writer for ever
     assert "not a regular file" in refused(str(tmp_path / "pipe.jpg"), "unreadable_image")

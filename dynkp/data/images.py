@@ -120,7 +120,7 @@ def _read(value: Any, post_id: str | None, decode: bool) -> Image.Image:
     except ImageError as error:
         raise ImageError(f"{post}{error}", error.code) from error
     except FileNotFoundError as error:
-        raise ImageError(f"{post}there is no file {path or value!r:.200}", "missing_file") from error
+        raise ImageError(f"{post}there is no file {error.filename!r:.200}", "missing_file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning under -W error
         raise ImageError(f"{post}{_named(path)} is a decompression bomb: {error}", "decompression_bomb") from error
     except UnidentifiedImageError as error:
