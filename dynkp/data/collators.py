@@ -62,9 +62,7 @@ class PromptRenderer:
                 "or the columns `text`, `keyphrases` and `images`."
             )
         else:
-            messages = [dict(message) for message in row["prompt"]]
-            if self.takes_images:
-                messages = prepare_multimodal_messages(messages, images=[None] * num_images)
+            messages = _conversation(row, num_images if self.takes_images else None)
         return messages if self.takes_images else [_text_only(message) for message in messages]
 
     def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
@@ -256,6 +254,22 @@ class PairedTargetCollator:
             weight[row, : len(tokens)] = torch.tensor(token_weights)
         mask = torch.arange(width) < torch.tensor(lengths, dtype=torch.long)[:, None]
         return Targets(input_ids=input_ids, mask=mask, weights=weight, lengths=lengths)
+
+
+def _conversation(row: Mapping[str, Any], num_images: int | None) -> list[dict[str, Any]]:
+    """A copy of TRL's `prompt`, its placeholders matched with the post's pictures (`None`: a text model's, unmatched)."""
+    messages = [dict(message) for message in row["prompt"]]
+    problem = None
+    if not messages or not all(message.get("role") and "content" in message for message in messages):
+        problem = "it must be a list of messages with `role` and `content`"
+    elif num_images is not None:
+        try:
+            return prepare_multimodal_messages(messages, images=[None] * num_images)
+        except ValueError as error:
+            problem = str(error)
+    if problem is not None:
+        raise ValueError(f"post {row.get('id', '?')!r}: `prompt` cannot be rendered: {problem}")
+    return messages
 
 
 def _text_only(message: Mapping[str, Any]) -> dict[str, Any]:
