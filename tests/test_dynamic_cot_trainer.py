@@ -838,6 +838,10 @@ def test_model_as_a_path(tmp_path: Path) -> None:
         ({"remove_unused_columns": True}, ["`remove_unused_columns`", "True", "False"]),
         ({"packing": True}, ["`packing`", "False"]),
         ({"padding_free": True}, ["`padding_free`", "False"]),
+        ({"loss_type": "dft"}, ["`loss_type`", "default"]),
+        ({"label_smoothing_factor": 0.1}, ["`label_smoothing_factor`", "default"]),
+        ({"assistant_only_loss": True}, ["`assistant_only_loss`", "default"]),
+        ({"completion_only_loss": False}, ["`completion_only_loss`", "default"]),
         ({"task": "haiku"}, ["task", "haiku", "dynamic_cot"]),
         ({"separator": "ab"}, ["separator", "'ab'", "punctuation"]),
     ],
@@ -854,6 +858,44 @@ def test_no_training_posts(tmp_path: Path) -> None:
     model, processor = build("llama")
     with pytest.raises(ValueError, match="`train_dataset` is None"):
         DynamicCoTTrainer(model=model, args=DynamicCoTConfig(output_dir=str(tmp_path), bf16=False), processing_class=processor)
+    with pytest.raises(ValueError, match="train set has no posts"):
+        trainer_of("llama", tmp_path, posts=[])
+    with pytest.raises(ValueError, match="eval set has no posts"):
+        trainer_of("llama", tmp_path, eval_dataset=[])
+    with pytest.raises(ValueError, match="`max_length` is 3"):  # all would be dropped
+        trainer_of("llama", tmp_path, max_length=3, on_invalid="skip")
+
+
+def test_a_model_in_memory_needs_its_processor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`processing_class` is None"):
+        trainer_of("llava", tmp_path, processing_class=None)
+
+
+@pytest.mark.parametrize(("strategy", "warns"), [("dynamic", True), ("cot", True), ("direct", False)])
+def test_reasoning_without_any_rationale_is_announced(
+    strategy: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    posts = [{**post, "rationale": None} for post in rows("llama", 3)]
+    trainer_of("llama", tmp_path, posts=posts, strategy=strategy)
+    assert ("No train post has a rationale" in caplog.text) == warns
+    caplog.clear()
+    trainer_of("llama", tmp_path, posts=[*posts[:2], rows("llama", 3)[0] | {"id": "new"}], strategy=strategy)
+    assert "has a rationale" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [],
+        [{"content": "goal"}],
+        [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "goal"}]}],
+    ],
+    ids=["empty", "no role", "a picture too few"],
+)
+def test_trl_rows_that_cannot_be_rendered_are_named(prompt: list[Any], tmp_path: Path) -> None:
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "mufc"}], "images": [picture(1)]}
+    with pytest.raises(ValueError, match="post 'post-0': `prompt`"):
+        trainer_of("llava", tmp_path, posts=[row]).train()
 
 
 def test_gamma_may_be_a_number_or_a_string() -> None:

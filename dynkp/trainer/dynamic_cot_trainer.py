@@ -6,10 +6,12 @@ EMNLP 2025, Section 3.3.
 
 from __future__ import annotations
 
+import logging
 from itertools import compress
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import nn
 
 from dynkp.data.collators import PairedTargetCollator
@@ -19,6 +21,8 @@ from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.trainer.choice_log import ChoiceLog
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+
+logger = logging.getLogger(__name__)
 
 
 class DynamicCoTTrainer(KeyphraseTrainer):
@@ -60,6 +64,8 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         self._visits: list[tuple[str, float | None, bool]] = []  # of the current optimizer step
         self.choice_log = ChoiceLog(args.output_dir) if args.log_choices else None
         super().__init__(model, args, **kwargs)
+        if "reasoning" in self.target_kinds and not may_have_rationales(self.train_dataset):
+            logger.warning("No train post has a rationale: with strategy %r all are taught the bare answer.", args.strategy)
         if self.normalizes_over_tokens and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
             raise ValueError(
                 "`loss_normalization` is 'token' with gradient accumulation under DeepSpeed, which keeps the gradients to "
@@ -154,6 +160,13 @@ class DynamicCoTTrainer(KeyphraseTrainer):
     def derive_metrics(self, logs: dict[str, float], prefix: str) -> None:
         if f"{prefix}gamma" in logs:
             logs[f"{prefix}gamma_tokens"] = logs[f"{prefix}gamma"] * logs[f"{prefix}direct_tokens"]
+
+
+def may_have_rationales(posts: Dataset | IterableDataset) -> bool:
+    """Whether any post could be taught to reason. A stream is not read ahead."""
+    if not isinstance(posts, Dataset):
+        return True
+    return any(any(posts[name]) for name in ("rationale", "reasoning_completion") if name in posts.column_names)
 
 
 def loss_of(

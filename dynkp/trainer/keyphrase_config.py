@@ -102,6 +102,19 @@ class KeyphraseConfig(SFTConfig):
                 "`packing` and `padding_free` lay posts end to end, which a prompt shared by two targets does not allow. "
                 "Leave both False."
             )
+        # Losses are computed here, on targets alone: what SFTTrainer would do otherwise must not be asked for in vain.
+        computed_here = {
+            "loss_type": (self.loss_type, "nll"),
+            "label_smoothing_factor": (self.label_smoothing_factor, 0.0),
+            "assistant_only_loss": (self.assistant_only_loss, False),
+            "completion_only_loss": (self.completion_only_loss is False, False),
+        }
+        for name, (value, only) in computed_here.items():
+            if value != only:
+                raise ValueError(
+                    f"`{name}` is set, but keyphrase trainers compute their own loss: the negative log-likelihood of the "
+                    f"target's tokens, nothing else. Leave `{name}` at its default."
+                )
 
 
 def _one_of(value: str, name: str, choices: tuple[str, ...]) -> None:

@@ -472,6 +472,11 @@ def load_processor(
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor that belongs to a model, with one sentence where torchvision is missing."""
     name: Any = model if isinstance(model, str) else cast(Any, model).config._name_or_path
+    if not name:
+        raise ValueError(
+            "`processing_class` is None, and the model was not loaded by a name that its processor could be loaded by. Give "
+            "the model's processor (for a text model, its tokenizer) as `processing_class`."
+        )
     try:
         return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except ImportError as error:

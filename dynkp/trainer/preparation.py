@@ -37,6 +37,7 @@ def prepare_posts(
 
     Raises:
         InvalidPostsError: if a post cannot be trained on and `args.on_invalid` is `"error"`.
+        ValueError: if there is no post.
     """
     main = PartialState().is_main_process
     report_file = None
@@ -52,6 +53,8 @@ def prepare_posts(
         unique_ids=args.unique_ids,
         progress=main and not args.disable_tqdm,
     )
+    if isinstance(posts, Dataset) and not len(posts):
+        raise ValueError(f"the {name} set has no posts; give at least one, or None for no such set.")
     if main and report.total:
         logger.info("%s set: %s", name, report.summary())
     if not takes_images:
@@ -76,7 +79,8 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Pai
         `too_long_posts.<name>.jsonl`.
 
     Raises:
-        ValueError: with the first ids and the remedy, if prompts are too long and `args.on_invalid` is `"error"`.
+        ValueError: with the first ids and the remedy, if prompts are too long and `args.on_invalid` is `"error"`, or if all
+            are.
     """
     if args.max_length is None or not isinstance(dataset, Dataset):
         return dataset
@@ -94,12 +98,12 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Pai
         )  # fmt: skip
     if not too_long:
         return dataset
-    if args.on_invalid == "error":
+    if args.on_invalid == "error" or len(too_long) == len(lengths):
         first = ", ".join(f"{length.id} ({length.prompt} tokens)" for length in too_long[:10])
         raise ValueError(
             f"`max_length` is {args.max_length}, but the prompts of {len(too_long)} {name} posts, image placeholders included, "
             f"leave nothing of it for a target: {first}. Set max_length to None or above "
-            f"{max(length.prompt for length in too_long)}, make the pictures smaller, or drop these posts "
+            f"{max(length.prompt for length in too_long)}, make the pictures smaller, or, if others are left, drop these posts "
             "with on_invalid='skip'."
         )
     if main:
