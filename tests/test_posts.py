@@ -97,6 +97,14 @@ def test_ids_are_strings_and_made_where_missing():
     assert [row["id"] for row in stream] == ["7", "s-1"]
 
 
+def test_columns_of_other_names_are_named():
+    with pytest.raises(InvalidPostsError, match="from the column 'keyphrases'; not read are caption, tags"):
+        validate_posts([{"id": "1", "caption": "my dog", "tags": ["beagles"]}], progress=False)
+    with pytest.raises(InvalidPostsError) as error:  # some have them: the column is right
+        validate_posts([{"text": "a", "keyphrases": []}, {"text": "b", "keyphrases": ["c"], "tags": []}], progress=False)
+    assert "not read" not in str(error.value)
+
+
 def test_pictures_in_every_form(image_dir):
     forms = [
         {"image": "a.png"},

@@ -36,6 +36,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_READ = {*IDENTITY, *CONTENT, *CONVERSATION, LOAD_FINDINGS}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -111,10 +113,13 @@ class InvalidPostsError(ValueError):
         self.report = report
 
     @classmethod
-    def of(cls, report: PostReport) -> InvalidPostsError:
+    def of(cls, report: PostReport, columns: Iterable[str] = ()) -> InvalidPostsError:
+        """The error of a report; `columns` are those of the posts, to say what was not read if none has keyphrases."""
         shown = [f"  post {finding.id!r}: {finding.code}: {finding.message}" for finding in report.findings[:10]]
         if len(report.findings) > len(shown):
             shown.append(f"  ... and {len(report.findings) - len(shown)} more")
+        if report.without_keyphrases == report.total and (unread := set(columns) - _READ):
+            shown.append(f"Keyphrases are read from the column 'keyphrases'; not read are {', '.join(sorted(unread))}.")
         invalid = len({finding.index for finding in report.findings})
         return cls(
             f"{invalid} invalid posts. Read: {report.summary()}\n" + "\n".join(shown) + "\n"
@@ -236,7 +241,7 @@ def validate_posts(
     if report_file is not None:
         report.write_jsonl(report_file)
     if report.dropped and (on_invalid == "error" or not valid):
-        raise InvalidPostsError.of(report)
+        raise InvalidPostsError.of(report, posts.column_names)
     if report.dropped:
         where = f"; they are listed in {report_file}" if report_file is not None else ""
         logger.warning("%d of %s%s. Dropped.", report.dropped, report.summary(), where)
