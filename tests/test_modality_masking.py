@@ -105,6 +105,9 @@ def test_random_masks_keep_as_many_and_depend_on_seed_post_and_visit_alone() -> 
         assert all(len(drawn) == len(strided) for drawn in draws)
         assert len({tuple(drawn) for drawn in [*draws, strided]}) == 5, "all differ"
         assert draw(modality=modality) == draws[0]
+        twins = PromptLayout(range(0), (grid.grids[0], ImageGrid(tuple(range(70, 134)), 8, 8)))
+        masked_slots = stays(random_keep_mask([twins], "image", [2], 140, post_ids=["p"], visits=[0], seed=0))[0]
+        assert [slot for slot in masked_slots if slot < 64] != [slot - 70 for slot in masked_slots if slot >= 70]
         assert set(draws[0]) <= (set(range(64)) if modality == "image" else set(range(100, 140)))
 
 
@@ -143,9 +146,7 @@ def assert_equal(left: tuple[float, dict], right: tuple[float, dict]) -> None:
 def check(model: Any, batch: dict[str, Any], keep: torch.Tensor, prompt_class: type = PlainPrompt) -> float:
     """Compares both ways; returns the loss."""
     prompt = batch["prompt"]
-    plain = loss_and_gradients(
-        model, PlainPrompt, masked(prompt, keep), prompt_positions(model, prompt), batch["direct"]
-    )
+    plain = loss_and_gradients(model, PlainPrompt, masked(prompt, keep), prompt_positions(model, prompt), batch["direct"])
     view = encode(model, prompt).dropped(keep)
     longest = int((prompt["attention_mask"].bool() & keep).sum(dim=1).max())
     assert view.inputs["input_ids"].shape[1] == view.positions.shape[-1] == longest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.prompts import TASKS
-from dynkp.mechanics.prompt_layout import image_grids, locate, text_slots
+from dynkp.mechanics.prompt_layout import ImageGrid, image_grids, locate, text_slots
 
 INSTRUCTION = TASKS["aimkp"].instruction
 TEXTS = [
@@ -95,9 +96,7 @@ def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
         backend.normalizer = normalizers.NFKC()
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
-        )
+        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator([INSTRUCTION, "my dog at the sea; USER: ASSISTANT: goal!\n", *TEXTS] * 2, trainer)
     if kind == "llama2":  # bytes are pieces of the vocabulary, not control tokens
         parsed = json.loads(backend.to_str())
@@ -121,14 +120,33 @@ def test_sentencepiece_like_vocabularies(kind: str) -> None:
     processor.tokenizer = sentencepiece_like(kind)
     processor.image_token_id = processor.tokenizer.image_token_id
     posts = [
-        {"id": str(n), "text": text, "keyphrases": ["k"], "images": [picture(n)] * (n % 3)}
-        for n, text in enumerate(TEXTS)
+        {"id": str(n), "text": text, "keyphrases": ["k"], "images": [picture(n)] * (n % 3)} for n, text in enumerate(TEXTS)
     ]
     layouts, prompt, collator = located(processor, posts)
     for post, layout, ids in zip(posts, layouts, prompt["input_ids"], strict=True):
         decoded = collator.renderer.tokenizer.decode(ids[list(layout.text)])
         assert squeezed(decoded) == squeezed(unicodedata.normalize("NFKC", post["text"])), post["text"]
         assert INSTRUCTION in collator.renderer.tokenizer.decode(ids[layout.text.stop - 1 :])
+
+
+def test_a_token_shared_with_the_template_is_the_templates() -> None:
+    """Where a word grows together with template or instruction, only blanks may come along."""
+    words = ["<unk>", "<pad>", "USER:", "[goal", "of", f"day\n{INSTRUCTION.split()[0]}", *INSTRUCTION.split()[1:]]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    tokenizer.chat_template = "USER: [{{ messages[0].content }}"
+    layouts, prompt, _ = located(tokenizer, [{"id": "1", "text": "goal of day", "keyphrases": ["k"]}])
+    assert tokenizer.convert_ids_to_tokens(prompt["input_ids"][0])[:4] == ["USER:", "[goal", "of", words[5]]
+    assert layouts[0].text == range(2, 3)
+    assert located(tokenizer, [{"id": "1", "text": "goal", "keyphrases": ["k"]}])[0][0].text == range(0)
+
+
+def test_frames_of_one_picture_are_grids_of_their_own() -> None:
+    processor = SimpleNamespace(image_token_id=9, image_processor=SimpleNamespace(merge_size=2))
+    prompt = {"input_ids": torch.tensor([[1, *[9] * 4, 1]]), "image_grid_thw": torch.tensor([[2, 2, 4]])}
+    grids = image_grids(processor, prompt)
+    assert grids == [(ImageGrid((1, 2), 1, 2), ImageGrid((3, 4), 1, 2))]
 
 
 @given(st.text(st.sampled_from("ab 🎉é\n!<|>USER:?What phrases"), max_size=40), st.integers(0, 2))
