@@ -73,10 +73,11 @@ class KeyphraseConfig(SFTConfig):
             "default (None), 0 for the loss alone."
         },
     )
-    eval_max_new_tokens: int | None = field(
-        default=None,
+    eval_max_new_tokens: int = field(
+        default=512,
         metadata={
-            "help": "Longest output in evaluation, in tokens; by default 32 where only direct answers are taught, else 512."
+            "help": "Longest output in evaluation, in tokens; the default is that of `dynkp predict`. Direct answers need no more "
+            "than 32, and early in a run outputs that never end cost the most."
         },
     )
     eval_convention: str = field(
@@ -87,6 +88,8 @@ class KeyphraseConfig(SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of(self.eval_convention, "eval_convention", CONVENTIONS)
+        if self.eval_max_new_tokens < 1:
+            raise ValueError(f"`eval_max_new_tokens` is {self.eval_max_new_tokens}; an output needs at least 1 token.")
         if self.eval_generation_posts is not None and self.eval_generation_posts < 0:
             raise ValueError(f"`eval_generation_posts` is {self.eval_generation_posts}; give a number >= 0, or None for all.")
         _one_of(self.on_invalid, "on_invalid", ("error", "skip"))

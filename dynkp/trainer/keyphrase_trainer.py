@@ -21,6 +21,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import TrainingArguments
@@ -142,7 +143,7 @@ class KeyphraseTrainer(SFTTrainer):
         if self.args.freeze_vision_tower:
             freeze_vision_tower(self.model)
         self.shares_prompt = self._choose_prompt_backend()
-        if (args.metric_for_best_model or "").removeprefix("eval_") == "composite":
+        if (args.metric_for_best_model or "").endswith("composite"):
             logger.warning(
                 "`metric_for_best_model` is 'composite' (F1@1 + F1@3 + MAP@5, AimKP's choice): F1@3 of convention 'aimkp' and "
                 "its MAP@5 reward short lists, whatever their quality."
@@ -321,7 +322,11 @@ class KeyphraseTrainer(SFTTrainer):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.eval_generation_posts == 0:
             return output
-        direct_only = tuple(self.target_kinds) == ("direct",)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which would wait "
+                "for each other in `generate`. Set eval_generation_posts=0 and use `dynkp predict` on the checkpoints."
+            )
         # On several ranks, a stream arrives as this rank's share of it.
         posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
         metrics = generative_metrics(
@@ -332,7 +337,7 @@ class KeyphraseTrainer(SFTTrainer):
             train_keyphrases=keyphrases_of(self.train_dataset),
             limit=self.args.eval_generation_posts,
             batch_size=self.args.per_device_eval_batch_size,
-            max_new_tokens=self.args.eval_max_new_tokens or (32 if direct_only else 512),
+            max_new_tokens=self.args.eval_max_new_tokens,
             convention=self.args.eval_convention,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
