@@ -76,8 +76,8 @@ class KeyphraseConfig(SFTConfig):
     eval_max_new_tokens: int = field(
         default=512,
         metadata={
-            "help": "Longest output in evaluation, in tokens; the default is that of `dynkp predict`. Direct answers need no more "
-            "than 32, and early in a run outputs that never end cost the most."
+            "help": "Longest output in evaluation, in tokens; the default is that of `dynkp predict`. Direct answers need no "
+            "more than 32, and early in a run outputs that never end cost the most."
         },
     )
     eval_convention: str = field(

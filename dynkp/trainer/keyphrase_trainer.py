@@ -20,8 +20,8 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import TrainingArguments
@@ -324,8 +324,8 @@ class KeyphraseTrainer(SFTTrainer):
             return output
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
-                "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which would wait "
-                "for each other in `generate`. Set eval_generation_posts=0 and use `dynkp predict` on the checkpoints."
+                "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which would "
+                "wait for each other in `generate`. Set eval_generation_posts=0 and use `dynkp predict` on the checkpoints."
             )
         # On several ranks, a stream arrives as this rank's share of it.
         posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
