@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
@@ -64,10 +64,22 @@ def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     return Checkpoint(base, model)
 
 
+def load_processor_by_name(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """`AutoProcessor.from_pretrained`, with one sentence where torchvision is missing."""
+    try:
+        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        if "torchvision" in str(error).lower():
+            raise ImportError(
+                f"The processor of {name!r} needs torchvision, which is not installed: pip install 'dynkp[vision]'."
+            ) from error
+        raise
+
+
 def load_processor(checkpoint: Checkpoint) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor, or the tokenizer of a text model; the adapter's where one was saved beside it."""
     own = checkpoint.adapter is not None and os.path.isfile(os.path.join(checkpoint.adapter, "tokenizer_config.json"))
-    processor = AutoProcessor.from_pretrained(checkpoint.adapter if own else checkpoint.model)
+    processor = load_processor_by_name(cast(str, checkpoint.adapter) if own else checkpoint.model)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:  # Llama's has none; what pads is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token

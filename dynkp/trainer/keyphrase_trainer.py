@@ -19,7 +19,7 @@ from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -28,6 +28,7 @@ from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
+from dynkp.checkpoints import load_processor_by_name
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.prompts import KeyphraseTask, resolve_task
 from dynkp.mechanics.shared_prompt import (
@@ -324,8 +325,8 @@ class KeyphraseTrainer(SFTTrainer):
             return output
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
-                "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which would "
-                "wait for each other in `generate`. Set eval_generation_posts=0 and use `dynkp predict` on the checkpoints."
+                "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which "
+                "would wait for each other in `generate`. Set eval_generation_posts=0 and use `dynkp predict` on the checkpoints."
             )
         # On several ranks, a stream arrives as this rank's share of it.
         posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
@@ -475,21 +476,14 @@ def freeze_vision_tower(model: Any) -> None:
 def load_processor(
     model: str | PreTrainedModel | nn.Module, args: KeyphraseConfig
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """The processor that belongs to a model, with one sentence where torchvision is missing."""
+    """The processor that belongs to a model."""
     name: Any = model if isinstance(model, str) else cast(Any, model).config._name_or_path
     if not name:
         raise ValueError(
             "`processing_class` is None, and the model was not loaded by a name that its processor could be loaded by. Give "
             "the model's processor (for a text model, its tokenizer) as `processing_class`."
         )
-    try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except ImportError as error:
-        if "torchvision" in str(error).lower():
-            raise ImportError(
-                f"The processor of {name!r} needs torchvision, which is not installed: pip install 'dynkp[vision]'."
-            ) from error
-        raise
+    return load_processor_by_name(name, trust_remote_code=args.trust_remote_code)
 
 
 def _task_of(args: KeyphraseConfig, task: KeyphraseTask | None) -> KeyphraseTask:
