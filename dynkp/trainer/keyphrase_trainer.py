@@ -326,7 +326,7 @@ class KeyphraseTrainer(SFTTrainer):
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which "
-                "would wait for each other in `generate`. Set eval_generation_posts=0 and use `dynkp predict` on the checkpoints."
+                "would wait for each other in `generate`. Set eval_generation_posts=0 and run `dynkp predict` on checkpoints."
             )
         # On several ranks, a stream arrives as this rank's share of it.
         posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
