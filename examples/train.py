@@ -73,7 +73,9 @@ class DataArguments(PostMixtureConfig):
             "a saved dataset or a Hub id. Without it (and without `datasets:`) posts are drawn."
         },
     )
-    eval_file: str | None = field(default=None, metadata={"help": "Posts to predict and score, in the same formats; checked before the training."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Posts to predict and score, in the same formats; checked before the training."}
+    )
     eval_posts: int = field(
         default=0, metadata={"help": "Without --eval_file: hold out this many training posts, drawn with the seed."}
     )
