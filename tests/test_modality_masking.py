@@ -108,6 +108,12 @@ def test_random_masks_keep_as_many_and_depend_on_seed_post_and_visit_alone() -> 
         twins = PromptLayout(range(0), (grid.grids[0], ImageGrid(tuple(range(70, 134)), 8, 8)))
         masked_slots = stays(random_keep_mask([twins], "image", [2], 140, post_ids=["p"], visits=[0], seed=0))[0]
         assert [slot for slot in masked_slots if slot < 64] != [slot - 70 for slot in masked_slots if slot >= 70]
+        both = PromptLayout(range(70, 134), grid.grids)  # 16 of 64 stay of either
+        image, text = (
+            stays(random_keep_mask([both], name, [stride], 140, post_ids=["p"], visits=[0], seed=0))[0]
+            for name, stride in (("image", 2), ("text", 4))
+        )
+        assert len(image) == len(text) and image != [slot - 70 for slot in text]
         assert set(draws[0]) <= (set(range(64)) if modality == "image" else set(range(100, 140)))
 
 

@@ -11,6 +11,7 @@ import json
 import unicodedata
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -251,5 +252,10 @@ def test_texts_that_cannot_be_told_are_refused() -> None:
     processor.chat_template = processor.chat_template.replace("part.text", "part.text | upper")
     with pytest.raises(ValueError, match="'p8': the chat template does not write the text as it is"):
         text_slots(renderer, {"id": "p8", "text": "goal"}, 0, [])
+    with (
+        mock.patch.object(PreTrainedTokenizerFast, "is_fast", False),
+        pytest.raises(ValueError, match="does not tell which characters its tokens stand for"),
+    ):
+        text_slots(PairedTargetCollator(PROCESSOR).renderer, {"id": "p9", "text": "goal"}, 0, [1] * 99)
     with pytest.raises(ValueError, match="'p9': its text is tokenized differently"):
         text_slots(PairedTargetCollator(PROCESSOR).renderer, {"id": "p9", "text": "goal"}, 0, [1] * 99)

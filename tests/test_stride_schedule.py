@@ -65,6 +65,9 @@ def test_linear_and_fixed_and_other_beginnings() -> None:
     assert schedule.strides(["a"], "text", 0) == [3]
     schedule.record("a", "text", False, 0)
     assert schedule.strides(["a"], "text", 1) == [2], "3 // 2 is below the lowest"
+    schedule = StrideSchedule(["a"], "linear", warmup_epochs=0)
+    schedule.record("a", "text", False, 0)
+    assert schedule.strides(["a"], "text", 1) == [2], "and so is 2 - 1"
 
 
 def test_a_stride_stays_within_its_epoch() -> None:
@@ -121,6 +124,8 @@ def test_another_dataset_is_refused() -> None:
         with pytest.raises(ValueError, match=f"belong to 2 posts; the dataset has {len(ids)}, and their ids differ"):
             other.load_state(state)
         assert other.strides(["a"], "image", 2) == [4], "left as it was"
+    with pytest.raises(ValueError, match="their ids differ"):
+        StrideSchedule(["ab", "c"]).load_state(StrideSchedule(["a", "bc"]).state())
     with pytest.raises(ValueError, match="post 'c' is not in the training dataset"):
         schedule.strides(["a", "c"], "text", 0)
     with pytest.raises(ValueError, match="post 'b' is in the dataset twice"):

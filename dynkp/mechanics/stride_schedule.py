@@ -134,7 +134,7 @@ class StrideSchedule:
             )
         for modality in MODALITIES:
             self._visited[modality].clear()
-            self._visited[modality].update({post_id: list(entry) for post_id, entry in visited[modality].items()})
+            self._visited[modality].update(visited[modality])  # entries are replaced, never changed
 
     def _stride(self, post_id: str, modality: str, epoch: int) -> int:
         entry = self._visited[modality].get(post_id)
