@@ -329,6 +329,17 @@ def test_the_update_scales_and_accumulates_like_any_loss() -> None:
             torch.testing.assert_close(weight.grad, once[name] * 1.25)
 
 
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    """accelerate and others replace the forward of single modules: what they do is done in the recorded run too."""
+    model, collator, posts = lora_and_projector("llama")
+    layer = next(module for name, module in model.named_modules() if name.endswith("lora_A.default"))
+    own = layer.forward = lambda inputs: 2 * torch.nn.functional.linear(inputs, layer.weight)
+    with exact_float64(model):
+        both = [with_all_variants(way, model, collator, posts) for way in (PostGradients, PlainPostGradients)]
+        assert_twins_agree(*both, model)
+    assert layer.forward is own
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, collator, posts = lora_and_projector("llava")
     losses = variant_losses(model, collator, posts, "full")

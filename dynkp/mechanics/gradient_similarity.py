@@ -415,7 +415,8 @@ def _followed_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    return isinstance(module, nn.Linear) and plain
 
 
 def _linear(recorder: PostGradients, module: Any, forward: Callable[..., torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
