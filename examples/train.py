@@ -214,14 +214,15 @@ def load_model(
     return model, processor
 
 
-def checkpoint_to_resume(args: DynamicCoTConfig) -> str | None:
+def checkpoint_to_resume(args: DynamicCoTConfig) -> str | bool | None:
     """`--resume_from_checkpoint last` (or true) stands for the newest checkpoint in `output_dir`, if there is one."""
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() not in ("last", "true"):
         return wanted
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    # True lets the trainer choose: it passes over a checkpoint that a killed run left unfinished.
+    return (Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir) is not None) or None
 
 
 def evaluate(trainer: DynamicCoTTrainer, options: PredictionArguments) -> None:

@@ -190,3 +190,14 @@ def test_a_mixture_takes_the_tasks_separator(tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train.main([*arguments, *QUICK, "--output_dir", str(tmp_path)])
+
+
+def test_last_passes_over_what_a_killed_run_left_unfinished(tweets: list[str], tmp_path: Path) -> None:
+    arguments = [*tweets, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "4"]
+    arguments += ["--save_strategy", "steps", "--save_steps", "2"]
+    train.main(arguments)
+    (tmp_path / "out/checkpoint-4/trainer_state.json").unlink()
+    train.main([*arguments, "--resume_from_checkpoint", "last"])
+    log = json.loads((tmp_path / "out/metrics.json").read_text())["log"]
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4], "went on from checkpoint-2, whose log it keeps"
+    assert (tmp_path / "out/checkpoint-4/trainer_state.json").exists()
