@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dynkp.mechanics.shared_prompt import REENTRANT, _causal_lm, _checkpointed_layers
+from dynkp.mechanics.shared_prompt import REENTRANT, causal_lm_of, checkpointed_layers
 
 Losses = Callable[[Sequence[int]], torch.Tensor]
 
@@ -52,7 +52,7 @@ class _VariantGradients:
     """
 
     def __init__(self, model: nn.Module, count: int):
-        for layer in _checkpointed_layers(model):
+        for layer in checkpointed_layers(model):
             function = getattr(layer, "_gradient_checkpointing_func", None)
             if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", False):
                 raise ValueError(f"Gradients of single posts are out of reach: {REENTRANT}.")
@@ -239,7 +239,7 @@ class PostGradients(_VariantGradients):
     def __init__(self, model: nn.Module, count: int, image_tokens: Sequence[int] | None = None):
         super().__init__(model, count)
         self.image_tokens = [0] * count if image_tokens is None else image_tokens
-        self._decoder = set(_causal_lm(model).get_decoder().modules())
+        self._decoder = set(causal_lm_of(model).get_decoder().modules())
         self._followed = list(_followed_modules(model))
         self._names = {weight: name for name, weight in self.parameters.items()}
         self._frame: _Frame | None = None
@@ -393,7 +393,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     counts = Counter(id(weights[name]) for name in trained)
     if tied := next((name for name in trained if counts[id(weights[name])] > 1), None):
         return f"{tied} is trained and shared between modules"
-    head = _causal_lm(model).get_output_embeddings()
+    head = causal_lm_of(model).get_output_embeddings()
     if head is not None and any(weight.requires_grad for weight in head.parameters()):
         return "its LM head is trained, and sees target tokens rather than posts"
     for module in model.modules():

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dynkp.mechanics.prompt_layout import PromptLayout
-from dynkp.mechanics.shared_prompt import SEQUENCE_INPUTS, _causal_lm, prompt_positions
+from dynkp.mechanics.shared_prompt import SEQUENCE_INPUTS, causal_lm_of, prompt_positions
 
 MODALITIES = ("text", "image")
 
@@ -207,7 +207,7 @@ def encode(model: nn.Module, prompt: dict[str, Any]) -> EncodedPrompt:
     Example: `encode(model, prompt).dropped(keep_mask(layouts, "image", [4, 4], width))` are the prompts of two posts with
     a sixteenth of their image tokens.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     inputs = {key: value for key, value in prompt.items() if key in SEQUENCE_INPUTS}
     pictures = {key: value for key, value in prompt.items() if key not in SEQUENCE_INPUTS}
     feature_index = torch.full_like(inputs["input_ids"], -1)
@@ -227,7 +227,7 @@ def dropping_unsupported_reason(model: nn.Module, length: int) -> str | None:
         model: causal language model, or a PEFT model around one.
         length (`int`): tokens of the longest unmasked prompt and target.
     """
-    config = _causal_lm(model).config.get_text_config()
+    config = causal_lm_of(model).config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in kinds and window is not None and window < length:

@@ -61,7 +61,7 @@ def score_targets(
     Returns:
         `torch.Tensor` of shape `(B, T)`: nats, zero where the mask is False; float32, or float64 for a float64 model.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     length = target_ids.shape[1]
     if any(getattr(_text_config(model), name, None) is not None for name in LOGIT_TRANSFORMS):
         logits = causal_lm(**inputs, logits_to_keep=length).logits[target_mask]
@@ -97,7 +97,7 @@ class SharedPrompt:
             return []  # a prompt of one token: the continuation holds all of it
         cache = Cache(layer_class_to_replicate=_PromptLayer)
         with cache_survives_checkpointing(self.model):
-            _causal_lm(self.model).base_model(
+            causal_lm_of(self.model).base_model(
                 **inputs, position_ids=self.positions[..., :-1], past_key_values=cache, use_cache=False
             )
         config = _text_config(self.model)
@@ -184,7 +184,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     Example: `unsupported_reason(llava)` is `None`; after
     `llava.gradient_checkpointing_enable({"use_reentrant": True})` it names reentrant checkpointing.
     """
-    for layer in _checkpointed_layers(model):
+    for layer in checkpointed_layers(model):
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", False):
             return REENTRANT
@@ -192,7 +192,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention", "cross_attention"}:
         return f"its layers of type {', '.join(sorted(unknown))} keep a state other than keys and values"
-    if getattr(_causal_lm(model), "_is_stateful", False):
+    if getattr(causal_lm_of(model), "_is_stateful", False):
         return "it keeps a state other than keys and values"
     return None
 
@@ -200,7 +200,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
 def prompt_positions(model: nn.Module, prompt: dict[str, Any]) -> torch.Tensor:
     """Position ids of left-padded prompts: `(B, P)`, or `(3, B, P)` for models with 3-D rotary positions (Qwen-VL)."""
     attention_mask = prompt["attention_mask"]
-    backbone = _causal_lm(model).base_model
+    backbone = causal_lm_of(model).base_model
     get_rope_index = getattr(backbone, "get_rope_index", None)
     if get_rope_index is not None and prompt.get("image_grid_thw") is not None:
         return get_rope_index(
@@ -262,7 +262,7 @@ def cache_survives_checkpointing(model: nn.Module) -> Iterator[None]:
     transformers reserves `_can_checkpoint_with_cache` for layers that only read a cache; ours may be written to once
     and is only read in the replay, which is as safe.
     """
-    layers = list(_checkpointed_layers(model))
+    layers = list(checkpointed_layers(model))
     for layer in layers:
         layer._can_checkpoint_with_cache = True
     try:
@@ -272,16 +272,16 @@ def cache_survives_checkpointing(model: nn.Module) -> Iterator[None]:
             del layer._can_checkpoint_with_cache
 
 
-def _checkpointed_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+def checkpointed_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             yield module
 
 
-def _causal_lm(model: Any) -> Any:
+def causal_lm_of(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _text_config(model: nn.Module) -> Any:
-    return _causal_lm(model).config.get_text_config()
+    return causal_lm_of(model).config.get_text_config()

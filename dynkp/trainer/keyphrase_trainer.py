@@ -36,6 +36,7 @@ from dynkp.mechanics.shared_prompt import (
     PlainPrompt,
     Scorer,
     SharedPrompt,
+    causal_lm_of,
     score_targets,
     unsupported_reason,
 )
@@ -452,7 +453,7 @@ def fused_score_targets(
 ) -> torch.Tensor:
     """[`score_targets`] through TRL's fused LM head: no (B, T, vocabulary) tensor exists at any time."""
     length = target_ids.shape[1]
-    causal_lm: Any = cast(Any, model).get_base_model() if is_peft_model(model) else model
+    causal_lm = causal_lm_of(model)
     labels = target_ids.new_full(inputs["input_ids"].shape, -100)
     labels[:, -length:] = target_ids.masked_fill(~target_mask, -100)
     outputs = causal_lm(**inputs, shift_labels=labels, fused_lm_head=True)
@@ -464,7 +465,7 @@ def freeze_vision_tower(model: Any) -> None:
 
     Qwen-VL keeps its projector ("merger") inside the tower; it is not part of what the papers freeze.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     tower = causal_lm.get_encoder(modality="image")
     if tower is causal_lm or tower is causal_lm.base_model:
         return  # a text model
