@@ -15,10 +15,11 @@ export NO_MKDOCS_2_WARNING := 1
 
 install: $(STAMP)
 
-# torch first, at the pinned version: an open range may pull gigabytes of another build.
+# torch first, at the pinned version: an open range may pull gigabytes of another build. DeepSpeed's build asks for torch.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed ninja
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	touch $@
 
