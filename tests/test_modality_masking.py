@@ -153,7 +153,7 @@ def check(model: Any, batch: dict[str, Any], keep: torch.Tensor, prompt_class: t
     """Compares both ways; returns the loss."""
     prompt = batch["prompt"]
     plain = loss_and_gradients(model, PlainPrompt, masked(prompt, keep), prompt_positions(model, prompt), batch["direct"])
-    view = encode(model, prompt).dropped(keep)
+    view = encode(model, prompt).view(keep)
     longest = int((prompt["attention_mask"].bool() & keep).sum(dim=1).max())
     assert view.inputs["input_ids"].shape[1] == view.positions.shape[-1] == longest
     assert_equal(loss_and_gradients(model, prompt_class, view.inputs, view.positions, batch["direct"]), plain)
@@ -224,7 +224,7 @@ def test_full_and_masked_views_in_one_pass(family: str) -> None:
             sum(loss for loss, _ in passes),
             {name: sum(gradients.get(name, torch.zeros(())) for _, gradients in passes) for name in names},
         )
-        view = encode(model, prompt).dropped(torch.cat(keeps), [*range(count)] * len(keeps))
+        view = encode(model, prompt).view(torch.cat(keeps), [*range(count)] * len(keeps))
         repeated = {key: torch.cat([value] * len(keeps)) for key, value in targets.items() if key != "lengths"}
         repeated["lengths"] = targets["lengths"] * len(keeps)
         assert_equal(loss_and_gradients(model, PlainPrompt, view.inputs, view.positions, repeated), total)
@@ -240,7 +240,7 @@ def test_a_masked_last_token_still_predicts() -> None:
         prompt = batch["prompt"]
         positions = prompt_positions(model, prompt)
         plain = loss_and_gradients(model, PlainPrompt, masked(prompt, keep), positions, batch["direct"])
-        view = encode(model, prompt).dropped(keep)
+        view = encode(model, prompt).view(keep)
         assert view.inputs["attention_mask"][:, -1].tolist() == [0] * 4
         assert_equal(loss_and_gradients(model, PlainPrompt, view.inputs, view.positions, batch["direct"]), plain)
 
@@ -251,7 +251,7 @@ def test_dropped_prompts_by_hand() -> None:
     prompt = batch["prompt"]
     width = prompt["input_ids"].shape[1]
     keep = keep_mask(layouts, "image", [2, 2], width)
-    view = encode(model, prompt).dropped(keep)
+    view = encode(model, prompt).view(keep)
     left = [(prompt["attention_mask"][row].bool() & keep[row]).nonzero().flatten() for row in range(2)]
     assert len(left[0]) == int(prompt["attention_mask"][0].sum()) - 12 and len(left[1]) == width
     for row in range(2):
@@ -265,8 +265,8 @@ def test_dropped_prompts_by_hand() -> None:
     torch.testing.assert_close(kept, torch.cat(list(features))[[5, 7, 13, 15]])
     assert (view.feature_index[0] >= 0).sum() == 4 and view.feature_index[1].max() == -1
     # A view of posts without picture only has no features left, and views of views are views.
-    assert "mm_encoder_outputs" not in encode(model, prompt).dropped(keep[1:], [1]).inputs
-    again = view.dropped(torch.ones_like(view.inputs["input_ids"]).bool())
+    assert "mm_encoder_outputs" not in encode(model, prompt).view(keep[1:], [1]).inputs
+    again = view.view(torch.ones_like(view.inputs["input_ids"]).bool())
     assert torch.equal(again.inputs["input_ids"], view.inputs["input_ids"])
     assert torch.equal(again.feature_index, view.feature_index)
 
@@ -283,7 +283,7 @@ def test_what_dropping_cannot_do_is_said() -> None:
     keep = keep_mask(layouts, "text", [2], width)
     with exact_float64(model):
         plain = loss_and_gradients(model, PlainPrompt, masked(prompt, keep), prompt_positions(model, prompt), targets)
-        view = encode(model, prompt).dropped(keep)
+        view = encode(model, prompt).view(keep)
         dropped = loss_and_gradients(model, PlainPrompt, view.inputs, view.positions, targets)
         assert abs(plain[0] - dropped[0]) > 1e-6
         model.config.get_text_config().sliding_window = 4096

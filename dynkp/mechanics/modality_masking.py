@@ -2,7 +2,7 @@
 
 Given   a batch of left-padded prompts, where their posts' text and pictures lie ([`PromptLayout`]), a stride per post.
 Gives   keep-masks, and the prompts under them in two ways: [`masked`], attention bit 0 at masked tokens, and
-        [`EncodedPrompt.dropped`], the masked tokens taken out and everything else left where it was.
+        [`EncodedPrompt.view`], the masked tokens taken out and everything else left where it was.
 Holds   both give the same log-probabilities and gradients, to rounding: a masked token is seen by nobody, and the
         positions of the others do not move. The pictures are encoded once for any number of views.
 
@@ -154,7 +154,14 @@ class EncodedPrompt:
     positions: torch.Tensor
     feature_index: torch.Tensor
 
-    def dropped(self, keep: torch.Tensor, rows: Sequence[int] | None = None) -> EncodedPrompt:
+    def before(self, starts: Sequence[int]) -> EncodedPrompt:
+        """The beginnings of all prompts: what is in slots below `starts`, one number per post."""
+        attends = self.inputs["attention_mask"].bool()
+        ends = torch.as_tensor(starts, device=attends.device)[:, None]
+        attends = attends & (torch.arange(attends.shape[1], device=attends.device) < ends)
+        return self._moved(attends, attends, torch.arange(len(attends), device=attends.device))
+
+    def view(self, keep: torch.Tensor, rows: Sequence[int] | None = None, drop: bool = True) -> EncodedPrompt:
         """The prompts without their masked tokens and without those tokens' image features.
 
         A row's last slot predicts the target, so it stays as a query even when masked, with attention bit 0.
@@ -163,18 +170,25 @@ class EncodedPrompt:
             keep (`torch.Tensor` of shape `(len(rows), P)`): bool, one mask per view.
             rows (`Sequence[int]`, *optional*): the post of each view; a post may be there more than once, as its full
                 and its masked view. All posts in order, if `None`.
+            drop: `False` leaves masked tokens in their slots, with attention bit 0, as the paper's definition has it.
 
         Returns:
             [`EncodedPrompt`] of `len(rows)` prompts, padded on the left to the longest of them.
         """
-        ids = self.inputs["input_ids"]
-        index = torch.arange(len(ids), device=ids.device) if rows is None else torch.as_tensor(rows, device=ids.device)
-        attends = self.inputs["attention_mask"][index].bool() & keep.to(ids.device)
-        stays = attends.clone()
+        attended = self.inputs["attention_mask"].bool()
+        index = torch.arange(len(attended), device=attended.device)
+        if rows is not None:
+            index = torch.as_tensor(rows, device=attended.device)
+        attends = attended[index] & keep.to(attended.device)
+        stays = attends.clone() if drop else attended[index]
         stays[:, -1] = True
+        return self._moved(attends, stays, index)
+
+    def _moved(self, attends: torch.Tensor, stays: torch.Tensor, index: torch.Tensor) -> EncodedPrompt:
+        """The slots that stay, of the posts in `index`, moved together to the right end; bits as in `attends`."""
         width = int(stays.sum(dim=1).max())
         # Stable: the slots that stay move to the right end in their order, padding fills the left.
-        slots = stays.int().argsort(dim=1, stable=True)[:, -width:]
+        slots = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - width :]
         filled = stays.gather(1, slots)
         views = index[:, None]
 
@@ -192,7 +206,7 @@ class EncodedPrompt:
         if wanted.numel():
             inputs["mm_encoder_outputs"] = {"image": _pick(self.inputs["mm_encoder_outputs"]["image"], wanted)}
         feature_index = torch.full_like(chosen, -1)
-        feature_index[chosen >= 0] = torch.arange(wanted.numel(), device=ids.device)
+        feature_index[chosen >= 0] = torch.arange(wanted.numel(), device=chosen.device)
         positions = self.positions[..., views, slots] * filled.to(self.positions)
         return EncodedPrompt(inputs, positions, feature_index)
 
@@ -204,7 +218,7 @@ def encode(model: nn.Module, prompt: dict[str, Any]) -> EncodedPrompt:
         model: causal language model of transformers, or a PEFT model around one.
         prompt (`dict`): the processor's output for the prompts, left-padded.
 
-    Example: `encode(model, prompt).dropped(keep_mask(layouts, "image", [4, 4], width))` are the prompts of two posts with
+    Example: `encode(model, prompt).view(keep_mask(layouts, "image", [4, 4], width))` are the prompts of two posts with
     a sixteenth of their image tokens.
     """
     causal_lm = causal_lm_of(model)

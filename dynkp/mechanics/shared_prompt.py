@@ -26,6 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Processor outputs with one column per prompt token; all others (pixels, grids) belong to the pictures.
 SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+# Those of them that a continuation without pictures needs.
+CONTINUED_INPUTS = ("input_ids", "attention_mask", "cross_attention_mask")
 
 
 class Targets(TypedDict):
@@ -73,6 +75,76 @@ def score_targets(
     return picked.new_zeros(target_mask.shape).masked_scatter(target_mask, picked)
 
 
+class SharedPrefix:
+    """The beginning of a batch of inputs, run once and kept in the graph, ready to be continued again and again.
+
+    Args:
+        model: causal language model (or a PEFT model around one) that [`unsupported_reason`] has no objection to.
+        inputs (`dict`): model inputs, left-padded: `input_ids` (B, P), `attention_mask` (B, P), pixels, grids, token types.
+        positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`): explicit position ids.
+        score ([`Scorer`], *optional*): how the last positions' hidden states become log-probabilities.
+
+    Raises:
+        RuntimeError: if the model did not put the prefix's keys and values into the cache it was handed.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, Any], positions: torch.Tensor, score: Scorer = score_targets
+    ):
+        self.model, self.score = model, score
+        self.attention_mask = inputs["attention_mask"]
+        self._layers: list[_PromptLayer] = []
+        if inputs["input_ids"].shape[1] == 0:
+            return
+        cache = Cache(layer_class_to_replicate=_PromptLayer)
+        with cache_survives_checkpointing(model):
+            causal_lm_of(model).base_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=False)
+        config = _text_config(model)
+        # Mllama's cross-attention layers stay empty when no post of the batch has a picture.
+        expected = set(range(config.num_hidden_layers)) - set(getattr(config, "cross_attention_layers", None) or ())
+        written = {index for index, layer in enumerate(cache.layers) if layer.is_initialized}
+        if missing := expected - written:
+            raise RuntimeError(
+                f"{type(model).__name__} did not write layers {sorted(missing)} into the cache it was handed, so the "
+                "prompt cannot be shared between targets. Use `prompt_backend='plain'`."
+            )
+        self._layers = cache.layers
+
+    def log_probs(
+        self, rest: dict[str, torch.Tensor], positions: torch.Tensor, targets: Targets, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities of targets behind the prefix and the rest of the prompt, which each continuation brings along.
+
+        Args:
+            rest (`dict`): `input_ids` (R, W), `attention_mask` (R, W) and, for Mllama, `cross_attention_mask`, left-padded;
+                no pictures. Its last column predicts the first target token.
+            positions (`torch.Tensor` of shape `(R, W)` or `(3, R, W)`): of the rest.
+            targets ([`Targets`]): R targets.
+            rows (`Sequence[int]`, *optional*): which prefix each of the R continues; all B in order, if `None`.
+
+        Returns:
+            `torch.Tensor` of shape `(R, T)`: nats, zero at padding; T is the longest target.
+        """
+        length = max(targets["lengths"], default=0)
+        ids, mask = targets["input_ids"][:, :length], targets["mask"][:, :length]
+        if ids.numel() == 0:
+            return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        before = select(self.attention_mask, rows)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.cat([rest["input_ids"], ids[:, :-1]], dim=1),
+            "attention_mask": torch.cat([before, rest["attention_mask"], mask[:, :-1].to(before.dtype)], dim=1),
+            "position_ids": torch.cat([positions, following_positions(positions, length)[..., 1:]], dim=-1),
+            "use_cache": False,
+        }
+        if "cross_attention_mask" in rest:  # Mllama: a target sees the pictures its prompt's end sees
+            last = rest["cross_attention_mask"][:, -1:].expand(-1, length - 1, -1, -1)
+            inputs["cross_attention_mask"] = torch.cat([rest["cross_attention_mask"], last], dim=1)
+        if self._layers:
+            inputs["past_key_values"] = Cache(layers=[_ContinuationLayer(layer, rows) for layer in self._layers])
+        with cache_survives_checkpointing(self.model):
+            return self.score(self.model, inputs, ids, mask)
+
+
 class SharedPrompt:
     """The prompts of a batch, computed once, ready to be continued with several targets.
 
@@ -87,29 +159,11 @@ class SharedPrompt:
     """
 
     def __init__(self, model: nn.Module, prompt: dict[str, Any], score: Scorer = score_targets):
-        self.model, self.prompt, self.score = model, prompt, score
-        self.positions = prompt_positions(model, prompt)
-        self._recorded = self._record()
-
-    def _record(self) -> list[_PromptLayer]:
-        inputs = {key: value[:, :-1] if key in SEQUENCE_INPUTS else value for key, value in self.prompt.items()}
-        if inputs["input_ids"].shape[1] == 0:
-            return []  # a prompt of one token: the continuation holds all of it
-        cache = Cache(layer_class_to_replicate=_PromptLayer)
-        with cache_survives_checkpointing(self.model):
-            causal_lm_of(self.model).base_model(
-                **inputs, position_ids=self.positions[..., :-1], past_key_values=cache, use_cache=False
-            )
-        config = _text_config(self.model)
-        # Mllama's cross-attention layers stay empty when no post of the batch has a picture.
-        expected = set(range(config.num_hidden_layers)) - set(getattr(config, "cross_attention_layers", None) or ())
-        written = {index for index, layer in enumerate(cache.layers) if layer.is_initialized}
-        if missing := expected - written:
-            raise RuntimeError(
-                f"{type(self.model).__name__} did not write layers {sorted(missing)} into the cache it was handed, so the "
-                "prompt cannot be shared between targets. Use `prompt_backend='plain'`."
-            )
-        return cache.layers
+        positions = prompt_positions(model, prompt)
+        beginning = {key: value[:, :-1] if key in SEQUENCE_INPUTS else value for key, value in prompt.items()}
+        self.prefix = SharedPrefix(model, beginning, positions[..., :-1], score)
+        self.last = {key: value[:, -1:] for key, value in prompt.items() if key in CONTINUED_INPUTS}
+        self.last_position = positions[..., -1:]
 
     def log_probs(self, targets: Targets, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Log-probabilities of the targets' tokens.
@@ -121,27 +175,8 @@ class SharedPrompt:
         Returns:
             `torch.Tensor` of shape `(len(rows), T)`: nats, zero at padding; T is the longest target among `rows`.
         """
-        rows_or_all = range(len(targets["lengths"])) if rows is None else rows
-        length = max((targets["lengths"][row] for row in rows_or_all), default=0)
-        ids, mask = select(targets["input_ids"], rows)[:, :length], select(targets["mask"], rows)[:, :length]
-        if ids.numel() == 0:
-            return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-
-        prompt_mask = select(self.prompt["attention_mask"], rows)
-        ones = torch.ones_like(prompt_mask[:, :1])
-        inputs: dict[str, Any] = {
-            "input_ids": torch.cat([select(self.prompt["input_ids"], rows)[:, -1:], ids[:, :-1]], dim=1),
-            "attention_mask": torch.cat([prompt_mask[:, :-1], ones, mask[:, :-1].to(prompt_mask.dtype)], dim=1),
-            "position_ids": following_positions(select(self.positions, rows, dim=-2), length),
-            "use_cache": False,
-        }
-        if "cross_attention_mask" in self.prompt:  # Mllama: a continuation sees the pictures its prompt's end sees
-            last = select(self.prompt["cross_attention_mask"], rows)[:, -1:]
-            inputs["cross_attention_mask"] = last.expand(-1, length, -1, -1)
-        if self._recorded:
-            inputs["past_key_values"] = Cache(layers=[_ContinuationLayer(layer, rows) for layer in self._recorded])
-        with cache_survives_checkpointing(self.model):
-            return self.score(self.model, inputs, ids, mask)
+        last = {key: select(value, rows) for key, value in self.last.items()}
+        return self.prefix.log_probs(last, select(self.last_position, rows, dim=-2), targets_of(targets, rows), rows)
 
 
 class PlainPrompt:
@@ -149,16 +184,26 @@ class PlainPrompt:
 
     It is the oracle of the tests and serves models and settings that cannot share a prompt. Every call computes all
     posts of the batch, pictures included; posts outside `rows` are computed and their results dropped.
+
+    Args:
+        model, prompt, score: as for [`SharedPrompt`].
+        positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`, *optional*): the prompt's position ids where they do
+            not follow from its attention mask, as when tokens are masked or left out.
     """
 
-    def __init__(self, model: nn.Module, prompt: dict[str, Any], score: Scorer = score_targets):
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt: dict[str, Any],
+        score: Scorer = score_targets,
+        positions: torch.Tensor | None = None,
+    ):
         self.model, self.prompt, self.score = model, prompt, score
-        self.positions = prompt_positions(model, prompt)
+        self.positions = prompt_positions(model, prompt) if positions is None else positions
 
     def log_probs(self, targets: Targets, rows: Sequence[int] | None = None) -> torch.Tensor:
         """As [`SharedPrompt.log_probs`]."""
-        rows_or_all = range(len(targets["lengths"])) if rows is None else rows
-        length = max((targets["lengths"][row] for row in rows_or_all), default=0)
+        length = max(targets_of(targets, rows)["lengths"], default=0)
         ids, mask = targets["input_ids"][:, :length], targets["mask"][:, :length]
         if ids.numel() == 0:
             return torch.zeros(select(ids, rows).shape, dtype=torch.float32, device=ids.device)
@@ -221,6 +266,14 @@ def following_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
 def select(tensor: torch.Tensor, rows: Sequence[int] | None, dim: int = 0) -> torch.Tensor:
     """The given rows, in order; the tensor itself for `None`."""
     return tensor if rows is None else tensor.index_select(dim, torch.as_tensor(rows, dtype=torch.long, device=tensor.device))
+
+
+def targets_of(targets: Targets, rows: Sequence[int] | None) -> Targets:
+    """The targets of the given posts, in order; all of them for `None`."""
+    if rows is None:
+        return targets
+    ids, mask, weights = (select(targets[key], rows) for key in ("input_ids", "mask", "weights"))
+    return Targets(input_ids=ids, mask=mask, weights=weights, lengths=[targets["lengths"][row] for row in rows])
 
 
 class _PromptLayer(DynamicLayer):
