@@ -1,0 +1,331 @@
+"""Tasks of MulCoT-RD: each asks for a reasoning chain in named fields, or for the prediction alone.
+
+Given   a row with `id`, `text`, `images` (placeholders are counted, pictures not read), and by the task `aspect`, `label`,
+        `keyphrases` and `rationale`.
+Gives   the chat messages of the chain prompt, of the label prompt and of the teacher's second question, the targets, and
+        what a model's output says.
+Holds   the prompts of a row are alike up to the last words (images, text, aspect, question come first), so that what they
+        share is computed once; neither the chain nor the label prompt depends on gold columns; `parse(target).prediction` is
+        the gold answer, for both targets and whatever the rationale says; `parse` takes any string.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dynkp.data.prompts import KeyphraseTask
+
+SENTIMENTS = ("positive", "neutral", "negative")
+ANALYSES = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion")
+PREDICTION = "Prediction"
+
+_NAME = "|".join(name.replace("_", "[_ ]") for name in (*ANALYSES, PREDICTION))
+# `"Text_analysis": "...`, `**Prediction:** x`, `- Prediction: x` or a heading `### Text_analysis`: at the start of a line
+# only, since the words may occur inside a text.
+_HEADER = re.compile(
+    rf"^[ \t{{>-]*[\"'`*]*({_NAME})[\"'`*]*[ \t]*:|^[ \t]*#+[ \t]*[*]*({_NAME})[*]*[ \t]*:?[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+class Prediction(NamedTuple):
+    """A model's output, read.
+
+    Attributes:
+        fields: the analyses it gives, by name, in their order; may be empty.
+        prediction: one of the task's labels; keyphrases joined by the task's separator; None where there is none.
+    """
+
+    fields: dict[str, str]
+    prediction: str | None
+
+
+@dataclass(frozen=True)
+class ReasoningTask:
+    """A classification of posts, with reasons.
+
+    Args:
+        name: the key in `REASONING_TASKS`, or a name of your own.
+        question: what is asked about the post, in both prompts; ends what they share.
+        analyses: the fields of a chain before the prediction, and what each is to say.
+        labels: the answers there are, in lower case.
+        takes_aspect: whether the question is about the row's `aspect`.
+
+    Example:
+        >>> task = REASONING_TASKS["masc"]
+        >>> row = {"id": "1", "text": "Go Cubs", "images": [], "aspect": "Cubs", "label": "positive", "rationale": None}
+        >>> task.label_target(row), task.chain_target(row)
+        ('"Prediction": positive', None)
+        >>> task.parse('"Prediction": "positive"').prediction
+        'positive'
+    """
+
+    name: str
+    question: str
+    analyses: Mapping[str, str]
+    labels: tuple[str, ...] = SENTIMENTS
+    takes_aspect: bool = False
+
+    def chain_prompt(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The chat messages that ask for all fields.
+
+        Args:
+            row: with `text`, `images` (one placeholder each) and, if the task takes one, `aspect`.
+
+        Raises:
+            ValueError: naming the post, if its aspect is missing.
+        """
+        return self._messages(row, self._chain_request())
+
+    def label_prompt(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The chat messages that ask for the prediction alone; as `chain_prompt`."""
+        return self._messages(row, f"Answer with this field alone:\n{self._prediction_request()}")
+
+    def explain_prompt(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The chain prompt with the gold answer told: the teacher's second question, where its first answer was wrong."""
+        told = f"The right answer is known: {self.answer(row)}. Explain why it is right, and predict it.\n"
+        return self._messages(row, told + self._chain_request())
+
+    def chain_target(self, row: Mapping[str, Any]) -> str | None:
+        """Write the chain to be learned; None for a row without `rationale`.
+
+        The rationale's fields are set in one form, `"Name": "value"` with an empty line between two, whatever form the
+        teacher gave them (JSON, headings, code fences); what stands before the first and after the prediction is left
+        out. A rationale without fields becomes the Final_conclusion. The last field is always the gold answer.
+
+        Raises:
+            ValueError: naming the post, if its answer is missing or not one of the task's.
+        """
+        rationale = (row.get("rationale") or "").strip()
+        if not rationale:
+            return None
+        fields = self.parse(rationale).fields or {"Final_conclusion": _bare(_HEADER.split(rationale, maxsplit=1)[0])}
+        written = [f'"{name}": "{value}"' for name, value in fields.items() if value]
+        return "\n\n".join([*written, self.label_target(row)])
+
+    def label_target(self, row: Mapping[str, Any]) -> str:
+        """Write the field Prediction with the gold answer.
+
+        Raises:
+            ValueError: naming the post, if its answer is missing or not one of the task's.
+        """
+        return f'"{PREDICTION}": {self.answer(row)}'
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """The gold answer as `parse` reads it.
+
+        Raises:
+            ValueError: naming the post, if it is missing or not one of the task's.
+        """
+        label = row.get("label")
+        if label not in self.labels:
+            raise ValueError(
+                f"post {row.get('id', '?')!r}: label={label!r} is none of {', '.join(self.labels)}, which task {self.name!r} "
+                "predicts: correct the label, or drop the post"
+            )
+        return label
+
+    def is_right(self, row: Mapping[str, Any], output: str) -> bool:
+        """Whether an output predicts the gold answer, so that its chain may be learned from."""
+        return self.parse(output).prediction == self.answer(row)
+
+    def parse(self, output: str) -> Prediction:
+        """Read an output of either prompt.
+
+        The prediction is the label named in the first line of the field Prediction, or of the output's last line where
+        there is no such field (a bare word, a code fence behind it). A line that names several labels, such as
+        "positive/neutral/negative", predicts none.
+
+        Args:
+            output: what the model wrote.
+
+        Raises:
+            TypeError: if `output` is not a string.
+        """
+        if not isinstance(output, str):
+            raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
+        found = _json_fields(output) or _headed_fields(output)
+        lines = _bare(found[PREDICTION] if PREDICTION in found else output).splitlines() or [""]
+        fields = {name: found[name] for name in ANALYSES if found.get(name)}
+        return Prediction(fields, self._read(lines[0 if PREDICTION in found else -1]))
+
+    def _read(self, line: str) -> str | None:
+        """The answer in the line that holds the prediction."""
+        named = {word for word in re.findall(r"\w+", line.lower()) if word in self.labels}
+        return named.pop() if len(named) == 1 else None
+
+    def _chain_request(self) -> str:
+        fields = "".join(f'"{name}": "{what}"\n' for name, what in self.analyses.items())
+        return f"Answer with these fields, with an empty line between two:\n{fields}{self._prediction_request()}"
+
+    def _prediction_request(self) -> str:
+        return f'"{PREDICTION}": {self._answer_form()}'
+
+    def _answer_form(self) -> str:
+        return "/".join(self.labels)
+
+    def _messages(self, row: Mapping[str, Any], request: str) -> list[dict[str, Any]]:
+        lines = [f"Text of the post: {row.get('text') or '(none)'}"]
+        if self.takes_aspect:
+            aspect = (row.get("aspect") or "").strip()
+            if not aspect:
+                raise ValueError(
+                    f"post {row.get('id', '?')!r}: aspect={row.get('aspect')!r}, and task {self.name!r} asks about an aspect: "
+                    "give one, or use task 'msc' for whole posts"
+                )
+            lines.append(f"Aspect: {aspect}")
+        images = [{"type": "image"} for _ in row.get("images") or []]
+        text = "\n".join([*lines, "", self.question, request])
+        return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+@dataclass(frozen=True)
+class KeyphraseReasoningTask(ReasoningTask):
+    """Keyphrases, with reasons: the answer is the row's `keyphrases`, joined.
+
+    Args:
+        keyphrase_task: how keyphrases are written and read.
+
+    Example:
+        >>> task = REASONING_TASKS["keyphrases"]
+        >>> task.label_target({"id": "1", "keyphrases": ["nba", "finals"]})
+        '"Prediction": "nba; finals"'
+        >>> task.parse('"Prediction": "nba; finals"').prediction
+        'nba; finals'
+    """
+
+    labels: tuple[str, ...] = ()
+    keyphrase_task: KeyphraseTask = KeyphraseTask("keyphrases", "")
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        try:
+            return self.keyphrase_task.direct_target([" ".join(phrase.split()) for phrase in row.get("keyphrases") or ()])
+        except ValueError as error:
+            raise ValueError(f"post {row.get('id', '?')!r}: {error}") from error
+
+    def label_target(self, row: Mapping[str, Any]) -> str:
+        # In quotes: keyphrases may hold or begin with quotes of their own.
+        return f'"{PREDICTION}": "{self.answer(row)}"'
+
+    def is_right(self, row: Mapping[str, Any], output: str) -> bool:
+        """Whether an output predicts keyphrases, and none but the post's own (upper and lower case aside)."""
+        predicted = self.keyphrases(output)
+        gold = {phrase.casefold() for phrase in self.keyphrase_task.parse(self.answer(row)).keyphrases}
+        return bool(predicted) and {phrase.casefold() for phrase in predicted} <= gold
+
+    def keyphrases(self, output: str) -> list[str]:
+        """The keyphrases of an output, in its order."""
+        return self.keyphrase_task.parse(self.parse(output).prediction or "").keyphrases
+
+    def _read(self, line: str) -> str | None:
+        return self.keyphrase_task.separator.join(self.keyphrase_task.parse(line).keyphrases) or None
+
+    def _answer_form(self) -> str:
+        return f'"the keyphrases, joined by {self.keyphrase_task.separator.strip()!r}"'
+
+
+def _json_fields(output: str) -> dict[str, str]:
+    """The fields of an output that is, or holds, one JSON object."""
+    start, end = output.find("{"), output.rfind("}")
+    try:
+        content = json.loads(output[start : end + 1], strict=False) if 0 <= start < end else None
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    names = {name.casefold(): name for name in (*ANALYSES, PREDICTION)}
+    # Blanks for line breaks: written down, a line of a value must not look like a field.
+    return {
+        names[folded]: " ".join(str(value).split())
+        for key, value in content.items()
+        if (folded := key.casefold().replace(" ", "_")) in names
+    }
+
+
+def _headed_fields(output: str) -> dict[str, str]:
+    """The fields of an output in which each begins a line; of a repeated prediction the first counts."""
+    names = {name.casefold(): name for name in (*ANALYSES, PREDICTION)}
+    headers = list(_HEADER.finditer(output))
+    ends = [header.start() for header in headers[1:]] + [len(output)]
+    fields: dict[str, str] = {}
+    for header, end in zip(headers, ends, strict=True):
+        name = names[(header[1] or header[2]).casefold().replace(" ", "_")]
+        value = _bare(output[header.end() : end])
+        if name not in fields:
+            fields[name] = value
+        elif name != PREDICTION:
+            fields[name] = "\n".join(filter(None, (fields[name], value)))
+    return fields
+
+
+def _bare(value: str) -> str:
+    """A value without what surrounds it: blanks, a code fence, brackets and commas of JSON, emphasis, one pair of quotes."""
+    before = None
+    while value != before:
+        before = value
+        value = value.strip().removesuffix("```").removesuffix("}").rstrip(",").strip("* \t\r\n")
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1].strip()
+    return value
+
+
+_SENTIMENT = (
+    "Positive is pleased, hopeful, admiring or amused; negative is displeased, worried, sad, angry or mocking; neutral is "
+    "neither, as in news and plain facts."
+)
+
+REASONING_TASKS: dict[str, ReasoningTask] = {
+    task.name: task
+    for task in (
+        ReasoningTask(
+            "msc",
+            f"Which sentiment does the post as a whole, its text and its images, express? {_SENTIMENT}",
+            {
+                "Text_analysis": "the sentiment of the text, in brief, and why",
+                "Image_analysis": "the sentiment of the images, in brief, and why",
+                "Conflict_resolution": "whether the two conflict, and if so which outweighs the other",
+                "Final_conclusion": "what text and images together say",
+            },
+        ),
+        ReasoningTask(
+            "masc",
+            "Which sentiment does the author of the post have towards the aspect? It may differ from the sentiment of the post "
+            f"as a whole. {_SENTIMENT}",
+            {
+                "Text_analysis": "the sentiment of the text towards the aspect, in brief, and why",
+                "Image_analysis": "the sentiment of the images towards the aspect, in brief, and why",
+                "Conflict_resolution": "whether the two conflict, and if so which outweighs the other",
+                "Final_conclusion": "what text and images together say about the aspect",
+            },
+            takes_aspect=True,
+        ),
+        KeyphraseReasoningTask(
+            "keyphrases",
+            "Which keyphrases would the author tag this post with?",
+            {
+                "Text_analysis": "what the text is about, in brief",
+                "Image_analysis": "what the images show, in brief",
+                "Conflict_resolution": "what one of them says that the other does not",
+                "Final_conclusion": "which topics people would look for to find the post",
+            },
+        ),
+    )
+}
+
+
+def resolve_reasoning_task(task: str | ReasoningTask) -> ReasoningTask:
+    """Look up a task by its name; a `ReasoningTask` is returned as it is.
+
+    Raises:
+        ValueError: if no task has that name.
+    """
+    if isinstance(task, ReasoningTask):
+        return task
+    if task not in REASONING_TASKS:
+        known = ", ".join(REASONING_TASKS)
+        raise ValueError(f"task={task!r} is not known: use one of {known}, or a ReasoningTask of your own")
+    return REASONING_TASKS[task]
