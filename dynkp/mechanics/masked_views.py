@@ -1,0 +1,117 @@
+"""AimKP's views of a batch of posts: the full input, the text masked, the pictures masked, all asked for one target.
+
+Given   a batch of left-padded prompts and, per masked view, which slots stay.
+Gives   `log_probs(view, targets, posts)`: log-probabilities of the targets' tokens given that view of these posts.
+Holds   [`BatchedViews`] equals [`PlainViews`], the plain twin with one ordinary forward per post and view, in values and
+        gradients: to rounding, for unequal lengths, with and without gradient checkpointing.
+
+What makes the batched way cheap: the pictures are encoded once, masked tokens are not computed at all, and what stands in
+front of a post's text, its pictures above all, is run once for the full and the text-masked view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynkp.mechanics.modality_masking import encode, masked
+from dynkp.mechanics.shared_prompt import (
+    CONTINUED_INPUTS,
+    PlainPrompt,
+    Scorer,
+    SharedPrefix,
+    Targets,
+    prompt_positions,
+    score_targets,
+    targets_of,
+)
+
+FULL = "full"
+
+
+class BatchedViews:
+    """All views of a batch.
+
+    Args:
+        model: causal (vision-)language model, or a PEFT model around one.
+        prompt (`dict`): the processor's output for B posts, left-padded.
+        keeps (`dict` of `torch.Tensor` of shape `(B, P)`): per masked view, of `"text"` and `"image"`, the slots that stay.
+        starts (`Sequence[int]`, *optional*): B first slots that the full and the text-masked view do not share; every picture
+            must lie in front of them. Nothing is shared, if `None`.
+        drop: whether masked tokens are left out rather than masked; where
+            [`~dynkp.mechanics.modality_masking.dropping_unsupported_reason`] objects, neither drop nor share.
+        score ([`Scorer`], *optional*): how hidden states become log-probabilities.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt: dict[str, Any],
+        keeps: Mapping[str, torch.Tensor],
+        starts: Sequence[int] | None = None,
+        drop: bool = True,
+        score: Scorer = score_targets,
+    ):
+        self.model, self.drop, self.score = model, drop, score
+        self.encoded = encode(model, prompt)
+        everything = torch.ones(prompt["input_ids"].shape, dtype=torch.bool)
+        self.keeps = {FULL: everything, **keeps}
+        self.prefix: SharedPrefix | None = None
+        if starts is not None and max(starts) > 0:
+            self.behind = torch.arange(everything.shape[1]) >= torch.as_tensor(starts)[:, None]
+            beginning = self.encoded.before(starts)
+            self.prefix = SharedPrefix(model, beginning.inputs, beginning.positions, score)
+
+    def log_probs(self, view: str, targets: Targets, posts: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of the targets' tokens.
+
+        Args:
+            view (`str`): `"full"` or a masked view.
+            targets ([`Targets`]): B targets.
+            posts (`Sequence[int]`): the posts wanted.
+
+        Returns:
+            `torch.Tensor` of shape `(len(posts), T)`: nats, zero at padding; T is the longest target among `posts`.
+        """
+        keep, targets = self.keeps[view][list(posts)], targets_of(targets, posts)
+        if self.prefix is not None and view != "image":
+            rest = self.encoded.view(keep & self.behind[list(posts)], posts)
+            tokens = {key: value for key, value in rest.inputs.items() if key in CONTINUED_INPUTS}
+            return self.prefix.log_probs(tokens, rest.positions, targets, posts)
+        seen = self.encoded.view(keep, posts, drop=self.drop)
+        return PlainPrompt(self.model, seen.inputs, self.score, seen.positions).log_probs(targets)
+
+
+class PlainViews:
+    """The plain twin of [`BatchedViews`], and the published way: a forward per post and view, masked tokens in their place.
+
+    Args:
+        model: as for the twin.
+        prompts (`Sequence[dict]`): the processor's output for each of the B posts alone.
+        keeps (`dict`): per masked view, B tensors of shape `(1, P_i)`: the slots of post i that stay.
+        score ([`Scorer`], *optional*): as for the twin.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[dict[str, Any]],
+        keeps: Mapping[str, Sequence[torch.Tensor]],
+        score: Scorer = score_targets,
+    ):
+        self.model, self.prompts, self.keeps, self.score = model, prompts, keeps, score
+
+    def log_probs(self, view: str, targets: Targets, posts: Sequence[int]) -> torch.Tensor:
+        """As [`BatchedViews.log_probs`]."""
+        length = max((targets["lengths"][post] for post in posts), default=0)
+        rows = []
+        for post in posts:
+            prompt = self.prompts[post]
+            seen = prompt if view == FULL else masked(prompt, self.keeps[view][post].to(prompt["attention_mask"].device))
+            opened = PlainPrompt(self.model, seen, self.score, prompt_positions(self.model, prompt))
+            row = opened.log_probs(targets_of(targets, [post]))
+            rows.append(nn.functional.pad(row, (0, length - row.shape[1])))
+        return torch.cat(rows) if rows else torch.zeros(0, length)
