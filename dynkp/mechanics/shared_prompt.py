@@ -63,16 +63,20 @@ def score_targets(
     Returns:
         `torch.Tensor` of shape `(B, T)`: nats, zero where the mask is False; float32, or float64 for a float64 model.
     """
-    causal_lm = causal_lm_of(model)
-    length = target_ids.shape[1]
-    if any(getattr(_text_config(model), name, None) is not None for name in LOGIT_TRANSFORMS):
-        logits = causal_lm(**inputs, logits_to_keep=length).logits[target_mask]
-    else:
-        hidden = causal_lm.base_model(**inputs).last_hidden_state[:, -length:]
-        logits = causal_lm.get_output_embeddings()(hidden[target_mask])
+    logits = target_logits(model, inputs, target_mask)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     picked = torch.nn.functional.cross_entropy(logits, target_ids[target_mask], reduction="none").neg()
     return picked.new_zeros(target_mask.shape).masked_scatter(target_mask, picked)
+
+
+def target_logits(model: nn.Module, inputs: dict[str, Any], target_mask: torch.Tensor) -> torch.Tensor:
+    """Logits at those of the last T positions of `inputs` where `target_mask` (B, T) is True: (N, V), in reading order."""
+    causal_lm = causal_lm_of(model)
+    length = target_mask.shape[1]
+    if any(getattr(_text_config(model), name, None) is not None for name in LOGIT_TRANSFORMS):
+        return causal_lm(**inputs, logits_to_keep=length).logits[target_mask]
+    hidden = causal_lm.base_model(**inputs).last_hidden_state[:, -length:]
+    return causal_lm.get_output_embeddings()(hidden[target_mask])
 
 
 class SharedPrefix:
