@@ -31,6 +31,7 @@ from trl.models.utils import _ForwardRedirection
 from dynkp.checkpoints import load_processor_by_name
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.prompts import KeyphraseTask, resolve_task
+from dynkp.mechanics.gradient_order import gradients_in_order
 from dynkp.mechanics.shared_prompt import (
     REENTRANT,
     PlainPrompt,
@@ -202,9 +203,11 @@ class KeyphraseTrainer(SFTTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _post_losses_in_forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        # Ranks may differ in what they compute; under ZeRO-2 their backward passes must not.
+        zero = gradients_in_order(model.parameters()) if self.is_deepspeed_enabled and torch.is_grad_enabled() else 0.0
         with self.accelerator.autocast():
             losses = self.compute_post_losses(model, inputs)
-        return losses.total, losses.weight
+        return losses.total + zero, losses.weight
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
