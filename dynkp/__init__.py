@@ -19,8 +19,11 @@ _EXPORTS = {
     "KeyphraseTask": "dynkp.data.prompts",
     "KeyphraseTrainer": "dynkp.trainer.keyphrase_trainer",
     "PairedTargetCollator": "dynkp.data.collators",
+    "REASONING_TASKS": "dynkp.data.reasoning_tasks",
+    "ReasoningTask": "dynkp.data.reasoning_tasks",
     "TASKS": "dynkp.data.prompts",
     "generate_keyphrases": "dynkp.generation",
+    "generate_reasoning": "dynkp.generation",
     "load_metric": "dynkp.mmkp_f1.mmkp_f1",
     "load_posts": "dynkp.data.sources",
     "mix_posts": "dynkp.data.mixing",
@@ -39,8 +42,11 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.data.prompts import TASKS as TASKS
     from dynkp.data.prompts import KeyphraseTask as KeyphraseTask
     from dynkp.data.prompts import parse_answer as parse_answer
+    from dynkp.data.reasoning_tasks import REASONING_TASKS as REASONING_TASKS
+    from dynkp.data.reasoning_tasks import ReasoningTask as ReasoningTask
     from dynkp.data.sources import load_posts as load_posts
     from dynkp.generation import generate_keyphrases as generate_keyphrases
+    from dynkp.generation import generate_reasoning as generate_reasoning
     from dynkp.generation import write_predictions as write_predictions
     from dynkp.mmkp_f1.mmkp_f1 import load_metric as load_metric
     from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases

@@ -1,13 +1,14 @@
-"""Predicted keyphrases: batched, left-padded generation with transformers.
+"""Predictions for posts: batched, left-padded generation with transformers.
 
-Given a model, its processor and posts, gives one prediction per post, in the posts' order. Holds: a prompt is rendered
-by the renderer that training uses, from the post's text and pictures alone, never from its keyphrases or rationale;
-a prediction does not depend on the batch size beyond floating-point noise; the model is left in the modes it was in.
+Given a model, its processor and posts, gives one prediction per post, in the posts' order: keyphrases (`PostDialogue`), or
+the answer to a prompt of a reasoning task (`ReasoningDialogue`). Holds: a prompt is rendered by the renderer that training
+uses, from the post's text, pictures and aspect alone, never from its keyphrases, label or rationale; a prediction does not
+depend on the batch size beyond floating-point noise; the model is left in the modes it was in.
 
-The model decides whether to reason (mode "auto"), or is made to. "think" writes `<think>` behind the rendered prompt, as
-it stands in front of a reasoning target, and the model goes on from there. "direct" takes from the model, as long as it
-has written nothing but blanks, every token that `<think>` could begin with, and everywhere the tags of reasoning that
-are tokens of their own.
+Asked for keyphrases, the model decides whether to reason (mode "auto"), or is made to. "think" writes `<think>` behind the
+rendered prompt, as it stands in front of a reasoning target, and the model goes on from there. "direct" takes from the
+model, as long as it has written nothing but blanks, every token that `<think>` could begin with, and everywhere the tags of
+reasoning that are tokens of their own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from transformers import (
 
 from dynkp.data.collators import PairedTargetCollator, PromptRenderer
 from dynkp.data.prompts import END_THINK, TAGS, THINK, KeyphraseTask, count_words
+from dynkp.data.reasoning_renderer import PromptKind, ReasoningRenderer
+from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ Modality = Literal["both", "text", "image"]
 Mode = Literal["auto", "think", "direct"]
 
 # All that a prompt may be made of: gold columns do not come near it.
-_PROMPT_COLUMNS = ("id", "text", "images", "image", "prompt")
+_PROMPT_COLUMNS = ("id", "text", "images", "image", "aspect", "prompt")
 # Batches whose posts are sorted by length together: enough for little padding, few enough to hold in memory.
 _BATCHES_PER_WINDOW = 32
 
@@ -70,6 +73,32 @@ class Prediction(TypedDict):
     output_words: int
     mode: str
     modality: str
+
+
+class _Answered(TypedDict):
+    id: str
+    prediction: str | None
+    raw: str
+    output_tokens: int
+    prompt_tokens: int
+    output_words: int
+    prompt: str
+    modality: str
+
+
+class ReasoningPrediction(_Answered, total=False):
+    """What a model answered to a prompt of a reasoning task.
+
+    Attributes:
+        id: the post's.
+        prediction: as `ReasoningTask.parse` reads it; None where the output predicts nothing.
+        raw: the whole output, a chain or the field Prediction, without control tokens.
+        output_tokens, prompt_tokens, output_words, modality: as in `Prediction`.
+        prompt: "label" or "chain".
+        keyphrases: the prediction as a list; of the task of keyphrases alone.
+    """
+
+    keyphrases: list[str]
 
 
 def generate_keyphrases(
@@ -114,21 +143,58 @@ def generate_keyphrases(
         >>> [row["id"] for row in generate_keyphrases(model, processor, posts, max_new_tokens=8)]
         ['1']
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     dialogue = PostDialogue(processor, task, mode=mode, modality=modality)
     generator = TransformersGenerator(model, dialogue, **{"max_new_tokens": max_new_tokens, **(generation_kwargs or {})})
-    return _predictions(generator, posts, batch_size, progress)
+    return _predictions(generator, posts, _checked_batch_size(batch_size), progress)
+
+
+def generate_reasoning(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    posts: Iterable[Mapping[str, Any]],
+    *,
+    task: ReasoningTask | str,
+    prompt: PromptKind = "label",
+    batch_size: int = 8,
+    max_new_tokens: int = 512,
+    modality: Modality = "both",
+    progress: bool = True,
+    generation_kwargs: Mapping[str, Any] | None = None,
+) -> Iterator[ReasoningPrediction]:
+    """Answer one of a reasoning task's prompts for posts, greedily unless told otherwise; as `generate_keyphrases`.
+
+    Args:
+        task: one of `REASONING_TASKS` by its name, or a task.
+        prompt: "label" for the prediction alone, from which classification is scored, "chain" for the reasons too.
+        posts: rows with `id`, `text`, `images` and, where the task takes one, `aspect`.
+
+    Raises:
+        ValueError: if an argument is out of its range, or, at that post, if an aspect is missing.
+
+    Example:
+        >>> posts = [{"id": "1", "text": "Go Cubs", "images": [], "aspect": "Cubs"}]
+        >>> [row["prediction"] for row in generate_reasoning(model, processor, posts, task="masc", max_new_tokens=8)]
+        ['positive']
+    """
+    dialogue = ReasoningDialogue(processor, task, prompt=prompt, modality=modality)
+    generator = TransformersGenerator(model, dialogue, **{"max_new_tokens": max_new_tokens, **(generation_kwargs or {})})
+    return _predictions(generator, posts, _checked_batch_size(batch_size), progress)
+
+
+def _checked_batch_size(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    return batch_size
 
 
 def _predictions(
     generator: TransformersGenerator, posts: Iterable[Mapping[str, Any]], batch_size: int, progress: bool
-) -> Iterator[Prediction]:
+) -> Iterator[Any]:
     total = len(posts) if isinstance(posts, Sized) else None
     rows = (prompt_row(row, index, generator.dialogue.modality) for index, row in enumerate(posts))
     with tqdm(total=total, desc="Predicting", unit="post", disable=not progress) as bar:
         while window := list(islice(rows, batch_size * _BATCHES_PER_WINDOW)):
-            predictions: dict[int, Prediction] = {}
+            predictions: dict[int, Any] = {}
             for batch in plan_batches([prompt_size(row) for row in window], batch_size):
                 outputs = generator([window[index] for index in batch])
                 predictions.update(zip(batch, outputs, strict=True))
@@ -194,8 +260,67 @@ class _OpenedRenderer(PromptRenderer):
         return super().prompt(row, num_images) + self.opening
 
 
-class PostDialogue:
+class Dialogue:
     """What a model is asked about a post, and how its output is read; the same for every backend.
+
+    Args:
+        renderer: of the prompts.
+        modality: as in `generate_keyphrases`.
+
+    Raises:
+        ValueError: if the modality is not known.
+    """
+
+    mode: Mode = "auto"
+    # Part of what is read, though the model did not write it, and its length in tokens.
+    prefix = ""
+    opening_tokens = 0
+
+    def __init__(self, renderer: PromptRenderer, modality: Modality = "both"):
+        if modality not in ("both", "text", "image"):
+            raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
+        self.modality = modality
+        self.renderer = renderer
+        self.collator = PairedTargetCollator(renderer.processor)
+        self.collator.renderer = renderer
+        tokenizer = self.tokenizer = renderer.tokenizer
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        # A vocabulary may hold the tags as special tokens; without them the answer could not be read.
+        self.dropped_ids = special - {index for tag, index in tokenizer.get_added_vocab().items() if tag in TAGS}
+        self.cut_off = 0
+
+    def stop_ids(self, eos_token_id: int | list[int] | None) -> set[int]:
+        """The checkpoint's own end tokens, and the one that training puts behind every answer."""
+        after = self.tokenizer(self.renderer.end_of_turn, add_special_tokens=False)["input_ids"]
+        end_of_turn = next((index for index in after if index in self.tokenizer.added_tokens_decoder), None)
+        own = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        return {index for index in (*own, self.tokenizer.eos_token_id, end_of_turn) if index is not None}
+
+    def prediction(self, post_id: str, prompt_tokens: int, tokens: Sequence[int], stop_ids: set[int]) -> Any:
+        """Read the generated tokens of one post; what follows a stop token is padding."""
+        end = next((position for position, token in enumerate(tokens) if token in stop_ids), None)
+        self.cut_off += end is None
+        tokens = tokens[:end]
+        raw = self.prefix + self.tokenizer.decode([token for token in tokens if token not in self.dropped_ids])
+        return self.read(post_id, raw, len(tokens), prompt_tokens - self.opening_tokens)
+
+    def read(self, post_id: str, raw: str, output_tokens: int, prompt_tokens: int) -> Any:
+        """The prediction in an output, with its figures."""
+        raise NotImplementedError
+
+    def warn_of_cut_off(self, max_new_tokens: int) -> None:
+        """Say once, at the end, how many outputs did not come to their end."""
+        if self.cut_off:
+            logger.warning(
+                "%d outputs were cut off at %d tokens; raise max_new_tokens if their reasoning was longer than that.",
+                self.cut_off,
+                max_new_tokens,
+            )
+
+
+class PostDialogue(Dialogue):
+    """Asks for keyphrases.
 
     Args:
         processor: processor of a vision-language model, or tokenizer of a text model.
@@ -215,43 +340,25 @@ class PostDialogue:
         mode: Mode = "auto",
         modality: Modality = "both",
     ):
-        if modality not in ("both", "text", "image"):
-            raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
+        renderer = _OpenedRenderer(processor, task)
+        super().__init__(renderer, modality)
         if mode not in ("auto", "think", "direct"):
             raise ValueError(f"mode={mode!r} is not known: use 'auto', 'think' or 'direct'")
         self.mode = mode
-        self.modality = modality
-        self.collator = PairedTargetCollator(processor, task=task)
-        self.collator.renderer = self.renderer = _OpenedRenderer(processor, task)
-        tokenizer = self.tokenizer = self.renderer.tokenizer
-        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= set(tokenizer.all_special_ids)
-        # A vocabulary may hold the tags as special tokens; without them the answer could not be read.
-        self.dropped_ids = special - {index for tag, index in tokenizer.get_added_vocab().items() if tag in TAGS}
-        self.cut_off = 0
-
-        opened = self.renderer.prompt({"text": "?"}, 0).rstrip().endswith(THINK)
+        opened = renderer.prompt({"text": "?"}, 0).rstrip().endswith(THINK)
         if opened and mode == "direct":
             raise ValueError(
-                f"mode='direct': the chat template of {tokenizer.name_or_path!r} itself writes {THINK} behind the prompt; "
+                f"mode='direct': the chat template of {self.tokenizer.name_or_path!r} itself writes {THINK} behind the prompt; "
                 "use 'auto' or 'think', or a template that leaves it to the model"
             )
         if mode == "think" and not opened:
             # With the blanks, if any, that the template puts between prompt and answer.
             example = {"text": "?", "keyphrases": ["keyphrase"], "rationale": "why"}
-            before, tag, _ = (self.renderer.reasoning_target(example, 0) or "").partition(THINK)
-            self.renderer.opening = before + THINK if tag else THINK
-        # Part of what is read, whoever wrote it: an output cut off inside its reasoning has no answer.
-        self.prefix = THINK if opened else self.renderer.opening.lstrip()
-        self.opening_tokens = len(tokenizer(self.renderer.opening, add_special_tokens=False)["input_ids"])
-
-    def stop_ids(self, eos_token_id: int | list[int] | None) -> set[int]:
-        """The checkpoint's own end tokens, and the one that training puts behind every answer."""
-        target = self.renderer.direct_target({"text": "", "keyphrases": ["keyphrase"]}, 0)
-        after = self.tokenizer(target.rpartition("keyphrase")[2], add_special_tokens=False)["input_ids"]
-        end_of_turn = next((index for index in after if index in self.tokenizer.added_tokens_decoder), None)
-        own = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        return {index for index in (*own, self.tokenizer.eos_token_id, end_of_turn) if index is not None}
+            before, tag, _ = (renderer.reasoning_target(example, 0) or "").partition(THINK)
+            renderer.opening = before + THINK if tag else THINK
+        # An output cut off inside its reasoning has no answer, whoever opened it.
+        self.prefix = THINK if opened else renderer.opening.lstrip()
+        self.opening_tokens = len(self.tokenizer(renderer.opening, add_special_tokens=False)["input_ids"])
 
     def forbidden_ids(self) -> tuple[set[int], set[int], set[int]]:
         """For mode "direct": tokens forbidden at the start of an output, tokens forbidden anywhere, and blank tokens."""
@@ -267,33 +374,60 @@ class PostDialogue:
                 anywhere.add(index)
         return start, anywhere, blank
 
-    def prediction(self, post_id: str, prompt_tokens: int, tokens: Sequence[int], stop_ids: set[int]) -> Prediction:
-        """Read the generated tokens of one post; what follows a stop token is padding."""
-        end = next((position for position, token in enumerate(tokens) if token in stop_ids), None)
-        self.cut_off += end is None
-        tokens = tokens[:end]
-        raw = self.prefix + self.tokenizer.decode([token for token in tokens if token not in self.dropped_ids])
+    def read(self, post_id: str, raw: str, output_tokens: int, prompt_tokens: int) -> Prediction:
         answer = self.renderer.task.parse(raw)
         return Prediction(
             id=post_id,
             keyphrases=answer.keyphrases,
             raw=raw,
             reasoned=answer.reasoned,
-            output_tokens=len(tokens),
-            prompt_tokens=prompt_tokens - self.opening_tokens,
+            output_tokens=output_tokens,
+            prompt_tokens=prompt_tokens,
             output_words=count_words(raw),
             mode=self.mode,
             modality=self.modality,
         )
 
-    def warn_of_cut_off(self, max_new_tokens: int) -> None:
-        """Say once, at the end, how many outputs did not come to their end."""
-        if self.cut_off:
-            logger.warning(
-                "%d outputs were cut off at %d tokens; raise max_new_tokens if their reasoning was longer than that.",
-                self.cut_off,
-                max_new_tokens,
-            )
+
+class ReasoningDialogue(Dialogue):
+    """Asks one of the prompts of a reasoning task.
+
+    Args:
+        processor: processor of a vision-language model, or tokenizer of a text model.
+        task: one of `REASONING_TASKS` by its name, or a task.
+        prompt: "label" or "chain".
+        modality: as in `generate_keyphrases`.
+
+    Raises:
+        ValueError: if task, prompt or modality is not known.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        task: ReasoningTask | str,
+        *,
+        prompt: PromptKind = "label",
+        modality: Modality = "both",
+    ):
+        renderer = ReasoningRenderer(processor, task, prompt)
+        super().__init__(renderer, modality)
+        self.task, self.prompt = renderer.reasoning_task, prompt
+
+    def read(self, post_id: str, raw: str, output_tokens: int, prompt_tokens: int) -> ReasoningPrediction:
+        prediction = ReasoningPrediction(
+            id=post_id,
+            prediction=self.task.parse(raw).prediction,
+            raw=raw,
+            output_tokens=output_tokens,
+            prompt_tokens=prompt_tokens,
+            output_words=count_words(raw),
+            prompt=self.prompt,
+            modality=self.modality,
+        )
+        if isinstance(self.task, KeyphraseReasoningTask):
+            prediction["keyphrases"] = self.task.keyphrases(raw)
+        return prediction
 
 
 class TransformersGenerator:
@@ -306,7 +440,7 @@ class TransformersGenerator:
         options: for `model.generate`.
     """
 
-    def __init__(self, model: PreTrainedModel, dialogue: PostDialogue, *, max_new_tokens: int = 512, **options: Any):
+    def __init__(self, model: PreTrainedModel, dialogue: Dialogue, *, max_new_tokens: int = 512, **options: Any):
         self.model = model
         self.dialogue = dialogue
         tokenizer = dialogue.tokenizer
@@ -327,9 +461,11 @@ class TransformersGenerator:
             raise ValueError(f"max_new_tokens={self.options['max_new_tokens']} must be at least 1")
         if options.get("num_return_sequences", 1) != 1:
             raise ValueError("generation_kwargs: num_return_sequences must be 1, a post has one prediction")
-        self._forbidden = dialogue.forbidden_ids() if dialogue.mode == "direct" else None
+        self._forbidden = None
+        if isinstance(dialogue, PostDialogue) and dialogue.mode == "direct":
+            self._forbidden = dialogue.forbidden_ids()
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Prediction]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Any]:
         """Predict a batch of rows.
 
         Args:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
-from dynkp.generation import Modality, Prediction, plan_batches, prompt_row, prompt_size
+from dynkp.generation import Modality, plan_batches, prompt_row, prompt_size
 from dynkp.report.scores import write_json
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # A post's id and the number of the decode.
 Key = tuple[str, int]
 # Predicts a batch of rows, with a seed where outputs are sampled.
-Generator = Callable[..., list[Prediction]]
+Generator = Callable[..., list[Any]]
 # Places in a file of weights whose bytes stand for the whole of it, and how many bytes each.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 # What of a checkpoint decides on its outputs beside the weights: by name, as a run's own files may lie in the folder.
@@ -301,6 +301,8 @@ def _prompt_content(row: Mapping[str, Any]) -> bytes:
             image = image.get("path") or len(image.get("bytes") or b"")
         names.append(os.path.basename(image) if isinstance(image, str | os.PathLike) else repr(image)[:80])
     content = [row["id"], row.get("text"), row.get("prompt"), names]
+    if row.get("aspect") is not None:
+        content.append(row["aspect"])
     return (json.dumps(content, default=str) + "\n").encode()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from dynkp.checkpoints import Checkpoint
-from dynkp.generation import PostDialogue, Prediction, derived_seed
+from dynkp.generation import Dialogue, PostDialogue, derived_seed
 
 # Ranks that vLLM has kernels for.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -49,7 +49,7 @@ class VllmGenerator:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        dialogue: PostDialogue,
+        dialogue: Dialogue,
         *,
         max_new_tokens: int = 512,
         num_images: int = 1,
@@ -79,7 +79,7 @@ class VllmGenerator:
         self.merged: Any = None  # the folder of a merged model, if one was made for this
         self.llm = LLM(**{**options, **(llm_options or {})})
         bias = None
-        if dialogue.mode == "direct":
+        if isinstance(dialogue, PostDialogue) and dialogue.mode == "direct":
             start, anywhere, _ = dialogue.forbidden_ids()
             bias = {index: _FORBIDDEN for index in sorted(start | anywhere)}
         self._sampling_params = SamplingParams
@@ -92,7 +92,7 @@ class VllmGenerator:
             "detokenize": False,  # outputs are read from their tokens, as the other backend's are
         }
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Prediction]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Any]:
         """Predict a batch of rows, as `TransformersGenerator` does; with a seed, each post's draws depend on its id alone."""
         renderer = self.dialogue.renderer
         prompts, parameters = [], []

@@ -63,7 +63,7 @@ class PromptRenderer:
             )
         else:
             messages = _conversation(row, num_images if self.takes_images else None)
-        return messages if self.takes_images else [_text_only(message) for message in messages]
+        return messages if self.takes_images else [text_only(message) for message in messages]
 
     def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
         """The rendered prompt, up to where the model begins to answer."""
@@ -99,13 +99,13 @@ class PromptRenderer:
         # one without, or do not continue their own generation prompt. What is taught must be what the parser reads: the
         # content as it is, then the end of turn.
         if not full.startswith(prompt) or not target.lstrip().startswith(content.strip()):
-            target = content + self._end_of_turn
+            target = content + self.end_of_turn
         elif not self._ends_turn(target):
             target += self.tokenizer.eos_token
         return target
 
     @cached_property
-    def _end_of_turn(self) -> str:
+    def end_of_turn(self) -> str:
         """What the template puts behind an answer; the EOS token where it puts nothing (LLaVA-1.5)."""
         marker = "keyphrase goes here"
         reply: Any = [{"type": "text", "text": marker}] if self.takes_images else marker
@@ -272,7 +272,7 @@ def _conversation(row: Mapping[str, Any], num_images: int | None) -> list[dict[s
     return messages
 
 
-def _text_only(message: Mapping[str, Any]) -> dict[str, Any]:
+def text_only(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message as a text model's template takes it: a string, pictures left out."""
     content = message["content"]
     if not isinstance(content, str):
@@ -288,4 +288,4 @@ def _content(messages: Any, row: Mapping[str, Any], column: str) -> str:
         raise ValueError(
             f"post {row.get('id', '?')!r}: `{column}` has {len(messages)} messages; it must be exactly one assistant message."
         )
-    return _text_only(messages[0])["content"]
+    return text_only(messages[0])["content"]
