@@ -50,7 +50,7 @@ CONVERSATION = ("prompt", "completion", "reasoning_completion")
 LOAD_FINDINGS = "load_findings"
 _FINDINGS_TYPE = List({"code": Value("string"), "message": Value("string")})
 # Columns that normalising replaces; the rest is carried along.
-_READ = {*IDENTITY, *CONTENT, "image", "conversations", LOAD_FINDINGS}
+READ_COLUMNS = {*IDENTITY, *CONTENT, "image", "conversations", LOAD_FINDINGS}
 # Rows from which the columns of a stream without declared types are taken.
 _PROBE = 100
 
@@ -90,6 +90,7 @@ class Normaliser:
         stem: str = "post",
         local: bool = True,
         stream: bool = False,
+        keep_names: bool = False,
     ) -> None:
         self.columns = set(columns)
         self.stem = stem
@@ -98,6 +99,7 @@ class Normaliser:
             raise FileNotFoundError(f"image_dir={str(image_dir)!r} is not a folder")
         self.local = local
         self.stream = stream
+        self.keep_names = keep_names  # names of pictures stay as they are, whatever they name
         self.ignored = 0  # relative image names without an image folder
         # In a mixture with prompt-completion rows both kinds of columns stand side by side.
         conversational = {"prompt", "completion"} <= self.columns
@@ -157,6 +159,8 @@ class Normaliser:
         name = value.get("path") if isinstance(value, Mapping) else value
         if not isinstance(name, str | Path) or not str(name):
             raise ImageError(f"an image must be a file name, bytes or a picture, got {name!r:.80}", "wrong_type")
+        if self.keep_names:
+            return {"bytes": None, "path": str(name)}
         if not self.local and isinstance(value, str) and os.path.isabs(value):
             raise ImageError(f"image {value!r:.120}, from a downloaded dataset, names a local file", "path_outside")
         path = locate_image(str(name), self.root)
@@ -327,11 +331,12 @@ def row_types(rows: Sequence[Any], options: Mapping[str, Any]) -> tuple[Normalis
     for name in columns:
         if not isinstance(name, str) or _encodable(name, "", lambda *_: None) != name:
             raise TypeError(f"a column's name must be a valid string, got {name!r}")
-    extra = {name: _extra_type(name, [row.get(name) for row in rows]) for name in columns if name not in _READ}
+    extra = {name: extra_type(name, [row.get(name) for row in rows]) for name in columns if name not in READ_COLUMNS}
     return Normaliser(columns, **options), Features(extra)
 
 
-def _extra_type(name: str, values: list[Any]) -> Any:
+def extra_type(name: str, values: list[Any]) -> Any:
+    """The type of a column that is carried along: what Arrow infers, JSON where its values are of several types."""
     # Arrow would fill a message {"role", "content": [{"type": "image"}, {"type": "text", "text"}]} up with None, and
     # chat templates ask which keys there are.
     if name in CONVERSATION:
@@ -350,7 +355,7 @@ def _without_empty_findings(posts: Dataset) -> Dataset:
     return posts.remove_columns(LOAD_FINDINGS)
 
 
-def _undecoded(posts: Any, features: Features) -> Any:
+def undecoded(posts: Any, features: Features) -> Any:
     """Pictures as paths or bytes: `datasets` decodes an `Image` column whenever a row is read."""
     for name in {"image", "images"} & set(features):
         if isinstance(features[name], Image):
@@ -361,7 +366,7 @@ def _undecoded(posts: Any, features: Features) -> Any:
 
 
 def _carried(features: Features) -> Features:
-    kept = {name: kind for name, kind in features.items() if name not in _READ}
+    kept = {name: kind for name, kind in features.items() if name not in READ_COLUMNS}
     return Features({name: Value("string") if kind == Value("null") else kind for name, kind in kept.items()})
 
 
@@ -370,9 +375,9 @@ def _normalise_dataset(posts: Dataset, options: Mapping[str, Any]) -> Dataset:
     posts = posts.with_format(None)
     if _is_normal(posts, normaliser):
         return posts
-    posts = _undecoded(posts, posts.features)
+    posts = undecoded(posts, posts.features)
     features = Features({**normaliser.features, **_carried(posts.features)})
-    read = [name for name in posts.column_names if name in _READ]
+    read = [name for name in posts.column_names if name in READ_COLUMNS]
     normal = posts.map(
         normaliser.batch,
         batched=True,
@@ -428,14 +433,14 @@ def _normalise_stream(posts: IterableDataset, options: Mapping[str, Any]) -> Ite
     else:
         columns = list(posts.features)
         normaliser, extra = Normaliser(columns, **options), _carried(posts.features)
-        posts = _undecoded(posts, posts.features)
+        posts = undecoded(posts, posts.features)
     if "id" not in columns and posts.num_shards > 1:
         logger.warning(
             "the stream has no column 'id' and %d shards: workers number their posts from 0 each, so ids will repeat. "
             "Give the posts ids.",
             posts.num_shards,
         )
-    read = [name for name in columns if name in _READ]
+    read = [name for name in columns if name in READ_COLUMNS]
     return posts.map(
         normaliser.batch,
         batched=True,

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from PIL import Image
 
-from dynkp.data.images import IMAGE_FORMATS
+from dynkp.data.images import IMAGE_FORMATS, ImageError, locate_image
 from dynkp.data.rows import (
     IDENTITY,
     LOAD_FINDINGS,
@@ -32,12 +33,15 @@ from dynkp.data.rows import (
     normalise_posts,
     normalise_rows,
     row_types,
+    undecoded,
 )
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("auto", "json", "cmkp", "masc", "parquet", "saved", "hub")
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "cmkp", ".parquet": "parquet"}
+# The forms that `datasets` reads itself.
+_DATASETS = ("parquet", "saved", "hub")
 # Rows from which the columns of a streamed file are taken.
 _PROBE = 1000
 
@@ -83,42 +87,55 @@ def load_posts(
         >>> load_posts([{"text": "my dog", "keyphrases": ["beagles"]}])[0]["id"]
         'post-0'
     """
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
     options: dict[str, Any] = {"image_dir": image_dir}
     if not _names_files(source):
+        _known_format(format)
         posts = normalise_posts(source, **options)
         return posts.to_iterable_dataset() if streaming and isinstance(posts, Dataset) else posts
 
-    files = [os.fspath(path) for path in (source if isinstance(source, list | tuple) else [source])]
-    if format == "auto":
-        format, files = _recognise(files, split)
+    files, format = _files(source, format, split)
     options["stem"] = _stem(files[0])
-    if format == "saved":
-        saved = load_from_disk(files[0])
-        if isinstance(saved, Mapping):
-            if split not in saved:
-                raise ValueError(f"split={split!r} is not in {files[0]}: it has {', '.join(saved)}")
-            saved = saved[split]
-        return normalise_posts(saved.to_iterable_dataset() if streaming else saved, **options)
-    if format == "hub":
-        loaded = load_dataset(
-            files[0], name=name, data_dir=data_dir, data_files=data_files, split=split, streaming=streaming
-        )
-        options["local"] = os.path.isdir(files[0])  # what was downloaded may not name files of this machine
-        return normalise_posts(loaded, **options)
-    for path in files:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no file {path!r}")
-    if format == "parquet":
-        key = split.partition("[")[0]
-        loaded = load_dataset("parquet", data_files={key: files}, split=split, streaming=streaming)
-        return normalise_posts(loaded, **options)
+    if format in _DATASETS:
+        if format == "hub":
+            options["local"] = os.path.isdir(files[0])  # what was downloaded may not name files of this machine
+        more = {"name": name, "data_dir": data_dir, "data_files": data_files}
+        return normalise_posts(_load_dataset(files, format, split, streaming, **more), **options)
     if "[" in split:
         raise ValueError(f"split={split!r}: slices work for Parquet, folders and Hub datasets, not for {files[0]!r}")
     if streaming:
         return _stream(files, format, {**options, "stream": True})
     return normalise_rows(_read(files, format), options)
+
+
+def read_rows(source: Any, *, split: str = "train", format: str = "auto") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Read a source's rows as they stand, one at a time: nothing is cleaned, no column is left out, names stay names.
+
+    For what must lose nothing on the way, such as conversion. AimKP's and MASC's rows come as elsewhere: one per
+    conversation, and one per picture and text.
+
+    Args:
+        source, split, format: as in `load_posts`.
+
+    Returns:
+        Pairs of the id that a row gets if it has none, and the row.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_posts`, and before the first row where that can be told.
+
+    Example:
+        >>> list(read_rows([{"text": "my dog"}]))
+        [('post-0', {'text': 'my dog'})]
+    """
+    if not _names_files(source):
+        _known_format(format)
+        if isinstance(source, Dataset | IterableDataset):
+            source = undecoded(source.with_format(None) if isinstance(source, Dataset) else source, source.features or {})
+        return iter(enumerate_ids(source, "post"))
+    files, format = _files(source, format, split)
+    if format not in _DATASETS:
+        return _read(files, format)
+    rows = _load_dataset(files, format, split, streaming=True)
+    return iter(enumerate_ids(undecoded(rows, rows.features or {}), _stem(files[0])))
 
 
 def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, rationales: str = "first") -> Dataset:
@@ -176,14 +193,41 @@ def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
         if os.path.commonpath([root, os.path.realpath(path)]) == root:
             return os.path.relpath(os.path.realpath(path), root)
         data = Path(path).read_bytes()
-    try:
-        suffix = f".{Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).format}".lower()
-    except Exception:  # not a picture: that is for `validate_posts` to say
-        suffix = ".bin"
-    os.makedirs(root, exist_ok=True)
-    name = hashlib.sha256(data).hexdigest()[:24] + suffix
-    Path(root, name).write_bytes(data)
-    return name
+    return store_image(data, root)
+
+
+def store_image(data: bytes, folder: str, name: str | None = None) -> str:
+    """Put an encoded picture into a folder, whole or not at all.
+
+    Args:
+        data: the picture's bytes; they are not checked.
+        folder: made if need be; its symbolic links resolved (`os.path.realpath`).
+        name: what to call it, relative to the folder.
+
+    Returns:
+        Its name there: `name`, or its checksum if `name` is None, leads out of the folder or is taken by another picture.
+    """
+    target = None
+    if name is not None and not os.path.isabs(name):
+        with suppress(ImageError):
+            target = locate_image(name, folder)
+    if target is None or (os.path.exists(target) and not _holds(target, data)):
+        try:
+            suffix = f".{Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).format}".lower()
+        except Exception:  # not a picture: that is for `validate_posts` to say
+            suffix = ".bin"
+        name = hashlib.sha256(data).hexdigest()[:24] + suffix
+        target = os.path.join(folder, name)
+    if not os.path.exists(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        partial = f"{target}.{os.getpid()}.partial"
+        Path(partial).write_bytes(data)
+        os.replace(partial, target)
+    return str(name)
+
+
+def _holds(path: str, data: bytes) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == len(data) and Path(path).read_bytes() == data
 
 
 # --- which form ---
@@ -193,6 +237,37 @@ def _names_files(source: Any) -> bool:
     if isinstance(source, list | tuple) and source:
         return isinstance(source[0], str | Path)
     return isinstance(source, str | Path)
+
+
+def _known_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
+
+
+def _files(source: Any, format: str, split: str) -> tuple[list[str], str]:
+    """The files that a source names, and the form they have."""
+    _known_format(format)
+    files = [os.fspath(path) for path in (source if isinstance(source, list | tuple) else [source])]
+    if format == "auto":
+        format, files = _recognise(files, split)
+    for path in files if format not in ("saved", "hub") else ():
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no file {path!r}")
+    return files, format
+
+
+def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **more: Any) -> Posts:
+    """Rows as `datasets` gives them."""
+    if format == "parquet":
+        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split, streaming=streaming)
+    if format == "hub":
+        return load_dataset(files[0], split=split, streaming=streaming, **more)
+    saved = load_from_disk(files[0])
+    if isinstance(saved, Mapping):
+        if split not in saved:
+            raise ValueError(f"split={split!r} is not in {files[0]}: it has {', '.join(saved)}")
+        saved = saved[split]
+    return saved.to_iterable_dataset() if streaming else saved
 
 
 def _stem(path: str | Path) -> str:
@@ -311,7 +386,10 @@ def _read_cmkp(path: str) -> Iterator[dict[str, Any]]:
             "keyphrases": fields[1].split(";") if fields[1].strip() else [],
         }
         if len(fields) == 3:
-            row["image"] = fields[2].strip().rpartition("/")[2]
+            address = fields[2].strip()
+            row["image"] = address.rpartition("/")[2]
+            if row["image"] != address:
+                row["image_address"] = address
         if "attributes" in extra:
             row["attributes"] = extra.pop("attributes").split()
         yield row | extra
