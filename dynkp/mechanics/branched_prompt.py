@@ -63,7 +63,8 @@ class SharedBranches:
 
     def logits(self, branch: str, targets: Targets) -> torch.Tensor:
         """Logits at the tokens of `targets`, (N, V), post by post; posts without target cost nothing."""
-        rows = [row for row, length in enumerate(targets["lengths"]) if length]
+        rows: list[int] | None = [row for row, length in enumerate(targets["lengths"]) if length]
+        rows = None if len(rows) == len(targets["lengths"]) else rows  # to select all would copy the beginning
         end = {key: select(value, rows) for key, value in self.ends[branch].items()}
         positions = select(self.positions[branch], rows, dim=-2)
         return self.prefix.log_probs(end, positions, targets_of(targets, rows), rows)
@@ -113,7 +114,7 @@ def everywhere_mask(branches: Branches, branch: str, targets: Targets) -> torch.
     else:
         end = branches["ends"][branch]["attention_mask"]
         prompt = torch.cat([branches["prompt"]["attention_mask"][:, : branches["shared"]], end], dim=1).bool()
-    return torch.cat([prompt, targets["mask"][:, 1:]], dim=1) & targets["mask"][:, :1]
+    return _predicting(prompt, targets["mask"])
 
 
 def _end(prompt: Mapping[str, Any], shared: int, end: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -136,4 +137,10 @@ def _logits(model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, 
 def _all_logits(
     model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, target_mask: torch.Tensor
 ) -> torch.Tensor:
-    return target_logits(model, inputs, inputs["attention_mask"].bool() & target_mask[:, :1])
+    prompt = inputs["attention_mask"][:, : inputs["attention_mask"].shape[1] - target_mask.shape[1] + 1].bool()
+    return target_logits(model, inputs, _predicting(prompt, target_mask))
+
+
+def _predicting(prompt_mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    """Tokens that another one follows, (B, P + T - 1), for posts that have a target."""
+    return torch.cat([prompt_mask, target_mask[:, 1:]], dim=1) & target_mask[:, :1]

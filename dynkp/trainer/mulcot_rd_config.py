@@ -1,0 +1,111 @@
+"""Options of MulCoT-RD, for the assistant and for the student."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynkp.data.reasoning_tasks import REASONING_TASKS
+from dynkp.trainer.keyphrase_config import KeyphraseConfig
+
+POSITIONS = ("answer", "all")
+
+
+@dataclass
+class MulCoTRDConfig(KeyphraseConfig):
+    """Configuration of [`MulCoTRDTrainer`]. Defaults are the paper's (Findings of ACL 2026) for the student.
+
+    Without `assistant` and `soft_labels` there is nobody to learn from but the labels: that is the assistant's own training.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW (paper: 3e-4)."})
+    task: str = field(
+        default="masc",
+        metadata={
+            "help": "What is asked about a post: 'masc' (sentiment towards an aspect), 'msc' (sentiment of the whole post) or "
+            "'keyphrases'; each with a chain of reasons, and for the answer alone."
+        },
+    )
+    task_weights: dict[str, Any] | str = field(
+        default_factory=lambda: {"chain": 1.0, "label": 1.0},
+        metadata={
+            "help": "'w_k': weight of each task's loss, as JSON (paper: {\"chain\": 1.0, \"label\": 1.0}). A post without a "
+            "chain learns its label alone."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.3,
+        metadata={
+            "help": "'λ': share of the assistant's soft labels in each task's loss, against 1-λ for the hard ones. Without "
+            "`assistant` and `soft_labels` it is taken as 0. Paper: 0.3."
+        },
+    )
+    temperature: float = field(
+        default=2.0,
+        metadata={"help": "'T': what both models' logits are divided by before they are compared; no factor T². Paper: 2.0."},
+    )
+    kd_positions: str = field(
+        default="answer",
+        metadata={
+            "help": "Tokens at which student and assistant are compared: 'answer' (default), or 'all': the prompt's too, as "
+            "in the authors' code, padding excepted; slower, and only with `assistant`."
+        },
+    )
+    assistant: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the trained assistant (an adapter's folder will do), whose soft labels are computed "
+            "as they are needed. With `soft_labels` it is not loaded, only compared with who wrote them."
+        },
+    )
+    assistant_dtype: str = field(
+        default="auto",
+        metadata={"help": "Its weights' type: 'auto' (default, as saved), 'float32', 'bfloat16' or 'float16'."},
+    )
+    assistant_device: str | None = field(
+        default=None, metadata={"help": "Where it runs, such as 'cuda:1'. None (default): where the student does."}
+    )
+    soft_labels: str | None = field(
+        default=None,
+        metadata={"help": "Folder that `dynkp distill cache` wrote: the assistant's soft labels, so that it need not be loaded."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lr_scheduler_type == "reduce_lr_on_plateau" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"mode": "max", "factor": 0.5, "patience": 2}  # the paper's
+        super().__post_init__()
+        if self.task not in REASONING_TASKS:
+            raise ValueError(f"`task` is {self.task!r}; choose one of {', '.join(map(repr, REASONING_TASKS))}.")
+        if self.separator is not None:
+            raise ValueError(f"`separator` is {self.separator!r}, but task {self.task!r} has its own. Leave it None.")
+        self.task_weights = _weights(self.task_weights)
+        if not 0.0 <= self.distillation_weight <= 1.0:
+            raise ValueError(f"`distillation_weight` is {self.distillation_weight}; it is a share between 0 and 1.")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"`temperature` is {self.temperature}; it must be above 0 and finite.")
+        if self.kd_positions not in POSITIONS:
+            raise ValueError(f"`kd_positions` is {self.kd_positions!r}; choose one of {', '.join(map(repr, POSITIONS))}.")
+        if self.kd_positions == "all" and self.soft_labels is not None:
+            raise ValueError(
+                "`kd_positions` is 'all', but `soft_labels` holds those of the answers alone. Give `assistant` in its place, "
+                "or kd_positions='answer'."
+            )
+        if self.assistant_dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"`assistant_dtype` is {self.assistant_dtype!r}; choose 'auto', 'float32', 'bfloat16' or 'float16'."
+            )
+
+
+def _weights(value: dict[str, Any] | str) -> dict[str, float]:
+    wanted = f"`task_weights` is {value!r}; give the weights of both tasks, such as {{\"chain\": 1.0, \"label\": 1.0}}"
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+        weights = {name: float(given[name]) for name in ("label", "chain")}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{wanted}.") from None
+    if set(given) != set(weights) or not all(0.0 <= weight < float("inf") for weight in weights.values()):
+        raise ValueError(f"{wanted}, each finite and not negative.")
+    if not weights["label"]:
+        raise ValueError(f"{wanted}. The label's must be above 0: a batch of posts without chains would teach nothing.")
+    return weights
