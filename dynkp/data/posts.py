@@ -118,7 +118,8 @@ class InvalidPostsError(ValueError):
         shown = [f"  post {finding.id!r}: {finding.code}: {finding.message}" for finding in report.findings[:10]]
         if len(report.findings) > len(shown):
             shown.append(f"  ... and {len(report.findings) - len(shown)} more")
-        if report.without_keyphrases == report.total and (unread := set(columns) - _READ):
+        needed = any(finding.code == "no_keyphrases" for finding in report.findings)
+        if needed and report.without_keyphrases == report.total and (unread := set(columns) - _READ):
             shown.append(f"Keyphrases are read from the column 'keyphrases'; not read are {', '.join(sorted(unread))}.")
         invalid = len({finding.index for finding in report.findings})
         return cls(

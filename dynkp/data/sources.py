@@ -94,7 +94,7 @@ def load_posts(
         return posts.to_iterable_dataset() if streaming and isinstance(posts, Dataset) else posts
 
     files, format = _files(source, format, split)
-    options["stem"] = _stem(files[0])
+    options["stem"] = file_stem(files[0])
     if format in _DATASETS:
         if format == "hub":
             options["local"] = os.path.isdir(files[0])  # what was downloaded may not name files of this machine
@@ -135,7 +135,7 @@ def read_rows(source: Any, *, split: str = "train", format: str = "auto") -> Ite
     if format not in _DATASETS:
         return _read(files, format)
     rows = _load_dataset(files, format, split, streaming=True)
-    return iter(enumerate_ids(undecoded(rows, rows.features or {}), _stem(files[0])))
+    return iter(enumerate_ids(undecoded(rows, rows.features or {}), file_stem(files[0])))
 
 
 def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, rationales: str = "first") -> Dataset:
@@ -161,7 +161,7 @@ def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, ra
     if rationales not in ("first", "joined"):
         raise ValueError(f"rationales={rationales!r} is not known: use 'first' or 'joined'")
     rows = _masc_posts(_read_json(os.fspath(path)), rationales)
-    return normalise_rows(rows, {"image_dir": image_dir, "stem": _stem(path), "local": True})
+    return normalise_rows(rows, {"image_dir": image_dir, "stem": file_stem(path), "local": True})
 
 
 def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path | None = None) -> None:
@@ -270,7 +270,8 @@ def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **
     return saved.to_iterable_dataset() if streaming else saved
 
 
-def _stem(path: str | Path) -> str:
+def file_stem(path: str | Path) -> str:
+    """What a file's posts without id are called after."""
     return Path(path).stem.removesuffix("_src") or "post"
 
 
@@ -307,15 +308,15 @@ def _read(files: Iterable[str], format: str) -> Iterator[tuple[str, dict[str, An
     """Rows, each with the id it gets if it has none."""
     for path in files:
         if format == "cmkp":
-            yield from enumerate_ids(_read_cmkp(path), _stem(path))
+            yield from enumerate_ids(_read_cmkp(path), file_stem(path))
         elif format == "masc":
             yield from _masc_posts(_read_json(path), "first")
         else:
             yield from _read_json(path)
 
 
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """Each line with the words that name it in an error."""
+def read_lines(path: str) -> Iterator[tuple[str, str]]:
+    """Each line of a UTF-8 file, with the words that name it in an error."""
     with open(path, "rb") as file:  # bytes end lines at \n only; text may hold other line ends of Unicode
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -326,9 +327,9 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_json(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    stem = _stem(path)
+    stem = file_stem(path)
     index = 0
-    for where, line in _lines(path):
+    for where, line in read_lines(path):
         if not line.strip():
             continue
         if index == 0 and line.lstrip().startswith("["):
@@ -342,7 +343,7 @@ def _read_json(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_array(path: str) -> list[dict[str, Any]]:
-    rows = _parse("\n".join(line for _, line in _lines(path)), path)
+    rows = _parse("\n".join(line for _, line in read_lines(path)), path)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, element {index}: a row must be a JSON object, got {row!r:.80}")
@@ -370,7 +371,7 @@ def _read_cmkp(path: str) -> Iterator[dict[str, Any]]:
     companions = {
         key: f"{base}{end}" for key, end in beside.items() if os.path.isfile(f"{base}{end}") and base != path
     }
-    for lines in zip_longest(_lines(path), *map(_lines, companions.values())):
+    for lines in zip_longest(read_lines(path), *map(read_lines, companions.values())):
         if None in lines:
             raise ValueError(f"{path} and {', '.join(companions.values())} must have the same number of lines")
         where, line = lines[0]
