@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "AimKPConfig": "dynkp.trainer.aimkp_config",
+    "AimKPTrainer": "dynkp.trainer.aimkp_trainer",
     "DynamicCoTConfig": "dynkp.trainer.dynamic_cot_config",
     "DynamicCoTTrainer": "dynkp.trainer.dynamic_cot_trainer",
     "KeyphraseConfig": "dynkp.trainer.keyphrase_config",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.generation import write_predictions as write_predictions
     from dynkp.mmkp_f1.mmkp_f1 import load_metric as load_metric
     from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases
+    from dynkp.trainer.aimkp_config import AimKPConfig as AimKPConfig
+    from dynkp.trainer.aimkp_trainer import AimKPTrainer as AimKPTrainer
     from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig as DynamicCoTConfig
     from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer
     from dynkp.trainer.keyphrase_config import KeyphraseConfig as KeyphraseConfig

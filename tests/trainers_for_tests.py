@@ -1,4 +1,4 @@
-"""A DynamicCoTTrainer on a tiny model, set up so that a step is arithmetic: SGD, no clipping, no schedule, float32."""
+"""A trainer on a tiny model, set up so that a step is arithmetic: SGD, no clipping, no schedule, float32."""
 
 from __future__ import annotations
 
@@ -30,14 +30,22 @@ PLAIN_SETTINGS: dict[str, Any] = {
 NOT_IN_THE_CONFIG = ("eval_dataset", "peft_config", "callbacks", "processing_class", "data_collator")
 
 
-def trainer_of(family: str, output_dir: Path | str, posts: Any = None, model: Any = None, **options: Any):
+def trainer_of(
+    family: str,
+    output_dir: Path | str,
+    posts: Any = None,
+    model: Any = None,
+    classes: tuple[type, type] = (DynamicCoTTrainer, DynamicCoTConfig),
+    **options: Any,
+):
     """The trainer; `posts` defaults to six of the family's, `options` go to the config or, by name, to the trainer."""
+    trainer_class, config_class = classes
     tiny, processor = build(family)
     arguments = {"processing_class": processor}
     arguments |= {name: options.pop(name) for name in NOT_IN_THE_CONFIG if name in options}
-    args = DynamicCoTConfig(output_dir=str(output_dir), **{**PLAIN_SETTINGS, "eval_generation_posts": 0, **options})
+    args = config_class(output_dir=str(output_dir), **{**PLAIN_SETTINGS, "eval_generation_posts": 0, **options})
     posts = rows(family, 6) if posts is None else posts
-    return DynamicCoTTrainer(model=tiny if model is None else model, args=args, train_dataset=posts, **arguments)
+    return trainer_class(model=tiny if model is None else model, args=args, train_dataset=posts, **arguments)
 
 
 def losses(trainer: Any, name: str = "loss") -> list[float]:

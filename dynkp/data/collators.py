@@ -189,7 +189,10 @@ class PairedTargetCollator:
         self.max_length = max_length
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        images = [self.renderer.images(row) for row in rows]
+        return self.collate(rows, [self.renderer.images(row) for row in rows])
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], images: Sequence[list[Any]]) -> dict[str, Any]:
+        """The batch of rows whose pictures are decoded."""
         prompt = self.collate_prompts(rows, images)
         prompt_lengths = prompt["attention_mask"].sum(dim=1).tolist()
         ids = [str(row.get("id", index)) for index, row in enumerate(rows)]

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from dynkp.mechanics.shared_prompt import REENTRANT, causal_lm_of, checkpointed_layers
+from dynkp.objectives.filtering import gradient_cosine
 
 Losses = Callable[[Sequence[int]], torch.Tensor]
 
@@ -102,9 +103,8 @@ class _VariantGradients:
             zero or the post does not have the variant.
         """
         reference = next(iter(self.losses))
-        product = self._dot(reference, variant)
-        lengths = self._squared_length(reference) * self._squared_length(variant)
-        return torch.where(lengths > 0, product / lengths.clamp(min=torch.finfo(lengths.dtype).tiny).sqrt(), 0)
+        lengths = self._squared_length(reference), self._squared_length(variant)
+        return gradient_cosine(self._dot(reference, variant), *lengths)
 
     def loss(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The update's loss, Σ_i Σ_m w_im·ℓ_im, with its gradient already at hand: `backward` only hands it over.

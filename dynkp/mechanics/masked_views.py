@@ -80,7 +80,10 @@ class BatchedViews:
         if self.prefix is not None and view != "image":
             rest = self.encoded.view(keep & self.behind[list(posts)], posts)
             tokens = {key: value for key, value in rest.inputs.items() if key in CONTINUED_INPUTS}
-            return self.prefix.log_probs(tokens, rest.positions, targets, posts)
+            log_probs = self.prefix.log_probs(tokens, rest.positions, targets, posts)
+            if view == "text":  # the last to use it: what is masked next need not find it in memory
+                self.prefix = None
+            return log_probs
         seen = self.encoded.view(keep, posts, drop=self.drop)
         return PlainPrompt(self.model, seen.inputs, self.score, seen.positions).log_probs(targets)
 

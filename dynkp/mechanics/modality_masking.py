@@ -234,6 +234,14 @@ def encode(model: nn.Module, prompt: dict[str, Any]) -> EncodedPrompt:
     return EncodedPrompt(inputs, prompt_positions(model, prompt), feature_index)
 
 
+def image_token_counts(model: nn.Module, prompt: dict[str, Any]) -> list[int]:
+    """How the rows of vision tower and projector are divided among the posts: B numbers in that proportion."""
+    if "cross_attention_mask" in prompt:  # Mllama: as many tiles for every post of a batch
+        return [1] * len(prompt["input_ids"])
+    token = getattr(causal_lm_of(model).config, "image_token_id", -1)
+    return (prompt["input_ids"] == token).sum(dim=1).tolist()
+
+
 def dropping_unsupported_reason(model: nn.Module, length: int) -> str | None:
     """Why masked tokens cannot be dropped from inputs of this length; `None` if they can. Then mask instead.
 

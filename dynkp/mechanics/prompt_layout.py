@@ -52,6 +52,10 @@ class PromptLayout:
     text: range
     grids: tuple[ImageGrid, ...]
 
+    def has(self, modality: str) -> bool:
+        """Whether there is any `"text"`, or any `"image"`, to mask."""
+        return bool(self.text if modality == "text" else self.grids)
+
 
 def locate(
     renderer: PromptRenderer,

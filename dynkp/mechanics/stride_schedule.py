@@ -17,6 +17,7 @@ stride, an index error that is not repeated here: modalities know nothing of eac
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,11 @@ class StrideSchedule:
         frozen = bool(before and before[3])
         following = stride if frozen else self._following(stride, passed)
         self._visited[modality][post_id] = [stride, following, epoch, int(frozen or (self.freeze_failed and not passed))]
+
+    def shares(self, modality: str) -> dict[int, float]:
+        """The histogram of strides: per stride, the share of the posts visited so far that will be masked with it next."""
+        counts = Counter(following for _, following, _, _ in self._visited[modality].values())
+        return {stride: count / counts.total() for stride, count in sorted(counts.items())}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold (JSON). Not a copy: it moves on with the schedule, and costs nothing to ask for."""

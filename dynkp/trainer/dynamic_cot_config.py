@@ -73,8 +73,6 @@ class DynamicCoTConfig(KeyphraseConfig):
             raise ValueError(f"`gamma_window` is {self.gamma_window}; it counts posts and must be at least 1.")
         parse_gamma(self.gamma, self.gamma_window)
         self.drop_rate()
-        if self.loss_normalization not in ("sample", "token"):
-            raise ValueError(f"`loss_normalization` is {self.loss_normalization!r}; choose 'sample' or 'token'.")
         for name in ("answer_weight", "multitask_weight"):
             if not 0.0 <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"`{name}` is {value}; a weight must be finite and not negative.")

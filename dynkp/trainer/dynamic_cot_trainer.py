@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from dynkp.data.collators import PairedTargetCollator
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, Targets, select
 from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma
 from dynkp.objectives.token_loss import TargetLoss, target_loss
-from dynkp.trainer.choice_log import ChoiceLog
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.visit_log import VisitLog
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +61,17 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         self.gamma = parse_gamma(args.gamma, args.gamma_window)
         self.drop_rate = args.drop_rate()
         self.target_kinds = ("direct",) if args.strategy == "direct" else ("direct", "reasoning")
-        self.normalizes_over_tokens = args.loss_normalization == "token"
         self._visits: list[tuple[str, float | None, bool]] = []  # of the current optimizer step
-        self.choice_log = ChoiceLog(args.output_dir) if args.log_choices else None
+        self.choice_log = VisitLog(Path(args.output_dir, "choices.jsonl")) if args.log_choices else None
         super().__init__(model, args, **kwargs)
         if "reasoning" in self.target_kinds and not may_have_rationales(self.train_dataset):
             logger.warning("No train post has a rationale: with strategy %r all are taught the bare answer.", args.strategy)
-        if self.normalizes_over_tokens and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
+        unknown_weights = self.normalizes_over_tokens and not self.knows_targets
+        if unknown_weights and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
             raise ValueError(
-                "`loss_normalization` is 'token' with gradient accumulation under DeepSpeed, which keeps the gradients to "
-                "itself until they are averaged. Use loss_normalization='sample' or gradient_accumulation_steps=1."
+                f"`loss_normalization` is 'token' under strategy {args.strategy!r} with gradient accumulation under DeepSpeed, "
+                "which keeps the gradients to itself until they are averaged. Use loss_normalization='sample' or "
+                "gradient_accumulation_steps=1."
             )
 
     def build_collator(self) -> PairedTargetCollator:
@@ -140,7 +142,12 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         if self.choice_log or not self.gamma.is_constant:
             visits = self.gather_list(self._visits)
             if self.choice_log and self.accelerator.is_main_process:
-                self.choice_log.write(visits, self.state, self.gamma.value)
+                gamma = self.gamma.value
+                rows = (
+                    {"id": post_id, "direct_loss": loss, "gamma": gamma, "choice": "reasoning" if reasoned else "direct"}
+                    for post_id, loss, reasoned in visits
+                )
+                self.choice_log.write(rows, self.state)
             self.gamma.observe([loss for _, loss, _ in visits if loss is not None])
         self._visits.clear()
 

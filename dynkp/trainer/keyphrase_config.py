@@ -51,6 +51,13 @@ class KeyphraseConfig(SFTConfig):
         default=True,
         metadata={"help": "Whether two posts with the same id are an error. False for a mixture that repeats posts."},
     )
+    loss_normalization: str = field(
+        default="sample",
+        metadata={
+            "help": "'sample' (default): mean over a target's tokens, then over posts. 'token': mean over all target tokens of "
+            "the optimizer step."
+        },
+    )
     freeze_vision_tower: bool = field(
         default=True,
         metadata={
@@ -87,13 +94,14 @@ class KeyphraseConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self.eval_convention, "eval_convention", CONVENTIONS)
+        one_of(self.eval_convention, "eval_convention", CONVENTIONS)
         if self.eval_max_new_tokens < 1:
             raise ValueError(f"`eval_max_new_tokens` is {self.eval_max_new_tokens}; an output needs at least 1 token.")
         if self.eval_generation_posts is not None and self.eval_generation_posts < 0:
             raise ValueError(f"`eval_generation_posts` is {self.eval_generation_posts}; give a number >= 0, or None for all.")
-        _one_of(self.on_invalid, "on_invalid", ("error", "skip"))
-        _one_of(self.prompt_backend, "prompt_backend", ("auto", "shared", "plain"))
+        one_of(self.on_invalid, "on_invalid", ("error", "skip"))
+        one_of(self.loss_normalization, "loss_normalization", ("sample", "token"))
+        one_of(self.prompt_backend, "prompt_backend", ("auto", "shared", "plain"))
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns` is True, which would take text and keyphrases from the collator. Leave it False."
@@ -120,6 +128,7 @@ class KeyphraseConfig(SFTConfig):
                 )
 
 
-def _one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+    """Refuse an option's value that is not among its choices."""
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -41,6 +42,7 @@ from dynkp.mechanics.shared_prompt import (
     score_targets,
     unsupported_reason,
 )
+from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.preparation import fit_max_length, prepare_posts
@@ -52,7 +54,8 @@ class PostLosses(NamedTuple):
     """One loss per post, as numerator and denominator of the optimizer step's mean.
 
     Attributes:
-        total (`torch.Tensor` of shape `(B,)`): what a post adds to the numerator, nats.
+        total (`torch.Tensor` of shape `(B,)`): what a post adds to the numerator, nats. Or a scalar: their sum, over the posts
+            that count (see [`repeated_posts`]).
         weight (`torch.Tensor` of shape `(B,)`): what it adds to the denominator: 1 (mean over posts) or its number of
             target tokens (mean over tokens).
     """
@@ -164,9 +167,14 @@ class KeyphraseTrainer(SFTTrainer):
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
         """One loss per post of the micro-batch. `model` is the unwrapped model; call it as often as needed.
 
-        Must make no collective call: ranks may differ in what they compute.
+        Must make no collective call: ranks may differ in what they compute. This one is plain fine-tuning on direct targets.
         """
-        raise NotImplementedError
+        direct = self.open_prompt(model, inputs["prompt"], continuations=1).log_probs(inputs["direct"])
+        return self.weigh(target_loss(direct, inputs["direct"]["weights"][:, : direct.shape[1]]))
+
+    def weigh(self, loss: TargetLoss) -> PostLosses:
+        """One target's loss per post, as `args.loss_normalization` has it."""
+        return PostLosses(*loss) if self.normalizes_over_tokens else PostLosses(loss.mean, torch.ones_like(loss.total))
 
     def end_of_step(self) -> None:
         """Called on every rank after each optimizer step: the place to gather and move the method's statistics."""
@@ -190,13 +198,15 @@ class KeyphraseTrainer(SFTTrainer):
         """The micro-batch's share of the optimizer step's mean loss, times the number of ranks (DDP averages)."""
         unwrapped = self.accelerator.unwrap_model(model)
         total, weight = self._forward_redirection(model, unwrapped, self._post_losses_in_forward, unwrapped, inputs)
-        total, weight = (part.masked_fill(repeated_posts(inputs), 0.0) for part in (total, weight))
+        repeated = repeated_posts(inputs)
+        weight = weight.masked_fill(repeated, 0.0)
+        total = total.masked_fill(repeated, 0.0) if total.dim() else total
         if num_items_in_batch is None:  # evaluation
             loss = total.sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
             # Trainer's own mean is over batches; this one replaces it in the log.
             self.record("loss", loss, weight.sum())
         else:
-            # The number of posts is known beforehand; a denominator that is not is put right in `training_step`.
+            # A denominator that depends on what targets are chosen is put right in `training_step`.
             loss = total.sum() * self.accelerator.num_processes / num_items_in_batch
             self._step_total += total.detach().sum()
             self._step_weight += weight.detach().sum()
@@ -212,26 +222,39 @@ class KeyphraseTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """The optimizer step's micro-batches, and the number of posts in them on all ranks."""
+        """The optimizer step's micro-batches, and the weight of the posts in them on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        posts = sum(len(batch["id"]) for batch in batches) - self._mark_repeated_posts(batches[-1])
-        return batches, self.accelerator.gather(torch.tensor(posts, device=device)).sum()
+        self._mark_repeated_posts(last := batches[-1])
+        weight = sum(sum(self.post_weights(batch)) for batch in batches)
+        if "repeated" in last:
+            weight -= sum(compress(self.post_weights(last), last["repeated"].tolist()))
+        return batches, self.accelerator.gather(torch.tensor(weight, device=device)).sum()
 
-    def _mark_repeated_posts(self, batch: dict[str, Any]) -> int:
-        """Mark and count the posts of an epoch's last batch that accelerate took from its first to give all ranks as many.
+    def post_weights(self, batch: dict[str, Any]) -> Sequence[int]:
+        """What each post weighs in the optimizer step's mean: its number of tokens, or 1; also 1 while that is not known."""
+        if self.normalizes_over_tokens and self.knows_targets:
+            return batch["direct"]["lengths"]
+        return [1] * len(batch["id"])
+
+    @property
+    def knows_targets(self) -> bool:
+        """Whether what a post is taught is known before its loss."""
+        return tuple(self.target_kinds) == ("direct",)
+
+    def _mark_repeated_posts(self, batch: dict[str, Any]) -> None:
+        """Mark the posts of an epoch's last batch that accelerate took from its first to give all ranks as many.
 
         They stand behind the others, the ranks' batches one after the other. A stream does not tell its length: there
         they count like any other post.
         """
         progress = self.accelerator.gradient_state
         if not progress.end_of_dataloader or progress.remainder <= 0:
-            return 0
+            return
         slots = torch.arange(len(batch["id"])) + self.accelerator.process_index * len(batch["id"])
         repeated = slots >= progress.remainder
         batch["repeated"] = repeated.to(batch["has_rationale"].device)
-        return int(repeated.sum())
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -240,13 +263,15 @@ class KeyphraseTrainer(SFTTrainer):
         if not self.accelerator.sync_gradients:
             self._step_reported += loss
             return loss
-        if self.normalizes_over_tokens:
+        if self.normalizes_over_tokens and not self.knows_targets:
             loss = self._renormalize(loss, num_items_in_batch)
         self._step_total = self._step_weight = self._step_reported = 0.0
         return loss
 
-    # Whether a post's weight is its number of tokens, known only once all targets are chosen.
-    normalizes_over_tokens = False
+    @property
+    def normalizes_over_tokens(self) -> bool:
+        """Whether a post's weight is its number of target tokens rather than 1."""
+        return self.args.loss_normalization == "token"
 
     def _renormalize(self, loss: torch.Tensor, posts: torch.Tensor | int | None) -> torch.Tensor:
         """Turn the step's gradients from Σ total / posts into Σ total / Σ weight, before they are clipped."""

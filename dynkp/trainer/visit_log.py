@@ -1,48 +1,39 @@
-"""The log of Dynamic CoT's choices: one JSON row per post and visit, in step with the checkpoints."""
+"""A log of visits, one JSON row per post, visit and whatever the method decided, in step with the checkpoints."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
 
-class ChoiceLog:
-    """Appends to `choices.jsonl`; written by the main process only.
+class VisitLog:
+    """Appends to a file of the run's folder; used by the main process only.
 
     Args:
-        output_dir: the run's folder.
+        path: the file, such as `out/choices.jsonl`.
 
     A fresh run moves an existing file aside (`choices.1.jsonl`, ...). A resumed run drops the rows after its checkpoint,
     a torn last line included, so that every visit stands in the file exactly once.
     """
 
-    def __init__(self, output_dir: str | Path):
-        self.path = Path(output_dir) / "choices.jsonl"
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._aligned = False
 
-    def write(
-        self, visits: Iterable[tuple[str, float | None, bool]], state: TrainerState, gamma: float | None
-    ) -> None:
-        """Append one optimizer step's visits: (id, direct loss in nats per token or None, taught to reason)."""
+    def write(self, visits: Iterable[Mapping[str, Any]], state: TrainerState) -> None:
+        """Append one optimizer step's visits: `id` first, then `epoch` and `step`, then the rest; NaN and infinity as null."""
         if not self._aligned:
             self._align(state.global_step - 1)
-        rows = (
-            {
-                "id": post_id,
-                "epoch": round(state.epoch or 0.0, 6),
-                "step": state.global_step,
-                "direct_loss": _finite(loss),
-                "gamma": _finite(gamma),
-                "choice": "reasoning" if reasoned else "direct",
-            }
-            for post_id, loss, reasoned in visits
-        )
+        when = {"epoch": round(state.epoch or 0.0, 6), "step": state.global_step}
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for visit in visits:
+                row = {"id": visit["id"], **when} | {key: _finite(value) for key, value in visit.items()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _align(self, last_step: int) -> None:
         """Make the file hold exactly the steps up to `last_step`."""
@@ -52,11 +43,11 @@ class ChoiceLog:
             return
         if last_step == 0:
             number = 1
-            while (aside := self.path.with_name(f"choices.{number}.jsonl")).exists():
+            while (aside := self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")).exists():
                 number += 1
             self.path.rename(aside)
             return
-        partial = self.path.with_name("choices.jsonl.partial")
+        partial = self.path.with_name(f"{self.path.name}.partial")
         with self.path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
             for line in old:
                 try:
@@ -68,6 +59,6 @@ class ChoiceLog:
         partial.replace(self.path)
 
 
-def _finite(value: float | None) -> float | None:
+def _finite(value: Any) -> Any:
     """JSON knows neither infinity nor NaN."""
-    return value if value is not None and math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value

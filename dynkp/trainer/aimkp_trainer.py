@@ -1,0 +1,334 @@
+"""AimKP: also learn from posts with text or pictures masked ever harder, as long as that agrees with learning from all.
+
+"AimKP", AAAI 2026: progressive modality masking (Eq. 2), gradient-based filtering (Eq. 3), objective (Eq. 4).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from dynkp.data.masking_collator import MaskingCollator
+from dynkp.mechanics import gradient_similarity
+from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients
+from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
+from dynkp.mechanics.modality_masking import (
+    dropping_unsupported_reason,
+    image_token_counts,
+    keep_mask,
+    random_keep_mask,
+)
+from dynkp.mechanics.prompt_layout import PromptLayout
+from dynkp.mechanics.shared_prompt import Targets, targets_of
+from dynkp.mechanics.stride_schedule import StrideSchedule
+from dynkp.objectives.filtering import keep_variants, variant_weights
+from dynkp.objectives.token_loss import target_loss
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.stopwatch import Stopwatch
+from dynkp.trainer.visit_log import VisitLog
+
+logger = logging.getLogger(__name__)
+
+Views = BatchedViews | PlainViews
+Gradients = PostGradients | PlainPostGradients
+
+
+class AimKPTrainer(KeyphraseTrainer):
+    r"""AimKP: auxiliary losses with text or pictures masked, kept where their gradients agree with the full input's.
+
+    Per post, with \\(g_0, g_t, g_v\\) the gradients of the target's loss given the full input, its text masked, and its
+    pictures masked with the post's own strides (Eq. 2), over all trainable parameters:
+
+    $$c_m = \cos(g_0, g_m), \qquad g = \frac{g_0 + \sum_{m: c_m > \tau_m} g_m}{1 + |\{m: c_m > \tau_m\}|}$$
+
+    (Eq. 3 and 4; the paper's equation has no denominator, the authors' code has: `variant_reduction`). A post whose variant
+    was kept is masked with twice the stride in the next epoch, else with half of it. The first epoch masks nothing and
+    costs plain fine-tuning. A post without text or without picture has no such variant. Departures from the authors' code:
+    any batch size, one backward per variant for the whole batch, masked tokens left out rather than masked; same numbers.
+
+    Takes what [`KeyphraseTrainer`] takes; the training posts must have ids of their own and be a dataset that is not
+    streamed, because strides belong to posts. Logged per window and modality: `MODALITY_cosine` (mean c_m),
+    `MODALITY_kept_share`, `MODALITY_loss` (nats per token; also `full_loss`), `MODALITY_stride_S` (share of the posts visited
+    so far whose next stride is S); `step_cost` (device time of a step over that of its plain part).
+
+    Raises:
+        ValueError: for float16, ZeRO-3, FSDP, streams, posts without ids of their own, and models whose tokens cannot be
+            masked as asked.
+
+    Example:
+
+    ```python
+    >>> trainer = AimKPTrainer(
+    ...     model="llava-hf/llava-1.5-7b-hf",
+    ...     args=AimKPConfig(output_dir="out", per_device_train_batch_size=16),
+    ...     train_dataset=load_posts("train.jsonl", image_dir="images"),
+    ...     peft_config=LoraConfig(r=128, lora_alpha=256, modules_to_save=["multi_modal_projector"]),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _name = "AimKP"
+    target_kinds: Sequence[str] = ("direct",)
+    args: AimKPConfig
+
+    def __init__(self, model: Any, args: AimKPConfig, **kwargs: Any):
+        self.visit_log = VisitLog(Path(args.output_dir, "visits.jsonl")) if args.log_visits else None
+        self._visits: list[dict[str, Any]] = []  # of the current optimizer step
+        self._announced: set[str] = set()
+        super().__init__(model, args, **kwargs)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "The parameters are sharded over ranks (FSDP or ZeRO-3), so no rank has a post's whole gradient. Use DDP or "
+                "DeepSpeed ZeRO-2 (examples/accelerate/zero2.yaml)."
+            )
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                "`train_dataset` is a stream, but AimKP keeps a stride for every post and must know them beforehand. Load the "
+                "posts (streaming=False); their pictures stay on disk."
+            )
+        if not isinstance(self.data_collator, MaskingCollator):
+            raise ValueError(
+                f"`data_collator` is a {type(self.data_collator).__name__}, which does not tell where text and pictures lie. "
+                "Leave it out, or give a subclass of dynkp.data.masking_collator.MaskingCollator."
+            )
+        self.schedule = StrideSchedule(
+            self.train_dataset["id"],
+            schedule=args.stride_schedule,
+            initial_stride=args.initial_stride,
+            warmup_epochs=args.warmup_epochs,
+            freeze_failed=args.freeze_failed_strides,
+        )
+        self.batches_similarity = self._choose_similarity_backend()
+        self.data_collator.alone = not self.batches_similarity
+        self.stopwatch = Stopwatch(self.args.device)
+
+    def build_collator(self) -> MaskingCollator:
+        return MaskingCollator(
+            self.processing_class,
+            task=self.task,
+            kinds=self.target_kinds,
+            max_length=self.args.max_length,
+            modalities=self.args.modalities,
+        )
+
+    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+        if not self.model.training or not self.schedule.masks(self.current_epoch) or not self.args.modalities:
+            return super().compute_post_losses(model, inputs)
+        self.stopwatch.start()
+        strides = {name: self.schedule.strides(inputs["id"], name, self.current_epoch) for name in self.args.modalities}
+        gradients, views = self.open_views(model, inputs, strides)
+        targets = self.choose_targets(views, inputs)
+
+        having = {FULL: list(range(len(inputs["id"])))}
+        for name in self.args.modalities:
+            having[name] = [post for post, layout in enumerate(inputs["layouts"]) if layout.has(name)]
+        for number, (view, posts) in enumerate(having.items()):
+            losses = self.losses_of(views, view, targets)
+            gradients.add(view, losses, posts, retain_graph=number + 1 < len(having))  # g_0, g_t, g_v: of each post
+            self.stopwatch.mark(view)
+
+        cosines = torch.stack([gradients.cosines(name) for name in self.args.modalities], dim=1)  # Eq. 3
+        exists = torch.tensor([[post in having[name] for name in self.args.modalities] for post in having[FULL]])
+        cosines = cosines.masked_fill(~exists.to(cosines.device), torch.nan)
+        thresholds = [self.args.threshold(name) if self.args.filter_gradients else -2.0 for name in self.args.modalities]
+        kept = keep_variants(cosines, thresholds)  # the switches of Eq. 4
+        self.record_visits(inputs, strides, cosines, kept, gradients.losses, targets)
+
+        weights = variant_weights(kept, self.args.variant_reduction) * ~repeated_posts(inputs)[:, None]
+        loss = gradients.loss(dict(zip(having, weights.unbind(dim=1), strict=True)))  # Eq. 4
+        self.stopwatch.mark("step")
+        return PostLosses(loss, self.weights_of(targets).to(loss))
+
+    @property
+    def current_epoch(self) -> int:
+        """Number of completed epochs."""
+        return int(self.state.epoch or 0)
+
+    # The views of a batch
+
+    def open_views(
+        self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]
+    ) -> tuple[Gradients, Views]:
+        """Something to compare gradients with, and the batch's prompts under masks of these strides."""
+        count, prompt = len(inputs["id"]), inputs["prompt"]
+        score = self._scorer(prompt["input_ids"].device)
+        if not self.batches_similarity:
+            alone = inputs["alone"]
+            keeps = {
+                name: [
+                    self.keep_mask(single["layouts"], name, [stride], single)
+                    for single, stride in zip(alone, strides[name], strict=True)
+                ]
+                for name in strides
+            }
+            prompts = [single["prompt"] for single in alone]
+            return PlainPostGradients(model, count), PlainViews(model, prompts, keeps, score)
+        gradients = PostGradients(model, count, image_token_counts(model, prompt))
+        masks = {name: self.keep_mask(inputs["layouts"], name, strides[name], inputs) for name in strides}
+        length = prompt["input_ids"].shape[1] + max(inputs["direct"]["lengths"])
+        if reason := dropping_unsupported_reason(model, length):
+            self._announce(f"Masked tokens are masked, not left out, which costs more: {reason}.")
+        starts = [layout.text.start if layout.text else prompt["input_ids"].shape[1] - 1 for layout in inputs["layouts"]]
+        shares = self.shares_prompt and "text" in strides and not reason
+        with gradients.rows(range(count)):
+            return gradients, BatchedViews(model, prompt, masks, starts if shares else None, not reason, score)
+
+    def keep_mask(
+        self, layouts: Sequence[PromptLayout], modality: str, strides: Sequence[int], inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The slots that stay of these posts when a modality is masked, (B, P) bool."""
+        width = inputs["prompt"]["input_ids"].shape[1]
+        if self.args.mask_pattern == "random":
+            epochs = [self.current_epoch] * len(layouts)
+            drawn = {"post_ids": inputs["id"], "visits": epochs, "seed": self.args.seed}
+            return random_keep_mask(layouts, modality, strides, width, **drawn)
+        return keep_mask(layouts, modality, strides, width)
+
+    def choose_targets(self, views: Views, inputs: dict[str, Any]) -> Targets:
+        """What every view of a post is asked for: its keyphrases."""
+        return inputs["direct"]
+
+    def losses_of(self, views: Views, view: str, targets: Targets) -> gradient_similarity.Losses:
+        """The target's loss given a view of some posts, one number each, as the step's mean takes them."""
+
+        def losses(posts: Sequence[int]) -> torch.Tensor:
+            log_probs = views.log_probs(view, targets, posts)
+            return self.weigh(target_loss(log_probs, targets_of(targets, posts)["weights"][:, : log_probs.shape[1]])).total
+
+        return losses
+
+    def weights_of(self, targets: Targets) -> torch.Tensor:
+        """What each post adds to the denominator of the step's mean, (B,)."""
+        tokens = targets["weights"].sum(dim=1)
+        return tokens if self.normalizes_over_tokens else torch.ones_like(tokens)
+
+    # Strides and logs
+
+    def record_visits(
+        self,
+        inputs: dict[str, Any],
+        strides: dict[str, list[int]],
+        cosines: torch.Tensor,
+        kept: torch.Tensor,
+        losses: dict[str, torch.Tensor],
+        targets: Targets,
+    ) -> None:
+        """Log the visits, and keep them for the end of the step, when all ranks learn of them."""
+        counted = ~repeated_posts(inputs)
+        weights = self.weights_of(targets).clamp(min=1e-12)
+        means = {view: loss / weights for view, loss in losses.items()}  # nats per token
+        self.record("full_loss", means[FULL], counted)
+        for index, (name, of_posts) in enumerate(strides.items()):
+            exists = counted & ~cosines[:, index].isnan()
+            self.record(f"{name}_cosine", cosines[:, index], exists)
+            self.record(f"{name}_kept_share", kept[:, index].float(), exists)
+            self.record(f"{name}_loss", means[name], exists)
+            columns = {
+                "id": inputs["id"],
+                "modality": [name] * len(of_posts),
+                "stride": of_posts,
+                "cosine": cosines[:, index].tolist(),
+                "kept": kept[:, index].tolist(),
+                "full_loss": means[FULL].tolist(),
+                "masked_loss": means[name].tolist(),
+            }
+            visits = (dict(zip(columns, visit, strict=True)) for visit in zip(*columns.values(), strict=True))
+            self._visits.extend(compress(visits, exists.tolist()))
+
+    def end_of_step(self) -> None:
+        super().end_of_step()
+        epoch = math.ceil(self.state.epoch or 0) - 1  # of the visits: `state.epoch` has moved on to where the step ended
+        visits = self.gather_list(self._visits) if self.schedule.masks(epoch) else []
+        for visit in visits:
+            self.schedule.record(visit["id"], visit["modality"], visit["kept"], epoch)
+        if visits and self.visit_log and self.accelerator.is_main_process:
+            self.visit_log.write(visits, self.state)
+        self._visits.clear()
+
+    def derive_metrics(self, logs: dict[str, float], prefix: str) -> None:
+        super().derive_metrics(logs, prefix)
+        if prefix:
+            return
+        for name in self.args.modalities:
+            logs.update({f"{name}_stride_{stride}": share for stride, share in self.schedule.shares(name).items()})
+        if times := self.stopwatch.take():
+            logs["step_cost"] = times["step"] / times[FULL]
+
+    def method_state(self) -> dict[str, Any]:
+        return {**super().method_state(), "strides": self.schedule.state()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        if "strides" not in state:
+            raise ValueError("the checkpoint has no strides: it was not written by AimKPTrainer. Start a new run.")
+        super().load_method_state(state)
+        self.schedule.load_state(state["strides"])
+
+    # Set-up
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.projector_learning_rate is not None:
+            give_own_learning_rate(optimizer, projector_parameters(self.model), self.args.projector_learning_rate)
+        return optimizer
+
+    def _choose_similarity_backend(self) -> bool:
+        if self.args.similarity_backend == "plain":
+            return False
+        reason = gradient_similarity.unsupported_reason(self.model)
+        if reason is None:
+            return True
+        if self.args.similarity_backend == "batched":
+            raise ValueError(
+                f"`similarity_backend` is 'batched', but gradients of single posts cannot be told apart in a batch: {reason}. "
+                "Use 'plain', or do not train these parameters."
+            )
+        self._announce(f"Gradients are computed one post at a time (similarity_backend='plain'): {reason}.")
+        return False
+
+    def _announce(self, message: str) -> None:
+        if message not in self._announced:
+            self._announced.add(message)
+            logger.warning(message)
+
+
+def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What is trained of the layers between vision tower and language model.
+
+    Raises:
+        ValueError: if nothing of them is trained.
+    """
+    # LLaVA, InternVL, Gemma 3, Mllama; Qwen-VL; Idefics3 and SmolVLM.
+    names = ("multi_modal_projector", "merger", "connector")
+    found = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and any(part.startswith(names) or "merger" in part for part in name.split("."))
+    ]
+    if not found:
+        raise ValueError(
+            "`projector_learning_rate` is set, but no parameter of a projector is trained. With LoRA, name the projector in "
+            "`modules_to_save` (LLaVA: 'multi_modal_projector', Qwen-VL: 'merger'), or set projector_learning_rate to None."
+        )
+    return found
+
+
+def give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
+    """Move some of a fresh optimizer's parameters into groups with a learning rate of their own."""
+    wanted = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+            options = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**options, "params": moved, "lr": rate})
