@@ -13,6 +13,8 @@ COMMANDS = {
     "predict": ("dynkp.cli.predict", "predict the keyphrases of posts with a trained model"),
     "evaluate": ("dynkp.cli.evaluate", "score predictions; compare systems"),
     "stats": ("dynkp.cli.stats", "describe a dataset, as the papers' tables do"),
+    "resample": ("dynkp.cli.resample", "make a split whose test keyphrases are less known from training"),
+    "convert": ("dynkp.cli.convert", "write posts in another file form"),
     "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/performance.md)"),
 }
 

@@ -404,6 +404,12 @@ def _masc_posts(rows: Iterable[tuple[str, dict[str, Any]]], rationales: str) -> 
                 f"row {fallback_id}: a MASC row needs a string 'aspect' and an 'image_id', got {row!r:.200}"
             )
         groups.setdefault((str(row["image_id"]), row.get("text")), []).append(row)
+    further = sum(max(0, sum(bool(row.get("cot")) for row in members) - 1) for members in groups.values())
+    if further and rationales == "first":
+        logger.warning(
+            "%d reasoning chains of further aspects are left out; load_masc_posts(..., rationales='joined') keeps them",
+            further,
+        )
     texts_of: dict[str, int] = {}
     for (image_id, text), members in groups.items():
         texts_of[image_id] = nth = texts_of.get(image_id, 0) + 1

@@ -1,0 +1,150 @@
+"""The command `dynkp resample`: training and test posts in, a split with fewer known keyphrases out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Make the test set harder: fewer of its keyphrases are known from training, as in the Dynamic CoT paper's MMKP-V2 (section 4.1).
+
+1. Training posts with a keyphrase that the test set does not have move to the test set.
+2. Test posts are dropped, keyphrase by keyphrase in an order that --seed settles, until training knows no more than the
+   share --target-overlap of the test set's different keyphrases.
+
+Into --out-dir go train.jsonl, test.jsonl, and last report.json and report.md with the columns of the paper's Table 2 and what
+`dynkp stats` says. Rows keep all their columns and image names; rows without id get one."""
+
+EPILOG = """\
+examples:
+  dynkp resample --train train.jsonl --test test.jsonl --target-overlap 0.4492 --out-dir mmkp_v2
+      the overlap of the paper's MMKP-V2; not its posts, as the paper does not say which were dropped
+  dynkp resample --train train_src.txt --test test_src.txt --target-overlap 0 --out-dir unseen
+      from CMKP's files; every post left in the test set has new keyphrases only
+  dynkp resample --train train.parquet --test test.parquet --target-overlap 0.5 --out-dir half --output-image-dir half/images
+      pictures inside the source become files
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is made of its help."""
+    parser = argparse.ArgumentParser(
+        prog="dynkp resample", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", required=True, metavar="FILE", help="training posts, in any form that docs/data.md names")
+    parser.add_argument("--test", required=True, metavar="FILE", help="test posts; no id may be in both")
+    parser.add_argument(
+        "--target-overlap", required=True, type=_share, metavar="SHARE", help="largest share of known keyphrases, from 0 to 1"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which posts are dropped (default: 0)")
+    parser.add_argument("--out-dir", required=True, metavar="DIR", help="made if need be; files of these names are replaced")
+    parser.add_argument("--output-image-dir", metavar="DIR", help="a folder for pictures that are inside the source (Parquet)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dynkp resample`.
+
+    Args:
+        argv: the arguments after `dynkp resample`; those of the process if None.
+
+    Returns:
+        0, or 1 where the posts cannot be read or nothing would be left.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        _resample(arguments)
+    except (ValueError, OSError) as error:
+        print(f"dynkp resample: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _resample(arguments: argparse.Namespace) -> None:
+    from dynkp.data.conversion import convert_posts
+    from dynkp.data.resampling import overlap_table, resample
+    from dynkp.data.statistics import describe_posts, statistics_table
+    from dynkp.data.whole_files import whole_files
+    from dynkp.report.evaluation import markdown_table
+    from dynkp.report.scores import write_json
+
+    sources = {"train": arguments.train, "test": arguments.test}
+    new = resample(
+        _posts(arguments.train, "train"), _posts(arguments.test, "test"), arguments.target_overlap, arguments.seed
+    )
+    if not new.train:
+        raise ValueError(f"no training post would stay: each has a keyphrase that {arguments.test} does not have")
+    if not new.test and not new.moved_kept:
+        raise ValueError(f"--target-overlap {arguments.target_overlap} leaves no test post: training knows them all")
+    given = {split: describe_posts(_posts(source, split)) for split, source in sources.items()}
+    old, moved = given["train"], len(new.moved)
+    steps = {
+        "given": (given["train"], given["test"], new.overlap_before),
+        "after moving": (
+            {"posts": old["posts"] - moved, "keyphrases": old["keyphrases"]},  # only the sum over both is shown
+            {"posts": given["test"]["posts"] + moved, "keyphrases": given["test"]["keyphrases"]},
+            new.overlap_moved,
+        ),
+    }
+
+    out = Path(arguments.out_dir)
+    names = [out / name for name in ("train.jsonl", "test.jsonl", "report.md", "report.json")]
+    with whole_files(*names) as (train_file, test_file, table_file, report_file):
+        options: dict[str, Any] = {"output_format": "jsonl", "output_image_dir": arguments.output_image_dir}
+        convert_posts(_rows(sources, {"train": new.train}), train_file, **options)
+        convert_posts(_rows(sources, {"test": new.test, "train": new.moved_kept}), test_file, **options)
+        phrases = {phrase for post in _posts(str(train_file), "train", "json") for phrase in post["keyphrases"]}
+        splits = {
+            "train": describe_posts(_posts(str(train_file), "train", "json")),
+            "test": describe_posts(_posts(str(test_file), "test", "json"), phrases),
+        }
+        steps["resampled"] = (splits["train"], splits["test"], new.overlap)
+        tables = [markdown_table(rows) for rows in (overlap_table(steps), statistics_table(splits))]
+        text = "\n\n".join([*tables, "# KP / Post is over training and test posts together."])
+        table_file.write_text(text + "\n", encoding="utf-8")
+        write_json(
+            report_file,
+            {
+                **sources,
+                "target_overlap": arguments.target_overlap,
+                "seed": arguments.seed,
+                "overlap_before": new.overlap_before,
+                "overlap_after_moving": new.overlap_moved,
+                "overlap": new.overlap,
+                "exclusive_keyphrases": len(new.exclusive),
+                "moved_posts": moved,
+                "dropped_posts": given["test"]["posts"] + moved - len(new.test) - len(new.moved_kept),
+                "dropped_keyphrases": new.dropped,
+                "given": given,
+                "resampled": splits,
+            },
+        )
+    print(text)
+
+
+def _posts(source: str, split: str, format: str = "auto") -> Iterator[Mapping[str, Any]]:
+    """Whole posts; one that cannot be read right is an error, as its keyphrases would not count."""
+    from dynkp.data.conversion import read_whole_posts
+
+    for post, findings in read_whole_posts(source, split=split, format=format):
+        if findings:
+            raise ValueError(f"{source}: post {post['id']!r}: {findings[0]['code']}: {findings[0]['message']}")
+        if "keyphrases" not in post:
+            raise ValueError(f"{source}: post {post['id']!r} has no column 'keyphrases'")
+        yield post
+
+
+def _rows(sources: Mapping[str, str], wanted: Mapping[str, Sequence[int]]) -> Iterator[Mapping[str, Any]]:
+    for split, rows in wanted.items():
+        chosen = set(rows)
+        yield from (post for row, post in enumerate(_posts(sources[split], split)) if row in chosen)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: give a number from 0 to 1, such as 0.4492")
+    return value

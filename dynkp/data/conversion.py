@@ -1,0 +1,555 @@
+"""Posts from one file form to another: JSON Lines, Parquet with pictures inside, AimKP/LLaVA JSON, CMKP's raw files.
+
+Given   posts in any form that `dynkp.data.sources` reads.
+Gives   the same posts in another form, and a report of what was written and what the form cannot hold.
+Holds   one post is in memory at a time (for Parquet a row group); what was not written is counted, by column; a post that
+        the form cannot hold is an error with its id, or skipped and listed; the output is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Image, Json, List, Value
+from tqdm import tqdm
+
+from dynkp.data.images import ImageError, check_image, locate_image
+from dynkp.data.posts import Finding, InvalidPostsError, PostReport
+from dynkp.data.prompts import TASKS
+from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS, READ_COLUMNS, Normaliser, extra_type
+from dynkp.data.sources import read_rows, store_image
+from dynkp.data.whole_files import whole_files
+
+OUTPUT_FORMATS = ("jsonl", "parquet", "llava", "cmkp")
+JOIN_FORMAT = "{text}\n{column}: {value}"
+# A row group of Parquet is written at so many posts, or so many bytes of pictures; the Hub's viewer reads one at a time.
+_GROUP_POSTS, _GROUP_BYTES = 100, 32 << 20
+# Posts whose extra columns are typed at once.
+_TYPED = 1000
+
+
+@dataclass
+class ConversionReport:
+    """What was converted.
+
+    Attributes:
+        posts: posts written.
+        images: pictures written or named.
+        not_written: column -> posts that had something in it which the output does not have.
+        skipped: what was wrong with the posts that were left out, in order.
+    """
+
+    posts: int = 0
+    images: int = 0
+    not_written: Counter[str] = field(default_factory=Counter)
+    skipped: list[Finding] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """All counts in one sentence.
+
+        Example:
+            >>> ConversionReport(posts=2, images=1, not_written=Counter(rationale=1)).summary()
+            '2 posts with 1 images. Not written, by number of posts: rationale 1'
+        """
+        text = f"{self.posts:,} posts with {self.images:,} images"
+        if self.skipped:
+            shown = ", ".join(repr(finding.id) for finding in self.skipped[:5])
+            text += f"; {len({finding.index for finding in self.skipped}):,} posts skipped, first {shown}"
+        if self.not_written:
+            text += f". Not written, by number of posts: {', '.join(f'{k} {n:,}' for k, n in self.not_written.most_common())}"
+        return text
+
+
+class _NotHeld(ValueError):
+    """Something that the output form cannot hold; the message goes behind the post's id."""
+
+
+def read_whole_posts(
+    source: Any, *, split: str = "train", format: str = "auto"
+) -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
+    """Read posts one at a time, with all their columns, and image names as they are written.
+
+    Args:
+        source, split, format: as in `load_posts`.
+
+    Returns:
+        Pairs of a post (`dynkp.data.rows`; `images` are `{"bytes", "path"}`) and what is wrong with it (entries of
+        `code` and `message`).
+    """
+    normalisers: dict[frozenset[str], Normaliser] = {}
+    for fallback_id, row in read_rows(source, split=split, format=format):
+        columns = frozenset(row)
+        if columns not in normalisers:
+            normalisers[columns] = Normaliser(columns, image_dir=None, keep_names=True)
+        extra = [name for name in row if name not in READ_COLUMNS]
+        if row.get("keyphrases") is not None and row.get("conversations") is not None:
+            extra.append("conversations")  # the keyphrases are not read from it
+        post = normalisers[columns](row, fallback_id, extra)
+        yield post, post.pop(LOAD_FINDINGS)
+
+
+def convert_posts(
+    source: Any,
+    output: str | Path,
+    *,
+    output_format: str = "auto",
+    image_dir: str | Path | None = None,
+    images: str = "auto",
+    output_image_dir: str | Path | None = None,
+    join: Sequence[str] = (),
+    join_format: str = JOIN_FORMAT,
+    drop: Sequence[str] = (),
+    split: str = "train",
+    format: str = "auto",
+    on_invalid: str = "error",
+    shard_bytes: int = 500_000_000,
+    progress: bool = False,
+) -> ConversionReport:
+    """Write posts in another form.
+
+    | form | file | what it cannot hold |
+    |---|---|---|
+    | `jsonl` | `X.jsonl` | bytes and dates in other columns |
+    | `parquet` | `X.parquet`, or a folder of shards | |
+    | `llava` | `X.json`, one array; `X.jsonl`, one row per line | keyphrases with `,`, text with `<image>` |
+    | `cmkp` | `X_src.txt`, `X_ocr_final.txt`, `X_attribute_cleaned.txt` | line breaks, `<sep>`, two images, ids, rationales |
+
+    Args:
+        source: posts, as in `load_posts`. For Parquet they are read twice, the first time for the columns' types.
+        output: the file; replaced if it exists. A folder of Parquet shards must not exist.
+        output_format: one of `OUTPUT_FORMATS`, or `"auto"`: by the name of the file.
+        image_dir: the folder that image names are relative to. Needed where pictures are read.
+        images: `"embed"`: pictures are read, checked and put into the Parquet file, with their names (`"auto"` for
+            Parquet); `"names"`: pictures that are files are named, not read (`"auto"` otherwise); `"drop"`: no pictures.
+        output_image_dir: a folder for pictures, beside every form but Parquet: those embedded in the source are written
+            into it, files are copied into it. Names are kept where they are free.
+        join: columns to add to the text, in this order, where a post has something in them; they stay columns too.
+        join_format: how, with `{text}`, `{column}` and `{value}`; lists are joined by blanks.
+        drop: columns not to write.
+        split, format: of the source, as in `load_posts`.
+        on_invalid: `"error"`, or `"skip"`: leave out, and report, posts that cannot be written or are broken.
+        shard_bytes: a Parquet shard is closed when it has more pictures and text than this.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was written, what was not.
+
+    Raises:
+        InvalidPostsError: naming the first post at fault, unless `on_invalid="skip"`.
+        ValueError, FileNotFoundError: if arguments do not fit each other or the source.
+
+    Example:
+        >>> convert_posts("test.jsonl", "test.parquet", image_dir="pictures").summary()  # doctest: +SKIP
+        '937 posts with 468 images'
+    """
+    output_format = _output_format(str(output), output_format)
+    images = ("embed" if output_format == "parquet" else "names") if images == "auto" else images
+    _check_options(output_format, images, output_image_dir, join_format, on_invalid)
+    if kept := {"id", "text", "keyphrases", "images"} & set(drop):
+        raise ValueError(f"drop={', '.join(sorted(kept))}: every post has these; images='drop' leaves pictures out")
+    pictures = _Pictures(images, image_dir, output_image_dir)
+    report = ConversionReport()
+
+    def posts() -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
+        return read_whole_posts(source, split=split, format=format)
+
+    writer: _Writer
+    with ExitStack() as stack:
+        if output_format == "parquet":
+            if isinstance(source, Iterator):
+                raise ValueError("posts for Parquet are read twice: give a list or a file, not an iterator")
+            features = _column_types((post for post, _ in posts()), drop)
+            writer = stack.enter_context(_parquet(Path(output), features, shard_bytes))
+        else:
+            writer = stack.enter_context({"jsonl": _jsonl, "llava": _llava, "cmkp": _cmkp}[output_format](Path(output)))
+        met: set[str] = set()
+        for index, (post, findings) in enumerate(tqdm(posts(), unit="post", disable=not progress)):
+            met.update(post)
+            try:
+                if findings:
+                    raise _NotHeld(f"{findings[0]['code']}: {findings[0]['message']}")
+                _join(post, join, join_format)
+                given = len(post["images"])
+                lost = Counter(name for name in drop if post.pop(name, None) is not None)
+                post["images"] = pictures(post["images"])
+                if given > len(post["images"]):
+                    lost["images"] += 1
+                lost.update(writer.write(post))
+            except (_NotHeld, ImageError, OSError) as error:
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise  # a full disk is not the post's fault
+                report.skipped.append(Finding(post["id"], index, getattr(error, "code", "not_convertible"), str(error)))
+                if on_invalid == "error":
+                    raise _first_invalid(report.skipped[0], output_format) from error
+                continue
+            report.posts += 1
+            report.images += len(post["images"])
+            report.not_written.update(lost)
+        if not report.posts:
+            raise ValueError(f"no post could be written: {report.summary()}" if report.skipped else "there are no posts")
+        if missing := [name for name in join if name not in met]:
+            raise ValueError(f"join={missing[0]!r}: no post has that column; there are {', '.join(sorted(met))}")
+    return report
+
+
+def _first_invalid(finding: Finding, form: str) -> InvalidPostsError:
+    return InvalidPostsError(
+        f"post {finding.id!r} cannot be written as {form}: {finding.message}. Correct it, or leave such posts out with "
+        "on_invalid='skip' (--on-invalid skip)",
+        PostReport(total=finding.index + 1, findings=[finding]),
+    )
+
+
+def _output_format(output: str, format: str) -> str:
+    if format == "auto":
+        ends = {".jsonl": "jsonl", ".parquet": "parquet", ".json": "llava", "_src.txt": "cmkp"}
+        format = next((form for end, form in ends.items() if output.endswith(end)), format)
+        if format == "auto":
+            raise ValueError(f"{output!r} does not say its form ({', '.join(ends)}): pass output_format= (--to)")
+    if format not in OUTPUT_FORMATS:
+        raise ValueError(f"output_format={format!r} is not known: use one of {', '.join(OUTPUT_FORMATS)}")
+    if format == "cmkp" and not output.endswith("_src.txt"):
+        raise ValueError(f"{output!r}: CMKP's files are found by their names: call it X_src.txt")
+    return format
+
+
+def _check_options(form: str, images: str, output_image_dir: Any, join_format: str, on_invalid: str) -> None:
+    if images not in ("embed", "names", "drop"):
+        raise ValueError(f"images={images!r} is not known: use 'auto', 'embed', 'names' or 'drop'")
+    if images == "embed" and form != "parquet":
+        raise ValueError(f"images='embed': only Parquet holds pictures; for {form}, output_image_dir= writes them as files")
+    if output_image_dir is not None and (form == "parquet" or images == "drop"):
+        raise ValueError(f"output_image_dir={str(output_image_dir)!r}: nothing is put there for {form} with images={images!r}")
+    if on_invalid not in ("error", "skip"):
+        raise ValueError(f"on_invalid={on_invalid!r} is not known: use 'error' or 'skip'")
+    try:
+        fits = "T" in (shown := join_format.format(text="T", column="", value="V")) and "V" in shown
+    except (LookupError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"join_format={join_format!r} must have {{text}} and {{value}}, may have {{column}}, and no other")
+
+
+def _join(post: dict[str, Any], columns: Sequence[str], form: str) -> None:
+    for column in columns:
+        value = post.get(column)
+        value = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+        if value.strip():
+            post["text"] = form.format(text=post.get("text") or "", column=column, value=value.strip()).strip()
+
+
+class _Pictures:
+    """What becomes of a post's pictures."""
+
+    def __init__(self, mode: str, image_dir: str | Path | None, folder: str | Path | None) -> None:
+        self.mode = mode
+        self.root = None if image_dir is None else os.path.realpath(image_dir)
+        if self.root is not None and not os.path.isdir(self.root):
+            raise FileNotFoundError(f"image_dir={str(image_dir)!r} is not a folder")
+        self.folder = None if folder is None else os.path.realpath(folder)
+
+    def __call__(self, images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The pictures as they are to be written: `bytes` None where they are only named."""
+        return [] if self.mode == "drop" else [self._picture(image) for image in images]
+
+    def _picture(self, image: Mapping[str, Any]) -> dict[str, Any]:
+        name, data = image["path"], image["bytes"]
+        if data is None and (self.mode == "embed" or self.folder is not None):
+            path = locate_image(name, self.root)
+            if path is None:
+                raise _NotHeld(f"image {name!r} is a file name: say with image_dir= (--image-dir) where, or images='names'")
+            if error := check_image(path):
+                raise error
+            data = Path(path).read_bytes()
+            if self.root is not None and os.path.isabs(name):
+                name = os.path.relpath(path, self.root)
+        elif data is not None and self.mode == "embed" and (error := check_image(data)):
+            raise error
+        if self.folder is not None:
+            return {"bytes": None, "path": store_image(data, self.folder, name)}
+        return {"bytes": data, "path": name}
+
+
+# --- writers ---
+
+
+class _Writer(Protocol):
+    """A `write` takes a post, and returns the columns that the form cannot hold."""
+
+    def write(self, post: dict[str, Any]) -> Iterable[str]: ...
+
+
+def _names(post: Mapping[str, Any]) -> list[str]:
+    """The names of a post's pictures, for a form that holds names only."""
+    if any(image["bytes"] is not None for image in post["images"]):
+        raise _NotHeld(
+            "it has an embedded image: say with output_image_dir= (--output-image-dir) where to write it, or images='drop'"
+        )
+    return [image["path"] for image in post["images"]]
+
+
+def _dumped(row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        for name, value in row.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise _NotHeld(f"the column {name!r} holds {value!r:.80}, which JSON cannot: drop= (--drop) it") from error
+        raise
+
+
+class _JsonLines:
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def write(self, post: dict[str, Any]) -> Iterable[str]:
+        self.file.write(_dumped({**post, "images": _names(post)}) + "\n")
+        return ()
+
+
+@contextmanager
+def _jsonl(path: Path) -> Iterator[_Writer]:
+    with whole_files(path) as (partial,), open(partial, "w", encoding="utf-8") as file:
+        yield _JsonLines(file)
+
+
+class _Llava:
+    """AimKP's rows. `text` is written only where it could not be read back from the question."""
+
+    def __init__(self, file: IO[str], lines: bool) -> None:
+        self.file = file
+        self.ends = ("", "", "\n") if lines else ("[\n", ",\n", "")
+        self.rows = 0
+
+    def write(self, post: dict[str, Any]) -> Iterable[str]:
+        if "keyphrases" not in post or "text" not in post:
+            raise _NotHeld("it has no text and keyphrases (a prompt-completion row)")
+        task = TASKS["aimkp"]
+        names, text = _names(post), post["text"]
+        if "<image>" in text:
+            raise _NotHeld("its text contains '<image>', which stands for a picture in this form")
+        for phrase in post["keyphrases"]:
+            if "," in phrase or not phrase:
+                raise _NotHeld(f"the keyphrase {phrase!r} cannot stand in a list separated by ','")
+        row: dict[str, Any] = {"id": post["id"]}
+        if names:
+            row["image"] = names[0] if len(names) == 1 else names
+        asked = "<image>" * len(names) + (f"{text}\n{task.instruction}" if text else task.instruction)
+        answer = task.separator.join(post["keyphrases"])
+        row["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        if text != text.strip() or text.endswith(task.instruction):
+            row["text"] = text
+        if post.get("rationale") is not None:
+            row["rationale"] = post["rationale"]
+        row |= {name: value for name, value in post.items() if name not in READ_COLUMNS}
+        first, between, end = self.ends
+        self.file.write((between if self.rows else first) + _dumped(row) + end)
+        self.rows += 1
+        return ()
+
+
+@contextmanager
+def _llava(path: Path) -> Iterator[_Writer]:
+    lines = path.suffix == ".jsonl"
+    with whole_files(path) as (partial,), open(partial, "w", encoding="utf-8") as file:
+        yield _Llava(file, lines)
+        file.write("" if lines else "\n]\n")
+
+
+class _Cmkp:
+    """CMKP's raw files, a post a line. The companions are written once a post has something for them."""
+
+    def __init__(self, stem: str, text: IO[str], companions: Mapping[str, Path], stack: ExitStack) -> None:
+        self.stem = stem
+        self.text = text
+        self.paths = companions
+        self.stack = stack
+        self.companions: dict[str, IO[str]] = {}
+        self.rows = 0
+
+    def write(self, post: dict[str, Any]) -> Iterable[str]:
+        if "keyphrases" not in post or "text" not in post:
+            raise _NotHeld("it has no text and keyphrases (a prompt-completion row)")
+        lost = {name for name in post if name not in (*IDENTITY, *CONTENT, *self.paths) and post[name] is not None}
+        names = _names(post)
+        if len(names) > 1:
+            raise _NotHeld(f"it has {len(names)} images, and this form holds one")
+        address = post.get("image_address")
+        if names and isinstance(address, str) and address.rpartition("/")[2] == names[0]:
+            names = [address]
+            lost.discard("image_address")
+        elif names and names[0] != names[0].strip().rpartition("/")[2]:
+            raise _NotHeld(f"the image name {names[0]!r} has a folder or blanks in it, and this form keeps the last part only")
+        for phrase in post["keyphrases"]:
+            if not phrase or ";" in phrase:
+                raise _NotHeld(f"the keyphrase {phrase!r} cannot stand in a list separated by ';'")
+        fields = [post["text"].strip(), ";".join(post["keyphrases"]), *names]
+        extra = {name: post[name] for name in self.paths if post.get(name) is not None}
+        if any(not isinstance(word, str) or word.split() != [word] for word in extra.get("attributes", ())):
+            raise _NotHeld(f"attributes={extra['attributes']!r:.80} must be words without blanks: drop= (--drop) the column")
+        if "attributes" in extra:
+            extra["attributes"] = " ".join(extra["attributes"])
+        for value in (*fields, *extra.values()):
+            if not isinstance(value, str) or any(mark in value for mark in ("\n", "\r", "<sep>")):
+                raise _NotHeld(f"{value!r:.80} cannot stand in a line of this form: no line breaks, no '<sep>', text only")
+        self.text.write("<sep>".join(fields) + "\n")
+        for name in extra.keys() - self.companions.keys():
+            file = self.stack.enter_context(open(self.paths[name], "w", encoding="utf-8"))
+            file.write("\n" * self.rows)
+            self.companions[name] = file
+        for name, file in self.companions.items():
+            file.write(extra.get(name, "") + "\n")
+        if post["id"] != f"{self.stem}-{self.rows}":
+            lost.add("id")
+        if fields[0] != post["text"]:
+            lost.add("blanks around the text")
+        if post.get("rationale") is not None:
+            lost.add("rationale")
+        self.rows += 1
+        return lost
+
+
+@contextmanager
+def _cmkp(path: Path) -> Iterator[_Writer]:
+    base = str(path).removesuffix("_src.txt")
+    if os.path.exists(f"{base}_trg.txt"):
+        raise ValueError(f"{base}_trg.txt would be read with the new {path}: move it away")
+    # The text last: without it the others are not found.
+    companions = {"ocr": f"{base}_ocr_final.txt", "attributes": f"{base}_attribute_cleaned.txt"}
+    with whole_files(*companions.values(), path) as (*beside, partial), ExitStack() as stack:
+        text = stack.enter_context(open(partial, "w", encoding="utf-8"))
+        yield _Cmkp(Path(base).name, text, dict(zip(companions, beside, strict=True)), stack)
+
+
+# --- Parquet ---
+
+
+def _column_types(posts: Iterable[Mapping[str, Any]], drop: Sequence[str]) -> Features:
+    """The columns of a Parquet file: what all posts together need."""
+    kinds: dict[str, Any] = {}
+    fixed: set[str] = set()
+    buffer: dict[str, list[Any]] = {}
+
+    def settle() -> None:
+        for name, values in buffer.items():
+            if values and not isinstance(kinds.get(name), Json):
+                kinds[name] = _common_type(kinds.get(name), extra_type(name, values))
+        buffer.clear()
+
+    for number, post in enumerate(posts, start=1):
+        for name, value in post.items():
+            if name in IDENTITY or name in CONTENT:
+                fixed.add(name)
+            elif value is not None:
+                buffer.setdefault(name, []).append(value)
+            else:
+                buffer.setdefault(name, [])
+        for name in buffer:
+            kinds.setdefault(name, None)
+        if number % _TYPED == 0:
+            settle()
+    settle()
+    columns = {"id": Value("string"), "images": List(Image())}
+    columns |= {name: kind for name, kind in CONTENT.items() if name in fixed}
+    columns |= {name: Value("string") if kind is None else kind for name, kind in kinds.items()}
+    return Features({name: kind for name, kind in columns.items() if name not in drop})
+
+
+def _common_type(first: Any, second: Any) -> Any:
+    """A type for the values of both. Dicts become JSON: Arrow would give every one of them the keys of all."""
+    kinds = [Features({"x": kind}).arrow_schema.field("x").type for kind in (first, second) if kind is not None]
+    if any(isinstance(kind, Json) for kind in (first, second)) or any("struct<" in str(kind) for kind in kinds):
+        return Json()
+    try:
+        schema = pa.unify_schemas([pa.schema({"x": kind}) for kind in kinds], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return Json()
+    return Features.from_arrow_schema(schema)["x"]
+
+
+class _Parquet:
+    def __init__(self, folder_or_file: Path, features: Features, shard_bytes: int | None) -> None:
+        self.path = folder_or_file
+        self.features = features
+        self.shard_bytes = shard_bytes
+        self.posts: list[dict[str, Any]] = []
+        self.bytes = self.written = self.shards = 0
+        self.file: pq.ParquetWriter | None = None
+
+    def write(self, post: dict[str, Any]) -> Iterable[str]:
+        row = {name: post.get(name) for name in self.features}
+        for name, kind in self.features.items():
+            if isinstance(kind, Json) and row[name] is not None:
+                # Encoded here: `datasets` takes a string that is JSON already for JSON.
+                row[name] = _dumped({name: row[name]})[len(json.dumps(name, ensure_ascii=False)) + 3 : -1]
+        self.posts.append(row)
+        self.bytes += sum(len(image["bytes"] or b"") for image in post["images"]) + len(post.get("text") or "")
+        if len(self.posts) >= _GROUP_POSTS or self.bytes >= _GROUP_BYTES:
+            self.flush()
+        return ()
+
+    def flush(self) -> None:
+        if not self.posts:
+            return
+        columns = {name: [post[name] for post in self.posts] for name in self.features}
+        table = Dataset.from_dict(columns, features=self.features).data.table
+        if self.file is None:
+            path = self.path if self.shard_bytes is None else self.path / f"{self.shards:05}.parquet"
+            self.file = pq.ParquetWriter(path, table.schema, write_page_index=True)
+            self.shards += 1
+        self.file.write_table(table, row_group_size=len(self.posts))
+        self.written += self.bytes
+        self.posts, self.bytes = [], 0
+        if self.shard_bytes is not None and self.written >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.file, self.written = None, 0
+
+
+@contextmanager
+def _parquet(path: Path, features: Features, shard_bytes: int) -> Iterator[_Writer]:
+    if path.suffix == ".parquet":
+        with whole_files(path) as (partial,):
+            yield from _closing(_Parquet(partial, features, None))
+        return
+    if path.exists():
+        raise ValueError(f"{path} exists: a folder of shards is written anew; name another one or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    partial.mkdir()
+    try:
+        yield from _closing(_Parquet(partial, features, shard_bytes))
+        partial.rename(path)
+    finally:
+        _remove(partial)
+
+
+def _closing(writer: _Parquet) -> Iterator[_Writer]:
+    try:
+        yield writer
+        writer.flush()
+    finally:
+        writer.close()
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an earlier try left: shards only."""
+    if folder.is_dir():
+        for file in folder.glob("*.parquet"):
+            file.unlink()
+        folder.rmdir()
