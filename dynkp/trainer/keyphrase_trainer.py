@@ -111,15 +111,13 @@ class KeyphraseTrainer(SFTTrainer):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.task = _task_of(args, task)
+        self.task = self.task_of(args, task)
         takes_images = isinstance(processing_class, ProcessorMixin)
-        train_dataset = prepare_posts(train_dataset, "train", args, self.task, takes_images)
+        train_dataset = self.prepare(train_dataset, "train", args, takes_images)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: prepare_posts(dataset, name, args, self.task, takes_images) for name, dataset in eval_dataset.items()
-            }
+            eval_dataset = {name: self.prepare(dataset, name, args, takes_images) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = prepare_posts(eval_dataset, "eval", args, self.task, takes_images)
+            eval_dataset = self.prepare(eval_dataset, "eval", args, takes_images)
 
         # Posts become tensors in the collator; TRL must neither tokenize nor drop their columns.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -156,7 +154,20 @@ class KeyphraseTrainer(SFTTrainer):
             )
         self.add_callback(MethodState(self))
 
-    def build_collator(self) -> PairedTargetCollator:
+    # What a method with tasks of its own gives in place of keyphrases
+
+    def task_of(self, args: KeyphraseConfig, task: KeyphraseTask | None) -> KeyphraseTask:
+        """The task that the options name, or the one given."""
+        task = resolve_task(args.task) if task is None else task
+        if args.separator is None or args.separator == task.separator:
+            return task
+        return KeyphraseTask(task.name, task.instruction, separator=args.separator)
+
+    def prepare(self, dataset: Any, name: str, args: KeyphraseConfig, takes_images: bool) -> Dataset | IterableDataset:
+        """The posts of a set that can be trained on, or an error that names the others."""
+        return prepare_posts(dataset, name, args, takes_images, separator=self.task.separator)
+
+    def build_collator(self) -> Any:
         """The collator of this trainer's batches."""
         return PairedTargetCollator(
             self.processing_class, task=self.task, kinds=self.target_kinds, max_length=self.args.max_length
@@ -359,16 +370,13 @@ class KeyphraseTrainer(SFTTrainer):
             )
         # On several ranks, a stream arrives as this rank's share of it.
         posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
-        metrics = generative_metrics(
+        metrics = self.generative_metrics(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             posts,
-            task=self.task,
-            train_keyphrases=keyphrases_of(self.train_dataset),
             limit=self.args.eval_generation_posts,
             batch_size=self.args.per_device_eval_batch_size,
             max_new_tokens=self.args.eval_max_new_tokens,
-            convention=self.args.eval_convention,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
             gather=self.gather_list,
@@ -377,6 +385,14 @@ class KeyphraseTrainer(SFTTrainer):
         # Before Trainer logs them, and before it chooses the best checkpoint and stops early by them.
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def generative_metrics(self, model: Any, processor: Any, posts: Any, **how: Any) -> dict[str, float]:
+        """Generate for the posts and score; equal on every rank. `how`: as [`generative_metrics`] takes it."""
+        train_keyphrases = keyphrases_of(self.train_dataset)
+        convention = self.args.eval_convention
+        return generative_metrics(
+            model, processor, posts, task=self.task, train_keyphrases=train_keyphrases, convention=convention, **how
+        )
 
     def record(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add `values` to the mean that is logged as `name`: over posts, micro-batches and ranks, weighted.
@@ -513,13 +529,6 @@ def load_processor(
             "the model's processor (for a text model, its tokenizer) as `processing_class`."
         )
     return load_processor_by_name(name, trust_remote_code=args.trust_remote_code)
-
-
-def _task_of(args: KeyphraseConfig, task: KeyphraseTask | None) -> KeyphraseTask:
-    task = resolve_task(args.task) if task is None else task
-    if args.separator is None or args.separator == task.separator:
-        return task
-    return KeyphraseTask(task.name, task.instruction, separator=args.separator)
 
 
 def _not_yet_built(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,14 +14,18 @@ from tqdm import tqdm
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.lengths import post_lengths
 from dynkp.data.posts import validate_posts
-from dynkp.data.prompts import KeyphraseTask
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_posts(
-    dataset: Any, name: str, args: KeyphraseConfig, task: KeyphraseTask, takes_images: bool
+    dataset: Any,
+    name: str,
+    args: KeyphraseConfig,
+    takes_images: bool,
+    separator: str = "; ",
+    need_keyphrases: bool = True,
 ) -> Dataset | IterableDataset:
     """Normalise and validate a dataset of posts before the first step.
 
@@ -29,8 +33,9 @@ def prepare_posts(
         dataset: what [`~dynkp.data.posts.validate_posts`] takes: a dataset, a streaming dataset or a list of rows.
         name: `"train"`, `"eval"` or an evaluation set's name; it is part of the report's file name.
         args: options `on_invalid`, `check_images`, `output_dir`, `disable_tqdm`.
-        task: its separator must not occur inside a keyphrase.
         takes_images: whether the model has a vision tower; for a text model pictures are left out.
+        separator: what must not occur inside a keyphrase.
+        need_keyphrases: whether a post without keyphrases is invalid.
 
     Returns:
         The posts that can be trained on, in their order.
@@ -46,7 +51,8 @@ def prepare_posts(
         report_file = Path(args.output_dir) / f"invalid_posts.{name}.jsonl"
     posts, report = validate_posts(
         dataset,
-        separator=task.separator,
+        separator=separator,
+        need_keyphrases=need_keyphrases,
         on_invalid=args.on_invalid,
         report_file=report_file,
         check_images=args.check_images and takes_images,
@@ -68,11 +74,11 @@ def prepare_posts(
     return posts
 
 
-def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: PairedTargetCollator) -> Any:
+def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any) -> Any:
     """Find posts whose prompt leaves no room for a target within `max_length`, before the first step.
 
     Such a prompt would lose image placeholders or its end. Posts whose target is cut are counted. A stream is not
-    read ahead; there the collator raises at the post.
+    read ahead, nor are posts for another collator than [`PairedTargetCollator`]; there the collator raises at the post.
 
     Returns:
         The posts that fit: all of them, or with `args.on_invalid="skip"` the others dropped and listed in
@@ -82,7 +88,7 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Pai
         ValueError: with the first ids and the remedy, if prompts are too long and `args.on_invalid` is `"error"`, or if all
             are.
     """
-    if args.max_length is None or not isinstance(dataset, Dataset):
+    if args.max_length is None or not isinstance(dataset, Dataset) or not isinstance(collator, PairedTargetCollator):
         return dataset
     main = PartialState().is_main_process
     bar = tqdm(dataset, desc="Measuring posts", unit="post", disable=not main or args.disable_tqdm)
