@@ -217,9 +217,3 @@ def adapter_on(model: Path, folder: Path) -> Path:
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForImageTextToText.from_pretrained(model), config).save_pretrained(folder)
     return folder
-
-
-def test_sharded_weights_are_refused_before_anybody_waits(learned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned, "is_fsdp_enabled", True)
-    with pytest.raises(ValueError, match="eval_generation_posts=0"):
-        learned.evaluate()

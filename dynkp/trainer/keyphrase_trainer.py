@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
@@ -92,6 +94,7 @@ class KeyphraseTrainer(SFTTrainer):
     args: KeyphraseConfig
     train_dataset: Dataset | IterableDataset
     eval_dataset: Any
+    _tr_loss: torch.Tensor  # Trainer's, since the last log
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class KeyphraseTrainer(SFTTrainer):
     ):
         if train_dataset is None:
             raise ValueError("`train_dataset` is None; give a dataset of posts.")
+        refuse_sharded_weights(args)
         if processing_class is None:
             processing_class = load_processor(model, args)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -325,6 +329,31 @@ class KeyphraseTrainer(SFTTrainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save so that `trainer_state.json` stands in a checkpoint only while the whole of it does."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # of an earlier run, which this one writes over
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors raise
+            room = shutil.disk_usage(self.args.output_dir).free / 1e9
+            raise OSError(
+                f"The checkpoint {str(folder)!r} could not be written ({room:.1f} GB free): {error}. Earlier checkpoints are "
+                "untouched. Make room (`save_total_limit` keeps fewer), then continue with resume_from_checkpoint=True."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last file of the other ranks; what follows is trainer_state.json.
+        self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Trainer takes the steps since the last log from its own rank, whose posts are a part of theirs.
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load a checkpoint's weights, whatever names the family publishes its parameters under.
 
@@ -333,7 +362,7 @@ class KeyphraseTrainer(SFTTrainer):
         """
         model = self.model if model is None else model
         saved_whole = Path(resume_from_checkpoint, "config.json").is_file()
-        if is_peft_model(model) or self.is_fsdp_enabled or not saved_whole:
+        if is_peft_model(model) or not saved_whole:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model_class = cast(Any, type(model))
         saved, info = model_class.from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
@@ -345,7 +374,7 @@ class KeyphraseTrainer(SFTTrainer):
         model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -363,11 +392,6 @@ class KeyphraseTrainer(SFTTrainer):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.eval_generation_posts == 0:
             return output
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "`eval_generation_posts` is not 0, but the model's weights are sharded over ranks (FSDP or ZeRO-3), which "
-                "would wait for each other in `generate`. Set eval_generation_posts=0 and run `dynkp predict` on checkpoints."
-            )
         # On several ranks, a stream arrives as this rank's share of it.
         posts = dataloader.dataset.dataset if isinstance(dataloader.dataset, IterableDatasetShard) else dataloader.dataset
         metrics = self.generative_metrics(
@@ -445,6 +469,25 @@ class KeyphraseTrainer(SFTTrainer):
         tokens = inputs["prompt"]["input_ids"].numel()
         tokens += sum(inputs[kind]["input_ids"].numel() for kind in self.target_kinds if kind in inputs)
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+
+def refuse_sharded_weights(args: TrainingArguments) -> None:
+    """Say that a method cannot run where each rank holds a part of the weights only.
+
+    Raises:
+        ValueError: under FSDP and ZeRO-3.
+    """
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        sharding = "FSDP"
+    elif is_deepspeed_zero3_enabled():
+        sharding = "ZeRO-3"
+    else:
+        return
+    raise ValueError(
+        f"The weights would be sharded over ranks ({sharding}), which fetch each layer's from one another whenever it runs. "
+        "Ranks whose posts differ run it a different number of times (one target or two, with pictures or without) and would "
+        "wait for each other for ever. Use ZeRO-2 (examples/accelerate/zero2.yaml), DDP, or LoRA."
+    )
 
 
 def repeated_posts(inputs: dict[str, Any]) -> torch.Tensor:
