@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AimKPConfig": "dynkp.trainer.aimkp_config",
     "AimKPTrainer": "dynkp.trainer.aimkp_trainer",
+    "DynamicAimKPConfig": "dynkp.trainer.dynamic_aimkp_trainer",
+    "DynamicAimKPTrainer": "dynkp.trainer.dynamic_aimkp_trainer",
     "DynamicCoTConfig": "dynkp.trainer.dynamic_cot_config",
     "DynamicCoTTrainer": "dynkp.trainer.dynamic_cot_trainer",
     "KeyphraseConfig": "dynkp.trainer.keyphrase_config",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases
     from dynkp.trainer.aimkp_config import AimKPConfig as AimKPConfig
     from dynkp.trainer.aimkp_trainer import AimKPTrainer as AimKPTrainer
+    from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPConfig as DynamicAimKPConfig
+    from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPTrainer as DynamicAimKPTrainer
     from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig as DynamicCoTConfig
     from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer
     from dynkp.trainer.keyphrase_config import KeyphraseConfig as KeyphraseConfig

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -278,6 +278,20 @@ def targets_of(targets: Targets, rows: Sequence[int] | None) -> Targets:
         return targets
     ids, mask, weights = (select(targets[key], rows) for key in ("input_ids", "mask", "weights"))
     return Targets(input_ids=ids, mask=mask, weights=weights, lengths=[targets["lengths"][row] for row in rows])
+
+
+def mixed_targets(first: Targets, second: Targets, chosen: torch.Tensor) -> Targets:
+    """One target per post: the second where `chosen`, (B,) bool, else the first."""
+    pairs = zip(first["lengths"], second["lengths"], chosen.tolist(), strict=True)
+    lengths = [right if wanted else left for left, right, wanted in pairs]
+    width = max(lengths, default=0)
+
+    def mix(key: Literal["input_ids", "mask", "weights"]) -> torch.Tensor:
+        sides = (side[key][:, :width] for side in (first, second))
+        left, right = (torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in sides)
+        return torch.where(chosen[:, None], right, left)
+
+    return Targets(input_ids=mix("input_ids"), mask=mix("mask"), weights=mix("weights"), lengths=lengths)
 
 
 class _PromptLayer(DynamicLayer):

@@ -80,11 +80,12 @@ class AimKPTrainer(KeyphraseTrainer):
 
     _name = "AimKP"
     target_kinds: Sequence[str] = ("direct",)
+    collator_class = MaskingCollator
     args: AimKPConfig
 
     def __init__(self, model: Any, args: AimKPConfig, **kwargs: Any):
         self.visit_log = VisitLog(Path(args.output_dir, "visits.jsonl")) if args.log_visits else None
-        self._visits: list[dict[str, Any]] = []  # of the current optimizer step
+        self._masked_visits: list[dict[str, Any]] = []  # of the current optimizer step
         self._announced: set[str] = set()
         super().__init__(model, args, **kwargs)
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -113,14 +114,8 @@ class AimKPTrainer(KeyphraseTrainer):
         self.data_collator.alone = not self.batches_similarity
         self.stopwatch = Stopwatch(self.args.device)
 
-    def build_collator(self) -> MaskingCollator:
-        return MaskingCollator(
-            self.processing_class,
-            task=self.task,
-            kinds=self.target_kinds,
-            max_length=self.args.max_length,
-            modalities=self.args.modalities,
-        )
+    def collator_options(self) -> dict[str, Any]:
+        return {**super().collator_options(), "modalities": self.args.modalities}
 
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
         if not self.model.training or not self.schedule.masks(self.current_epoch) or not self.args.modalities:
@@ -176,7 +171,7 @@ class AimKPTrainer(KeyphraseTrainer):
             return PlainPostGradients(model, count), PlainViews(model, prompts, keeps, score)
         gradients = PostGradients(model, count, image_token_counts(model, prompt))
         masks = {name: self.keep_mask(inputs["layouts"], name, strides[name], inputs) for name in strides}
-        length = prompt["input_ids"].shape[1] + max(inputs["direct"]["lengths"])
+        length = prompt["input_ids"].shape[1] + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
         if reason := dropping_unsupported_reason(model, length):
             self._announce(f"Masked tokens are masked, not left out, which costs more: {reason}.")
         starts = [layout.text.start if layout.text else prompt["input_ids"].shape[1] - 1 for layout in inputs["layouts"]]
@@ -244,17 +239,17 @@ class AimKPTrainer(KeyphraseTrainer):
                 "masked_loss": means[name].tolist(),
             }
             visits = (dict(zip(columns, visit, strict=True)) for visit in zip(*columns.values(), strict=True))
-            self._visits.extend(compress(visits, exists.tolist()))
+            self._masked_visits.extend(compress(visits, exists.tolist()))
 
     def end_of_step(self) -> None:
         super().end_of_step()
         epoch = math.ceil(self.state.epoch or 0) - 1  # of the visits: `state.epoch` has moved on to where the step ended
-        visits = self.gather_list(self._visits) if self.schedule.masks(epoch) else []
+        visits = self.gather_list(self._masked_visits) if self.schedule.masks(epoch) else []
         for visit in visits:
             self.schedule.record(visit["id"], visit["modality"], visit["kept"], epoch)
         if visits and self.visit_log and self.accelerator.is_main_process:
             self.visit_log.write(visits, self.state)
-        self._visits.clear()
+        self._masked_visits.clear()
 
     def derive_metrics(self, logs: dict[str, float], prefix: str) -> None:
         super().derive_metrics(logs, prefix)

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from dynkp.data.collators import PairedTargetCollator
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, Targets, select
 from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma
 from dynkp.objectives.token_loss import TargetLoss, target_loss
@@ -66,22 +65,15 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         super().__init__(model, args, **kwargs)
         if "reasoning" in self.target_kinds and not may_have_rationales(self.train_dataset):
             logger.warning("No train post has a rationale: with strategy %r all are taught the bare answer.", args.strategy)
-        unknown_weights = self.normalizes_over_tokens and not self.knows_targets
-        if unknown_weights and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
+        if self.chooses_weights and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"`loss_normalization` is 'token' under strategy {args.strategy!r} with gradient accumulation under DeepSpeed, "
                 "which keeps the gradients to itself until they are averaged. Use loss_normalization='sample' or "
                 "gradient_accumulation_steps=1."
             )
 
-    def build_collator(self) -> PairedTargetCollator:
-        return PairedTargetCollator(
-            self.processing_class,
-            task=self.task,
-            kinds=self.target_kinds,
-            answer_weight=self.args.answer_weight,
-            max_length=self.args.max_length,
-        )
+    def collator_options(self) -> dict[str, Any]:
+        return {**super().collator_options(), "answer_weight": self.args.answer_weight}
 
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
         chosen = self.may_reason(inputs)  # (B,) bool

@@ -171,11 +171,16 @@ class KeyphraseTrainer(SFTTrainer):
         """The posts of a set that can be trained on, or an error that names the others."""
         return prepare_posts(dataset, name, args, takes_images, separator=self.task.separator)
 
-    def build_collator(self) -> Any:
+    # What `build_collator` makes.
+    collator_class: type[PairedTargetCollator] = PairedTargetCollator
+
+    def build_collator(self) -> PairedTargetCollator:
         """The collator of this trainer's batches."""
-        return PairedTargetCollator(
-            self.processing_class, task=self.task, kinds=self.target_kinds, max_length=self.args.max_length
-        )
+        return self.collator_class(self.processing_class, **self.collator_options())
+
+    def collator_options(self) -> dict[str, Any]:
+        """What the collator is built with, beside the processor."""
+        return {"task": self.task, "kinds": self.target_kinds, "max_length": self.args.max_length}
 
     # What a method implements
 
@@ -221,7 +226,10 @@ class KeyphraseTrainer(SFTTrainer):
             # Trainer's own mean is over batches; this one replaces it in the log.
             self.record("loss", loss, weight.sum())
         else:
-            # A denominator that depends on what targets are chosen is put right in `training_step`.
+            # A denominator that depends on the chosen targets is known now, or after the last of several micro-batches:
+            # then `training_step` puts it right.
+            if self.chooses_weights and self.args.gradient_accumulation_steps == 1:
+                num_items_in_batch = self.accelerator.reduce(weight.detach().sum(), "sum").clamp(min=1e-12)
             loss = total.sum() * self.accelerator.num_processes / num_items_in_batch
             self._step_total += total.detach().sum()
             self._step_weight += weight.detach().sum()
@@ -278,7 +286,7 @@ class KeyphraseTrainer(SFTTrainer):
         if not self.accelerator.sync_gradients:
             self._step_reported += loss
             return loss
-        if self.normalizes_over_tokens and not self.knows_targets:
+        if self.chooses_weights and self.args.gradient_accumulation_steps > 1:
             loss = self._renormalize(loss, num_items_in_batch)
         self._step_total = self._step_weight = self._step_reported = 0.0
         return loss
@@ -287,6 +295,11 @@ class KeyphraseTrainer(SFTTrainer):
     def normalizes_over_tokens(self) -> bool:
         """Whether a post's weight is its number of target tokens rather than 1."""
         return self.args.loss_normalization == "token"
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether posts' weights depend on their losses."""
+        return self.normalizes_over_tokens and not self.knows_targets
 
     def _renormalize(self, loss: torch.Tensor, posts: torch.Tensor | int | None) -> torch.Tensor:
         """Turn the step's gradients from Σ total / posts into Σ total / Σ weight, before they are clipped."""

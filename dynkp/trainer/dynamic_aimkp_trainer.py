@@ -1,0 +1,77 @@
+"""Dynamic CoT and AimKP in one: the target that Dynamic CoT chooses, under AimKP's masks and filter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dynkp.mechanics.masked_views import FULL
+from dynkp.mechanics.shared_prompt import Targets, mixed_targets
+from dynkp.objectives.switching import below_threshold
+from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer, Views
+from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
+from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
+
+
+@dataclass
+class DynamicAimKPConfig(AimKPConfig, DynamicCoTConfig):
+    """Configuration of [`DynamicAimKPTrainer`]: the options of both methods. No paper has published values for the two."""
+
+    task: str = field(
+        default="dynamic_cot",
+        metadata={"help": "Template of prompt and targets: 'dynamic_cot' (default) or 'aimkp' (answers joined by ', ')."},
+    )
+    loss_normalization: str = field(
+        default="sample",
+        metadata={
+            "help": "'sample' (default, Dynamic CoT's): mean over a target's tokens, then over posts. 'token' (AimKP's): mean "
+            "over all target tokens of the optimizer step; long rationales then outweigh direct answers."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.strategy == "multitask":
+            raise ValueError(
+                "`strategy` is 'multitask', which teaches a post two targets, while a masked variant is filtered by the "
+                "gradient of one. Choose 'dynamic', 'direct', 'cot' or 'random:p'."
+            )
+
+
+class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
+    """Dynamic CoT's switch and AimKP's masking together.
+
+    While AimKP's warm-up lasts, a step is Dynamic CoT's. Afterwards the direct answer's loss given the full input decides
+    what a post is taught (Dynamic CoT, Eq. 5), and this target's losses given the full input, the text masked and the
+    pictures masked are filtered and added up (AimKP, Eq. 3 and 4). The switch costs a forward pass over the direct answers'
+    tokens alone, behind the prompt that the full view computes anyway.
+
+    Takes and logs what both take and log; `strategy="direct"` is AimKP.
+
+    Example:
+
+    ```python
+    >>> trainer = DynamicAimKPTrainer(model, DynamicAimKPConfig(output_dir="out", gamma=0.4), train_dataset=posts)
+    >>> trainer.train()
+    ```
+    """
+
+    _name = "Dynamic CoT and AimKP"
+    args: DynamicAimKPConfig
+
+    def choose_targets(self, views: Views, inputs: dict[str, Any]) -> Targets:
+        chosen, direct, posts = self.may_reason(inputs), inputs["direct"], range(len(inputs["id"]))
+        nobody = torch.zeros_like(chosen, dtype=torch.float32)
+        loss = TargetLoss(nobody, nobody)
+        if observed := self.args.strategy == "dynamic":
+            with torch.no_grad():
+                log_probs = views.log_probs(FULL, direct, posts)
+                loss = target_loss(log_probs, direct["weights"][:, : log_probs.shape[1]])
+            chosen = chosen & below_threshold(loss.mean, self.gamma.value)  # Eq. 5 of Dynamic CoT
+        # What a post was taught is in `full_loss`: here no target's loss is known but the direct one's.
+        self.record_choices(inputs, loss, loss, chosen, (nobody, nobody), observed=observed)
+        return mixed_targets(direct, inputs["reasoning"], chosen)
