@@ -405,9 +405,8 @@ class _Cmkp:
                 raise _NotHeld(f"{value!r:.80} cannot stand in a line of this form: no line breaks, no '<sep>', text only")
         self.text.write("<sep>".join(fields) + "\n")
         for name in extra.keys() - self.companions.keys():
-            file = self.stack.enter_context(open(self.paths[name], "w", encoding="utf-8"))
-            file.write("\n" * self.rows)
-            self.companions[name] = file
+            self.companions[name] = self.stack.enter_context(open(self.paths[name], "w", encoding="utf-8"))
+            self.companions[name].write("\n" * self.rows)
         for name, file in self.companions.items():
             file.write(extra.get(name, "") + "\n")
         if post["id"] != f"{self.stem}-{self.rows}":
