@@ -8,19 +8,17 @@ Holds   both prompts are tokenized apart, each as the model is asked at predicti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from dynkp.data.collators import PairedTargetCollator
-from dynkp.data.reasoning_renderer import ReasoningRenderer
+from dynkp.data.reasoning_renderer import PromptKind, ReasoningRenderer
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.mechanics.branched_prompt import Branches
-
-# The label's prompt is the whole one of a batch: every post has a label.
-TASKS = ("label", "chain")
 
 
 class TwoTaskCollator:
@@ -31,8 +29,6 @@ class TwoTaskCollator:
         task ([`ReasoningTask`] or `str`): prompts, targets and labels; a name is looked up in `REASONING_TASKS`.
         max_length (`int`, *optional*): longest prompt plus target in tokens; targets are cut at their end, a prompt that
             leaves no room for its target is an error.
-        soft_labels (*optional*): called with the ids and each task's targets; what it returns joins the batch as
-            `soft_labels` ([`~dynkp.soft_labels.SoftLabelCache.of_batch`]).
 
     Returns (when called with a list of rows):
         `dict` with
@@ -58,11 +54,11 @@ class TwoTaskCollator:
         processor: ProcessorMixin | PreTrainedTokenizerBase,
         task: ReasoningTask | str,
         max_length: int | None = None,
-        soft_labels: Callable[[list[str], dict[str, Any]], dict[str, Any]] | None = None,
     ):
-        self.renderers = {kind: ReasoningRenderer(processor, task, kind) for kind in ("label", "chain")}
+        # The label's first: its prompts are a batch's whole ones, since every post has a label.
+        kinds: tuple[PromptKind, ...] = ("label", "chain")
+        self.renderers = {kind: ReasoningRenderer(processor, task, kind) for kind in kinds}
         self.max_length = max_length
-        self.soft_labels = soft_labels
         # Pads and tokenizes; it knows nothing of tasks.
         self._collators = {kind: PairedTargetCollator(processor) for kind in self.renderers}
         for kind, collator in self._collators.items():
@@ -79,8 +75,6 @@ class TwoTaskCollator:
             batch[kind] = self._collators[kind].collate_targets(texts, rooms)
         batch["has_rationale"] = torch.tensor(batch["chain"]["lengths"]) > 0
         batch["id"] = ids
-        if self.soft_labels is not None:
-            batch["soft_labels"] = self.soft_labels(ids, {kind: batch[kind] for kind in self.renderers})
         return batch
 
     def collate_branches(self, rows: Sequence[Mapping[str, Any]], images: Sequence[list[Any]]) -> Branches:
@@ -92,9 +86,8 @@ class TwoTaskCollator:
         }
         behind = max(len(label) - _common(label, chain) for label, chain in zip(*tokens.values(), strict=True))
         if not self._can_share(prompt, tokens["label"], behind):
-            return Branches(
-                prompt=prompt, shared=0, ends={}, apart={"label": prompt, "chain": self._collators["chain"].collate_prompts(rows, images)}
-            )
+            apart = {"label": prompt, "chain": self._collators["chain"].collate_prompts(rows, images)}
+            return Branches(prompt=prompt, shared=0, ends={}, apart=apart)
         ends = {
             kind: [chosen[len(label) - behind :] for label, chosen in zip(tokens["label"], tokens[kind], strict=True)]
             for kind in tokens
@@ -113,8 +106,7 @@ class TwoTaskCollator:
 
     @property
     def _picture_ids(self) -> set[int]:
-        processor = self.renderers["label"].processor
-        return {index for name in ("image_token_id", "image_token_index") if (index := getattr(processor, name, None)) is not None}
+        return {index for index in (getattr(self.renderers["label"].processor, "image_token_id", None),) if index is not None}
 
     def _tokens(self, text: str) -> list[int]:
         # The template has written the BOS token already.
@@ -139,7 +131,7 @@ class TwoTaskCollator:
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Number of tokens both begin with."""
-    return next((index for index, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _lengths(branches: Branches, kind: str) -> list[int]:

@@ -63,8 +63,9 @@ class SharedBranches:
 
     def logits(self, branch: str, targets: Targets) -> torch.Tensor:
         """Logits at the tokens of `targets`, (N, V), post by post; posts without target cost nothing."""
-        rows: list[int] | None = [row for row, length in enumerate(targets["lengths"]) if length]
-        rows = None if len(rows) == len(targets["lengths"]) else rows  # to select all would copy the beginning
+        rows = None  # to select all would copy the beginning
+        if not all(targets["lengths"]):
+            rows = [row for row, length in enumerate(targets["lengths"]) if length]
         end = {key: select(value, rows) for key, value in self.ends[branch].items()}
         positions = select(self.positions[branch], rows, dim=-2)
         return self.prefix.log_probs(end, positions, targets_of(targets, rows), rows)

@@ -11,7 +11,7 @@ Holds   gradients reach the student alone; with K = V the truncated divergence i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynkp.objectives.token_loss import TargetLoss
 
-with warnings.catch_warnings():  # "APIs here may change": tests/test_trl_seam.py finds out before a user does
-    warnings.simplefilter("ignore", FutureWarning)
+with warnings.catch_warnings():  # "APIs here are unstable": tests/test_trl_seam.py finds out before a user does
     warnings.simplefilter("ignore", UserWarning)
     from trl.experimental.gkd import GKDTrainer
 
@@ -86,7 +85,7 @@ def soft_label_divergence(student: torch.Tensor, assistant: torch.Tensor | SoftL
     if isinstance(assistant, SoftLabels):
         ids, log_probs, rest, vocabulary = assistant
         return _in_pieces(
-            lambda z, *labels: _truncated_divergence(z[:, :vocabulary], *labels, temperature), student, ids, log_probs, rest
+            lambda z, *labels: _truncated_divergence(z[:, :vocabulary], labels, temperature), student, ids, log_probs, rest
         )
     shared = min(student.shape[1], assistant.shape[1])
     return _in_pieces(
@@ -102,10 +101,9 @@ def _whole_divergence(student: torch.Tensor, assistant: torch.Tensor, temperatur
     ).sum(dim=-1)
 
 
-def _truncated_divergence(
-    student: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, rest: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def _truncated_divergence(student: torch.Tensor, labels: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
     """The divergence of K tokens and one that stands for all others; exact for the K, a lower bound for the others."""
+    ids, log_probs, rest = labels
     scaled = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
     log_probs, rest = log_probs.to(scaled.dtype), rest.to(scaled.dtype)
     top = scaled.gather(-1, ids.long())
@@ -127,7 +125,7 @@ def hard_label_loss(student: torch.Tensor, token_ids: torch.Tensor) -> torch.Ten
     )
 
 
-def distilled(hard: TargetLoss, soft: TargetLoss, weight: float) -> torch.Tensor:
+def distilled(hard: TargetLoss, soft: TargetLoss, weight: float) -> TargetLoss:
     """(1-λ)·CE + λ·KL of one task, each the mean over a post's tokens.
 
     Args:
@@ -135,11 +133,38 @@ def distilled(hard: TargetLoss, soft: TargetLoss, weight: float) -> torch.Tensor
         weight (`float`): λ between 0 and 1; the paper's is 0.3.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: nats; 0 for a post without this task.
+        [`TargetLoss`]: parts `(B,)`; a post weighs what its cross-entropy weighs, 0 without this task.
 
     Example: a CE of 2.0 and a KL of 1.0 at λ = 0.25 make 1.75.
     """
-    return (1 - weight) * hard.mean + weight * soft.mean
+    return TargetLoss(((1 - weight) * hard.mean + weight * soft.mean) * hard.weight, hard.weight)
+
+
+def multitask_loss(
+    losses: Sequence[TargetLoss], weights: Sequence[float], over_tokens: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L = Σ_k w_k L_k, as what each post adds to numerator and denominator of the optimizer step's mean.
+
+    Over posts (the default) a post adds its tasks' weighted means and counts 1, whatever tasks it has. Over tokens it adds
+    their weighted sums and tokens.
+
+    Args:
+        losses (`Sequence[TargetLoss]`): one per task, parts `(B,)`; at least one.
+        weights (`Sequence[float]`): w_k; the paper's are 1 and 1.
+        over_tokens (`bool`): normalise over tokens instead of posts.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: numerator and denominator, each `(B,)`.
+
+    Example: means 2.0 (label) and 1.0 (chain) with weights 1 and 1 give 3.0 over 1.
+    """
+    pairs = list(zip(losses, weights, strict=True))
+    if over_tokens:
+        sums = zip(*((w * loss.total, w * loss.weight) for loss, w in pairs), strict=True)
+        numerator, denominator = (torch.stack(parts).sum(dim=0) for parts in sums)
+        return numerator, denominator
+    total = torch.stack([w * loss.mean for loss, w in pairs]).sum(dim=0)
+    return total, torch.ones_like(total)
 
 
 def _in_pieces(function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:

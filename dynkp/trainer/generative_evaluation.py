@@ -43,6 +43,7 @@ def generative_metrics(
     ranks: int,
     gather: Callable[[list[Any]], list[Any]],
     progress: bool,
+    generate: Callable[..., Iterator[Any]] = generate_keyphrases,
 ) -> dict[str, float]:
     """Generate for the posts, score all of them, and return the same metrics on every rank.
 
@@ -59,6 +60,7 @@ def generative_metrics(
         rank, ranks: this process and how many there are.
         gather: collective that joins the ranks' lists.
         progress: whether to show a progress bar.
+        generate: what predicts.
 
     Returns:
         `f1@1`, `f1@3`, `map@5` and `composite` (their sum) over all posts, `SUBSET_f1@1`, `generated_posts`,
@@ -75,7 +77,7 @@ def generative_metrics(
             gold.append((gold_keyphrases(row, task), row.get("text") or ""))
             yield row
 
-    predictions = generate_keyphrases(
+    predictions = generate(
         model, processor, mine(), task=task, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
     subsets = ["all", "present", "absent"] + (["seen", "unseen"] if train_keyphrases is not None else [])

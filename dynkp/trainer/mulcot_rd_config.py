@@ -10,6 +10,8 @@ from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
 POSITIONS = ("answer", "all")
+# The paper's, for lr_scheduler_type="reduce_lr_on_plateau".
+PLATEAU = {"mode": "max", "factor": 0.5, "patience": 2}
 
 
 @dataclass
@@ -19,6 +21,13 @@ class MulCoTRDConfig(KeyphraseConfig):
     Without `assistant` and `soft_labels` there is nobody to learn from but the labels: that is the assistant's own training.
     """
 
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the learning rate schedule. None (default) for 'reduce_lr_on_plateau': the paper's mode 'max', "
+            "factor 0.5, patience 2, on `metric_for_best_model` (paper: accuracy)."
+        },
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW (paper: 3e-4)."})
     task: str = field(
         default="masc",
@@ -68,18 +77,18 @@ class MulCoTRDConfig(KeyphraseConfig):
     )
     soft_labels: str | None = field(
         default=None,
-        metadata={"help": "Folder that `dynkp distill cache` wrote: the assistant's soft labels, so that it need not be loaded."},
+        metadata={"help": "Folder that `dynkp distill cache` wrote: the assistant's soft labels, so that it is not loaded."},
     )
 
     def __post_init__(self) -> None:
-        if self.lr_scheduler_type == "reduce_lr_on_plateau" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"mode": "max", "factor": 0.5, "patience": 2}  # the paper's
+        plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"
+        self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or (dict(PLATEAU) if plateau else None)
         super().__post_init__()
         if self.task not in REASONING_TASKS:
             raise ValueError(f"`task` is {self.task!r}; choose one of {', '.join(map(repr, REASONING_TASKS))}.")
         if self.separator is not None:
             raise ValueError(f"`separator` is {self.separator!r}, but task {self.task!r} has its own. Leave it None.")
-        self.task_weights = _weights(self.task_weights)
+        self.weights()
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` is {self.distillation_weight}; it is a share between 0 and 1.")
         if not 0.0 < self.temperature < float("inf"):
@@ -96,16 +105,17 @@ class MulCoTRDConfig(KeyphraseConfig):
                 f"`assistant_dtype` is {self.assistant_dtype!r}; choose 'auto', 'float32', 'bfloat16' or 'float16'."
             )
 
-
-def _weights(value: dict[str, Any] | str) -> dict[str, float]:
-    wanted = f"`task_weights` is {value!r}; give the weights of both tasks, such as {{\"chain\": 1.0, \"label\": 1.0}}"
-    try:
-        given = json.loads(value) if isinstance(value, str) else value
-        weights = {name: float(given[name]) for name in ("label", "chain")}
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{wanted}.") from None
-    if set(given) != set(weights) or not all(0.0 <= weight < float("inf") for weight in weights.values()):
-        raise ValueError(f"{wanted}, each finite and not negative.")
-    if not weights["label"]:
-        raise ValueError(f"{wanted}. The label's must be above 0: a batch of posts without chains would teach nothing.")
-    return weights
+    def weights(self) -> dict[str, float]:
+        """w_k of each task."""
+        wanted = (
+            f"`task_weights` is {self.task_weights!r}; give the weights of both tasks, finite and not negative, such as "
+            '{"chain": 1.0, "label": 1.0}. The label\'s must be above 0: a post without a chain would teach nothing.'
+        )
+        try:
+            given = json.loads(self.task_weights) if isinstance(self.task_weights, str) else dict(self.task_weights)
+            weights = {name: float(given.pop(name)) for name in ("label", "chain")}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(wanted) from None
+        if given or not all(0.0 <= weight < float("inf") for weight in weights.values()) or not weights["label"]:
+            raise ValueError(wanted)
+        return weights

@@ -1,0 +1,265 @@
+"""MulCoT-RD: a chain of reasons and a label, learned together; the student learns the assistant's soft labels too.
+
+"Resource-Limited Joint Multimodal Sentiment Reasoning and Classification via Chain-of-Thought Enhancement and
+Distillation", Findings of ACL 2026.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynkp.assistant import Assistant, check_vocabularies
+from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
+from dynkp.data.two_task_collator import TwoTaskCollator
+from dynkp.generation import generate_reasoning
+from dynkp.mechanics.branched_prompt import Branches, PlainBranches, SharedBranches, everywhere_mask
+from dynkp.mechanics.shared_prompt import Targets
+from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss, multitask_loss, soft_label_divergence
+from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.soft_labels import SoftLabelCache
+from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.label_evaluation import label_metrics
+from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
+from dynkp.trainer.preparation import prepare_posts
+
+logger = logging.getLogger(__name__)
+
+
+class MulCoTRDTrainer(KeyphraseTrainer):
+    r"""The assistant's training and the student's, which differ in what they are given.
+
+    Two tasks k with prompts of their own, the chain (ending in the label) and the label alone:
+
+    $$\mathcal{L} = \sum_k w_k \mathcal{L}_k, \qquad \mathcal{L}_k = (1-\lambda)\,\mathrm{CE}_k +
+    \lambda\,\mathrm{KL}\big(\mathrm{softmax}(z_A/T) \,\|\, \mathrm{softmax}(z_S/T)\big)$$
+
+    each the mean over an answer's tokens, then over the posts of the optimizer step. Without an assistant λ is 0: the
+    assistant's own training. A post without a chain learns its label alone. Evaluation reports the hard labels' loss, so
+    that runs of all λ can be compared, and the accuracy of generated labels, by which the best checkpoint is chosen.
+
+    Departures: the beginning that both prompts share is computed once; the divergence is taken at the answers' tokens
+    (`kd_positions`); there is no factor T².
+
+    Args:
+        assistant ([`~dynkp.assistant.Assistant`] or model, *optional*): in place of `args.assistant`; a bare model is
+            taken to have the student's tokenizer.
+        **kwargs: what [`KeyphraseTrainer`] takes. Posts have `label` (and `aspect`) or `keyphrases`, and `rationale`.
+
+    Logged per window, in nats per token: `label_loss`, `chain_loss` (CE), `label_divergence`, `chain_divergence` (KL).
+
+    Example:
+
+    ```python
+    >>> trainer = MulCoTRDTrainer(
+    ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
+    ...     args=MulCoTRDConfig(output_dir="student", task="masc", soft_labels="labels"),
+    ...     train_dataset=posts,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _name = "MulCoT-RD"
+    target_kinds = ("label", "chain")
+    args: MulCoTRDConfig
+    task: ReasoningTask  # type: ignore[assignment]
+
+    def __init__(
+        self, model: Any, args: MulCoTRDConfig, assistant: Assistant | PreTrainedModel | None = None, **kwargs: Any
+    ):
+        self.cache = None if args.soft_labels is None else SoftLabelCache(args.soft_labels)
+        super().__init__(model, args, **kwargs)
+        self.assistant = self._assistant(assistant)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if self.cache is not None:
+            if assistant is not None:
+                raise ValueError("`assistant` and `soft_labels` are both given; choose one: the cache needs no assistant.")
+            self.cache.check(self.task, args.temperature, self.model.config.get_text_config().vocab_size, args.assistant)
+            check_vocabularies(tokenizer, self.cache.tokenizer())
+            if args.distillation_weight and isinstance(self.train_dataset, Dataset):
+                self.cache.check_posts(self.train_dataset)
+        if self.assistant is not None and self.assistant.tokenizer is not None:
+            check_vocabularies(tokenizer, self.assistant.tokenizer)
+
+    def _assistant(self, given: Assistant | PreTrainedModel | None) -> Assistant | None:
+        args = self.args
+        if not args.distillation_weight or self.cache is not None:
+            return None
+        if given is None and args.assistant is None:
+            logger.info("No assistant and no soft labels: the tasks are learned from their hard labels alone (λ = 0).")
+            return None
+        device = torch.device(args.assistant_device or self.accelerator.device)
+        if args.assistant is not None:
+            if given is not None:
+                raise ValueError(f"`assistant` is given twice: as {args.assistant!r} in the options, and as a model.")
+            given = Assistant.load(args.assistant, dtype=args.assistant_dtype, device=device)
+        elif not isinstance(given, Assistant):
+            given = Assistant(given)
+        given.model.to(device)
+        given.shares_prompt &= args.prompt_backend != "plain"
+        return given
+
+    @property
+    def weight(self) -> float:
+        """λ in force: 0 in evaluation, and where there is nobody to learn from."""
+        teaches = self.assistant is not None or self.cache is not None
+        return self.args.distillation_weight if teaches and self.model.training else 0.0
+
+    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+        student = self.open_branches(model, inputs["prompts"])
+        says = self.assistant_says(inputs) if self.weight else {}  # z_A, or its likeliest tokens
+        losses: list[TargetLoss] = []
+        weights: list[float] = []
+        for task in self.target_kinds:
+            if not any(inputs[task]["lengths"]):
+                continue  # no post of the batch has a chain
+            logits = student.logits(task, inputs[task])  # z_S, (N, V)
+            loss = self.hard_loss(logits, inputs, task)  # CE_k
+            if self.weight:
+                loss = distilled(loss, self.divergence(logits, says[task], inputs, task), self.weight)
+            losses.append(loss)
+            weights.append(self.args.weights()[task])
+        return PostLosses(*multitask_loss(losses, weights, over_tokens=self.normalizes_over_tokens))
+
+    def open_branches(self, model: nn.Module, branches: Branches) -> SharedBranches | PlainBranches:
+        """Both tasks' prompts, their common beginning computed once where prompts and model allow it."""
+        if self.shares_prompt and not branches["apart"] and not self._compares_everywhere:
+            return SharedBranches(model, branches)
+        return PlainBranches(model, branches, everywhere=self._compares_everywhere)
+
+    @property
+    def _compares_everywhere(self) -> bool:
+        return self.args.kd_positions == "all" and self.weight > 0
+
+    def assistant_says(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | SoftLabels]:
+        """Per task the assistant's soft labels at the answers' tokens, computed now or read with the batch."""
+        if self.assistant is None:
+            return {task: SoftLabels(**labels) for task, labels in inputs["soft_labels"].items()}
+        answers = {task: inputs[task] for task in self.target_kinds}
+        return {**self.assistant.logits(inputs["prompts"], answers, self._compares_everywhere)}
+
+    def hard_loss(self, logits: torch.Tensor, inputs: dict[str, Any], task: str) -> TargetLoss:
+        """CE_k: the negative log-likelihood of each post's answer."""
+        answers: Targets = inputs[task]
+        if self._compares_everywhere:
+            where = everywhere_mask(inputs["prompts"], task, answers)
+            at_answers = torch.zeros_like(where)
+            at_answers[:, where.shape[1] - answers["mask"].shape[1] :] = answers["mask"]
+            logits = logits[at_answers[where]]
+        values = hard_label_loss(logits, answers["input_ids"][answers["mask"]])
+        return self._per_post(f"{task}_loss", values, answers["mask"], inputs)
+
+    def divergence(
+        self, logits: torch.Tensor, says: torch.Tensor | SoftLabels, inputs: dict[str, Any], task: str
+    ) -> TargetLoss:
+        """KL(softmax(z_A/T) ‖ softmax(z_S/T)), over the tokens that `kd_positions` names."""
+        where = inputs[task]["mask"]
+        if self._compares_everywhere:
+            where = everywhere_mask(inputs["prompts"], task, inputs[task])
+        values = soft_label_divergence(logits, says, self.args.temperature)
+        return self._per_post(f"{task}_divergence", values, where, inputs)
+
+    def _per_post(self, name: str, values: torch.Tensor, where: torch.Tensor, inputs: dict[str, Any]) -> TargetLoss:
+        loss = target_loss(-values.new_zeros(where.shape).masked_scatter(where, values), where)
+        self.record(name, loss.mean, ~repeated_posts(inputs) & (loss.weight > 0))
+        return loss
+
+    # What a keyphrase trainer asks of a method with tasks of its own
+
+    def task_of(self, args: Any, task: Any) -> Any:
+        return resolve_reasoning_task(args.task if task is None else task)
+
+    def prepare(self, dataset: Any, name: str, args: Any, takes_images: bool) -> Dataset | IterableDataset:
+        need_keyphrases = isinstance(self.task, KeyphraseReasoningTask)
+        posts = prepare_posts(dataset, name, args, takes_images, need_keyphrases=need_keyphrases)
+        return keep_answerable(posts, name, self.task, args.on_invalid)
+
+    def build_collator(self) -> Any:
+        return TwoTaskCollator(self.processing_class, self.task, max_length=self.args.max_length)
+
+    def get_train_dataloader(self) -> Any:
+        collator: Any = self.data_collator
+        if self.cache is not None and self.args.distillation_weight:
+            self.data_collator = cast(Any, WithSoftLabels(collator, self.cache))
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator  # evaluation needs no soft labels, and its posts have none
+
+    def generative_metrics(self, model: Any, processor: Any, posts: Any, **how: Any) -> dict[str, float]:
+        if not isinstance(self.task, KeyphraseReasoningTask):
+            return label_metrics(model, processor, posts, task=self.task, **how)
+
+        def generate(*args: Any, task: Any, **kwargs: Any) -> Any:
+            return generate_reasoning(*args, task=self.task, **kwargs)
+
+        train_keyphrases, convention = keyphrases_of(self.train_dataset), self.args.eval_convention
+        return generative_metrics(
+            model,
+            processor,
+            posts,
+            task=self.task.keyphrase_task,
+            train_keyphrases=train_keyphrases,
+            convention=convention,
+            generate=generate,
+            **how,
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        branches = inputs["prompts"]
+        parts = [*branches["ends"].values(), *branches["apart"].values(), *(inputs[task] for task in self.target_kinds)]
+        tokens = sum(part["input_ids"].numel() for part in parts)
+        tokens += branches["prompt"]["input_ids"].shape[0] * branches["shared"]
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+
+class WithSoftLabels:
+    """A collator whose batches bring the assistant's soft labels along; data loaders' workers read them."""
+
+    def __init__(self, collator: TwoTaskCollator, cache: SoftLabelCache):
+        self.collator, self.cache = collator, cache
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        answers = {task: batch[task] for task in MulCoTRDTrainer.target_kinds}
+        return {**batch, "soft_labels": self.cache.of_batch(batch["id"], answers)}
+
+
+def keep_answerable(
+    posts: Dataset | IterableDataset, name: str, task: ReasoningTask, on_invalid: str
+) -> Dataset | IterableDataset:
+    """Find posts without answer or aspect before the first step; a stream is not read ahead, there the collator raises.
+
+    Raises:
+        ValueError: with the first ids, if there are such posts and `on_invalid` is `"error"`, or if there are no others.
+    """
+    if not isinstance(posts, Dataset):
+        return posts
+    columns = [column for column in ("id", "text", "aspect", "label", "keyphrases") if column in posts.column_names]
+    kept, problems = [], []
+    for index, row in enumerate(posts.select_columns(columns)):
+        try:
+            task.answer(row)
+            task.label_prompt(row)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            kept.append(index)
+    if problems and (on_invalid == "error" or not kept):
+        shown = "\n  ".join(problems[:10])
+        raise ValueError(
+            f"{len(problems)} of {len(posts)} {name} posts do not fit task {task.name!r}:\n  {shown}\n"
+            "Correct them, or drop them with on_invalid='skip'."
+        )
+    if problems:
+        logger.warning("%d %s posts are dropped, first: %s", len(problems), name, problems[0])
+        return posts.select(kept)
+    return posts
