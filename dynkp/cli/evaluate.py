@@ -15,7 +15,10 @@ Score predicted keyphrases against the posts' own, and compare systems.
 
 Predictions and posts are matched by id. Print one system's scores per subset of the keyphrases (present in the text or
 absent; seen in training or unseen), or several systems side by side, with marks where they differ from the first one.
-The conventions do not agree with each other; docs/metric.md explains them."""
+The conventions do not agree with each other; docs/metric.md explains them.
+
+With --task sentiment: score predicted sentiments (accuracy, macro and weighted F1) and, with --chains, reasoning chains
+beside their floor, the chain of another post with the same label (docs/methods/mulcot_rd.md)."""
 
 EPILOG = """\
 examples:
@@ -25,6 +28,8 @@ examples:
       dynamic against direct; † and ‡ mark differences that chance explains badly
   dynkp evaluate --predictions p.jsonl --posts test.jsonl --convention aimkp --json scores.json --per-post posts.jsonl
       the figures of AimKP's tables, unrounded, and every post's own
+  dynkp evaluate --task sentiment --predictions labels.jsonl --chains chains.jsonl --posts test.jsonl
+      labels from dynkp predict --task masc --prompt label, chains from --prompt chain
 
 A row of predictions is {"id": "7", "keyphrases": ["nba", "finals"]}; `dynkp predict` writes more, which is reported too.
 Rows with a column decode (dynkp predict --decodes 3) are scored decode by decode, and the scores averaged.
@@ -37,7 +42,13 @@ def parser() -> argparse.ArgumentParser:
         prog="dynkp evaluate", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what")
+    what.add_argument(
+        "--task", choices=["keyphrases", "sentiment"], default="keyphrases", help="what was predicted (default: keyphrases)"
+    )
     what.add_argument("--predictions", required=True, nargs="+", metavar="FILE", help="one JSONL file per system")
+    what.add_argument(
+        "--chains", nargs="+", metavar="FILE", help="sentiment: the answers to the chain prompt, one JSONL file per system"
+    )
     what.add_argument("--names", nargs="+", metavar="NAME", help="of the systems (default: the files' names)")
     what.add_argument("--posts", required=True, metavar="FILE", help="the posts, in any form that docs/data.md names")
     what.add_argument("--split", default="test", help="of a folder or Hub dataset (default: test)")
@@ -64,12 +75,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SUBSET",
         help="all, present, absent, seen, unseen, and crossings such as 'present&unseen' (default: all that can be computed)",
     )
-    how.add_argument("--semantic-model", metavar="NAME", help="also semantic F1, with this sentence-transformers model")
+    how.add_argument("--semantic-model", metavar="NAME", help="also semantic F1, or of chains the cosine, with this model")
     how.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of the intervals (default: 0.95)")
     how.add_argument(
         "--resamples", type=int, default=10_000, metavar="N", help="of intervals and tests (default: 10000); 0 for neither"
     )
-    how.add_argument("--seed", type=int, default=0, help="of both (default: 0)")
+    how.add_argument("--seed", type=int, default=0, help="of intervals, tests and the floor of chains (default: 0)")
     out = parser.add_argument_group("results")
     out.add_argument("--json", metavar="FILE", help="all figures: fractions, unrounded")
     out.add_argument("--markdown", metavar="FILE", help="the tables that are printed")
@@ -89,21 +100,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     try:
-        _evaluate(arguments)
+        _check_options(arguments)
+        evaluation = _sentiment(arguments) if arguments.task == "sentiment" else _keyphrases(arguments)
+        _write_results(arguments, evaluation)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"dynkp evaluate: error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+# Options that say nothing about the other task.
+_OF_KEYPHRASES = ("train_keyphrases", "convention", "k", "subsets", "confidence", "resamples")
+_OF_SENTIMENT = ("chains",)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    defaults = parser()
+    foreign = _OF_KEYPHRASES if arguments.task == "sentiment" else _OF_SENTIMENT
+    for name in foreign:
+        if getattr(arguments, name) != defaults.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --task {arguments.task}: leave it out")
+    for name in ("names", "chains"):
+        given = getattr(arguments, name)
+        if given is not None and len(given) != len(arguments.predictions):
+            what = f"--{name} has {len(given)} {'names' if name == 'names' else 'files'}"
+            raise ValueError(f"{what} and --predictions {len(arguments.predictions)} files: give one each")
+
+
+def _sentiment(arguments: argparse.Namespace) -> Any:
+    from dynkp.data.sentiment_posts import load_sentiment_posts
+    from dynkp.report.evaluation import read_predictions
+    from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
+
+    with _silent("dynkp.data.rows"):  # which would ask for the pictures
+        posts, _ = load_sentiment_posts(arguments.posts, task="msc", split=arguments.split, check_images=False, progress=False)
+    evaluation = SentimentEvaluation(labelled_posts(posts), embedding_model=arguments.semantic_model, seed=arguments.seed)
+    names = arguments.names or _names(arguments.predictions)
+    for name, file, chains in zip(names, arguments.predictions, arguments.chains or [None] * len(names), strict=True):
+        with _naming(file):
+            rows = read_predictions(file, "prediction")
+            written = None if chains is None else read_predictions(chains, "raw")
+            evaluation.add(name, rows, written, allow_missing=arguments.allow_missing)
+    return evaluation
+
+
+def _keyphrases(arguments: argparse.Namespace) -> Any:
     from dynkp.data.statistics import load_keyphrases
-    from dynkp.report.evaluation import Evaluation, gold_posts, latex_table, markdown_table, read_predictions
-    from dynkp.report.scores import write_json
+    from dynkp.report.evaluation import Evaluation, gold_posts, read_predictions
 
     names = arguments.names or _names(arguments.predictions)
-    if len(names) != len(arguments.predictions):
-        raise ValueError(f"--names has {len(names)} names and --predictions {len(arguments.predictions)} files: give one each")
     with _silent("dynkp.data.rows"):  # which would ask for the pictures
         gold = gold_posts(_posts(arguments.posts, arguments.split))
         train_keyphrases = None if arguments.train_keyphrases is None else load_keyphrases(arguments.train_keyphrases)
@@ -119,10 +164,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         semantic_model=arguments.semantic_model,
     )
     for name, file in zip(names, arguments.predictions, strict=True):
-        try:
+        with _naming(file):
             evaluation.add(name, read_predictions(file), allow_missing=arguments.allow_missing)
-        except ValueError as error:
-            raise ValueError(str(error) if file in str(error) else f"{file}: {error}") from error
+    return evaluation
+
+
+def _write_results(arguments: argparse.Namespace, evaluation: Any) -> None:
+    from dynkp.report.evaluation import latex_table, markdown_table
+    from dynkp.report.scores import write_json
+
     tables = evaluation.tables()
     text = "\n\n".join([*map(markdown_table, tables), evaluation.caption()])
     print(text)
@@ -134,6 +184,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         _write(arguments.latex, "\n\n".join([f"% {evaluation.caption()}", *map(latex_table, tables)]))
     if arguments.per_post:
         evaluation.write_posts(arguments.per_post)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors about a file's rows name the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if file in str(error) else f"{file}: {error}") from error
 
 
 def _names(files: Sequence[str]) -> list[str]:

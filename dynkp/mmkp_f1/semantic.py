@@ -61,7 +61,7 @@ def semantic_scores(
         return dict.fromkeys(names)
     predicted = [row[: max(cuts)] for row in predicted]
     phrases = list(dict.fromkeys(phrase for row in (*gold, *predicted) for phrase in row))
-    vectors = _embedded(phrases, model, batch_size)
+    vectors = embed_texts(phrases, model, batch_size)
     number = {phrase: index for index, phrase in enumerate(phrases)}
 
     totals = dict.fromkeys(names, 0.0)
@@ -83,12 +83,25 @@ def _distinct(phrases: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(phrase for phrase in written if phrase))
 
 
-def _embedded(phrases: list[str], model: Any, batch_size: int) -> _Array:
+def embed_texts(texts: Sequence[str], model: Any, batch_size: int = 256) -> _Array:
+    """The embeddings of texts, scaled to length 1.
+
+    Args:
+        texts: what to embed; a model cuts long ones off (all-MiniLM-L6-v2 at 256 tokens).
+        model: as in `semantic_scores`.
+        batch_size: texts embedded at a time.
+
+    Returns:
+        (N, D), one row per text; zeros where the model gives zeros.
+
+    Raises:
+        ImportError: if a name is given and sentence-transformers is not installed.
+    """
     if isinstance(model, (str, os.PathLike)):
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ImportError("semantic scores need sentence-transformers: pip install 'dynkp[semantic]'") from error
         model = SentenceTransformer(str(model))
-    vectors = np.asarray(model.encode(phrases, batch_size=batch_size, show_progress_bar=False), np.float64)
+    vectors = np.asarray(model.encode(list(texts), batch_size=batch_size, show_progress_bar=False), np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(float).tiny)

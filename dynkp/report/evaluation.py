@@ -51,19 +51,21 @@ def gold_posts(posts: Iterable[Mapping[str, Any]]) -> list[GoldPost]:
     if not gold:
         raise ValueError("there are no posts to score")
     if repeated := [post_id for post_id, count in Counter(post.id for post in gold).items() if count > 1]:
-        raise ValueError(f"ids that several posts have: {_listed(repeated)}")
+        raise ValueError(f"ids that several posts have: {listed(repeated)}")
     if bare := [post.id for post in gold if not any(phrase.strip() for phrase in post.keyphrases)]:
-        raise ValueError(f"posts without keyphrases, which cannot be scored: {_listed(bare)}. Leave them out")
+        raise ValueError(f"posts without keyphrases, which cannot be scored: {listed(bare)}. Leave them out")
     if blank := [post.id for post in gold if not all(phrase.strip() for phrase in post.keyphrases)]:
-        raise ValueError(f"posts with a blank keyphrase: {_listed(blank)}. Leave the blank ones out")
+        raise ValueError(f"posts with a blank keyphrase: {listed(blank)}. Leave the blank ones out")
     return gold
 
 
-def read_predictions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_predictions(path: str | os.PathLike[str], answer: str = "keyphrases") -> list[dict[str, Any]]:
     """Read a predictions file, as `dynkp predict` writes it.
 
     Args:
-        path: JSONL rows with `id` and `keyphrases`; more columns are welcome.
+        path: JSONL rows with `id` and the answer; more columns are welcome.
+        answer: the column that must be there: `keyphrases`, lists of strings, or one of strings and nulls (`prediction`,
+            `raw`).
 
     Raises:
         ValueError: naming file and line, if a line is not a prediction.
@@ -77,18 +79,21 @@ def read_predictions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             except (ValueError, RecursionError) as error:
                 torn = "" if line.endswith(b"\n") else ": the line is torn, so the run was killed; have dynkp predict finish it"
                 raise ValueError(f"{where}: not JSON ({error}){torn}") from error
-            rows.append(_checked(row, where))
+            rows.append(_checked(row, where, answer))
     return rows
 
 
-def _checked(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict) or "id" not in row or "keyphrases" not in row:
-        raise ValueError(f"{where}: a prediction must be an object with 'id' and 'keyphrases', got {row!r:.80}")
+def _checked(row: Any, where: str, answer: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or "id" not in row or answer not in row:
+        raise ValueError(f"{where}: a prediction must be an object with 'id' and {answer!r}, got {row!r:.80}")
     if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
         raise ValueError(f"{where}: 'id' must be a string, got {row['id']!r:.80}")
-    phrases = row["keyphrases"]
-    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-        raise ValueError(f"{where}, id {row['id']!r}: 'keyphrases' must be a list of strings, got {phrases!r:.80}")
+    value = row[answer]
+    if answer != "keyphrases":
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}, id {row['id']!r}: {answer!r} must be a string or null, got {value!r:.80}")
+    elif not isinstance(value, list) or not all(isinstance(phrase, str) for phrase in value):
+        raise ValueError(f"{where}, id {row['id']!r}: 'keyphrases' must be a list of strings, got {value!r:.80}")
     for column in ("reasoned", "output_words", "output_tokens"):
         if isinstance(value := row.get(column), float) and not math.isfinite(value):
             raise ValueError(f"{where}, id {row['id']!r}: {column!r} must be a number, got {value!r}")
@@ -99,13 +104,13 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 
 
 def match_predictions(
-    rows: Iterable[Mapping[str, Any]], gold: Sequence[GoldPost], *, allow_missing: bool = False
+    rows: Iterable[Mapping[str, Any]], gold: Sequence[Any], *, allow_missing: bool = False
 ) -> tuple[list[list[Mapping[str, Any]]], int]:
     """Bring a system's rows into the posts' order, one list for each decode.
 
     Args:
         rows: predictions; with several decodes of a post, told apart by a column `decode`.
-        gold: the posts.
+        gold: the posts, each with an `id`.
         allow_missing: whether a post without prediction gets one without keyphrases.
 
     Returns:
@@ -132,13 +137,14 @@ def match_predictions(
         problems["missing"] += [] if allow_missing else absent
         matched.append([decode.get(post.id) or {"id": post.id, "keyphrases": []} for post in gold])
     if any(problems.values()):
-        found = "; ".join(f"{name} ids: {_listed(dict.fromkeys(ids))}" for name, ids in problems.items() if ids)
+        found = "; ".join(f"{name} ids: {listed(dict.fromkeys(ids))}" for name, ids in problems.items() if ids)
         remedy = "; allow_missing=True (--allow-missing) scores the missing as empty" if problems["missing"] else ""
         raise ValueError(f"predictions and posts do not match: {found}{remedy}")
     return matched, missing
 
 
-def _listed(ids: Iterable[str]) -> str:
+def listed(ids: Iterable[str]) -> str:
+    """Ids for an error: the first ones, and how many there are."""
     ids = list(ids)
     more = f", ... ({len(ids):,} in all)" if len(ids) > _SHOWN else ""
     return ", ".join(map(repr, ids[:_SHOWN])) + more
@@ -363,9 +369,7 @@ class Evaluation:
         counts = next(iter(self.systems.values()))["subsets"]
         rows = [["system", *(f"{_head(measure)} {subset} ({counts[subset]['posts']:,} posts)" for subset in self.subsets)]]
         for name, system in self.systems.items():
-            rows.append(
-                [name, *(percent(system["subsets"][s][measure]) + self._mark(name, s, measure) for s in self.subsets)]
-            )
+            rows.append([name, *(percent(system["subsets"][s][measure]) + self._mark(name, s, measure) for s in self.subsets)])
         return rows
 
     def _mark(self, name: str, subset: str, measure: str) -> str:

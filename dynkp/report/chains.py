@@ -1,0 +1,146 @@
+"""Scores of reasoning chains: how like they are to the reference chains, and how far from repeating themselves.
+
+Given   a chain per post, its reference, and an embedding model if wanted.
+Gives   per post BLEU-4 (sacrebleu), ROUGE-L (rouge-score), METEOR (NLTK), the cosine of embeddings (sentence-transformers),
+        Distinct-1 and Distinct-2, each in [0, 1] (the cosine in [-1, 1]); and for each post another post's chain with the same
+        label, which says what a chain scores that only knows the label.
+Holds   a score equals its library's own, post by post; what cannot be computed is None, never zero.
+
+The conventions are those of MulCoT-RD's published code, as far as the libraries above have them: every score is the mean
+over posts, BLEU is that of a single pair, tokens "13a", without smoothing; METEOR and Distinct take NLTK's Treebank tokens
+in lower case, Distinct is a chain's share of distinct n-grams among its own. Theirs takes ROUGE-L from another package,
+and Distinct from the references; here it is taken from the predictions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dynkp.mmkp_f1.semantic import embed_texts
+
+CHAIN_SCORES = ("bleu_4", "rouge_l", "meteor", "cosine", "distinct_1", "distinct_2")
+METEOR_NEEDS = "METEOR needs NLTK's WordNet data (python -m nltk.downloader wordnet); without it there is no METEOR"
+
+
+def chain_scores(
+    chains: Sequence[str], references: Sequence[str], *, embedding_model: Any = None
+) -> list[dict[str, float | None]]:
+    """Score chains, each against its reference.
+
+    Args:
+        chains: what was generated, one per post; may be empty strings.
+        references: the posts' own chains, in the same order.
+        embedding_model: name or folder of a sentence-transformers model, or anything with its `encode`; None for no cosine.
+
+    Returns:
+        Per post the scores `CHAIN_SCORES`; `meteor` is None without NLTK's WordNet data, `cosine` without a model.
+
+    Raises:
+        ImportError: naming the extra, if sacrebleu, rouge-score or NLTK is not installed.
+        ValueError: if there are not as many references as chains.
+
+    Example:
+        >>> scores = chain_scores(["the dog is happy today"], ["the dog is happy today"])[0]
+        >>> round(scores["bleu_4"], 6), scores["rouge_l"], scores["distinct_1"]
+        (1.0, 1.0, 1.0)
+    """
+    if len(chains) != len(references):
+        raise ValueError(f"{len(chains)} chains and {len(references)} references: there must be one reference per chain")
+    try:
+        from nltk.tokenize import TreebankWordTokenizer
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise ImportError(f"scores of chains need the extra 'scores' ({error}): pip install 'dynkp[scores]'") from error
+
+    bleu = BLEU(smooth_method="none")
+    rouge = RougeScorer(["rougeL"])
+    tokenize = TreebankWordTokenizer().tokenize
+    wordnet = wordnet_reader()
+    cosines: list[float | None] = [None] * len(chains)
+    if embedding_model is not None and chains:
+        texts = list(dict.fromkeys((*chains, *references)))
+        vectors = dict(zip(texts, embed_texts(texts, embedding_model), strict=True))
+        cosines = [float(vectors[chain] @ vectors[reference]) for chain, reference in zip(chains, references, strict=True)]
+    scores: list[dict[str, float | None]] = []
+    for chain, reference, cosine in zip(chains, references, cosines, strict=True):
+        tokens = tokenize(chain.lower())
+        scores.append(
+            {
+                "bleu_4": bleu.corpus_score([chain], [[reference]]).score / 100,
+                "rouge_l": rouge.score(reference, chain)["rougeL"].fmeasure,
+                "meteor": None if wordnet is None else _meteor(tokenize(reference.lower()), tokens, wordnet),
+                "cosine": cosine,
+                "distinct_1": _distinct(tokens, 1),
+                "distinct_2": _distinct(tokens, 2),
+            }
+        )
+    return scores
+
+
+def mean_scores(scores: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """The means over posts; None for a score that posts do not have, or without posts."""
+    means: dict[str, float | None] = {}
+    for name in CHAIN_SCORES:
+        values = [value for post in scores if (value := post[name]) is not None]
+        means[name] = float(np.mean(values)) if values else None
+    return means
+
+
+def floor_partners(labels: Sequence[str], groups: Sequence[Hashable], seed: int = 0) -> list[int | None]:
+    """Draw for each post another one with the same label.
+
+    Args:
+        labels: the posts' labels.
+        groups: what posts have in common that are not "another" to each other, such as their text: the same tweet stands
+            once for each aspect.
+        seed: of the draw.
+
+    Returns:
+        Per post the index of another one, None where there is none.
+
+    Example:
+        >>> floor_partners(["good", "good", "bad"], ["a", "b", "c"])
+        [1, 0, None]
+    """
+    draw = random.Random(seed)
+    members: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
+    partners: list[int | None] = []
+    for label, group in zip(labels, groups, strict=True):
+        alike = members[label]
+        partner = draw.choice(alike)
+        if groups[partner] == group:  # rare, unless a label has few posts: only then is it worth looking at all
+            others = [index for index in alike if groups[index] != group]
+            partner = draw.choice(others) if others else -1
+        partners.append(partner if partner >= 0 else None)
+    return partners
+
+
+def wordnet_reader() -> Any:
+    """NLTK's WordNet, or None where its data is not installed."""
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return wordnet
+
+
+def _meteor(reference: list[str], chain: list[str], wordnet: Any) -> float:
+    from nltk.translate.meteor_score import meteor_score
+
+    return float(meteor_score([reference], chain, wordnet=wordnet))
+
+
+def _distinct(tokens: list[str], n: int) -> float:
+    from nltk.util import ngrams
+
+    found = list(ngrams(tokens, n))
+    return len(set(found)) / len(found) if found else 0.0
