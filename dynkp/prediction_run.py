@@ -152,7 +152,7 @@ class PredictionRun:
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
         # Before anything is looked at: what another run is just writing looks like a torn line, or like nothing done.
-        self._lock = _locked(self.output)
+        self._lock = locked(self.output)
         self._check_settings()
         for file in self._files():
             _repair(file)
@@ -277,7 +277,7 @@ def _repair(file: Path) -> None:
             stream.truncate(end)
 
 
-def _locked(output: Path) -> BinaryIO:
+def locked(output: Path) -> BinaryIO:
     """The output, locked: two runs must not write to one file. The lock goes with the process, however that ends."""
     file = output.open("ab")
     try:
