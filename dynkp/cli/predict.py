@@ -21,6 +21,10 @@ Predict the keyphrases of posts with a trained model, and write one JSON row per
 
   {"id", "keyphrases", "raw", "reasoned", "output_tokens", "prompt_tokens", "output_words", "mode", "modality"}
 
+With --task msc, masc or keyphrases (docs/methods/mulcot_rd.md), answer the label prompt or the chain prompt instead:
+
+  {"id", "prediction", "raw", "output_tokens", "prompt_tokens", "output_words", "prompt", "modality"}
+
 Rows are appended as soon as they are done. Stop the command, or have it killed, and start it again: it goes on where it
 was. FILE.meta.json keeps the settings; going on with others is an error. Decoding is greedy unless you say otherwise."""
 
@@ -35,6 +39,8 @@ examples:
       AimKP's decoding: beams with sampling, three times; dynkp evaluate averages the scores
   dynkp predict --model out --mode direct --modality text --posts test.jsonl --output text_only.jsonl
       without reasoning and without pictures
+  dynkp predict --model out --task masc --prompt chain --posts test.tsv --image-dir images --output chains.jsonl
+      sentiment towards an aspect, with reasons; --prompt label, the default, for the prediction alone
 then:
   dynkp evaluate --predictions predictions.jsonl --posts test.jsonl
 """
@@ -75,7 +81,18 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--modality", choices=["both", "text", "image"], default="both", help="what of a post to show (default: both)"
     )
-    how.add_argument("--task", default="dynamic_cot", help="the prompt: dynamic_cot (the default) or aimkp; as in training")
+    how.add_argument(
+        "--task",
+        default="dynamic_cot",
+        help="as in training: dynamic_cot (the default) or aimkp for keyphrases; of MulCoT-RD msc (sentiment of posts), masc "
+        "(towards an aspect) or keyphrases",
+    )
+    how.add_argument(
+        "--prompt",
+        choices=["label", "chain"],
+        default="label",
+        help="of MulCoT-RD's tasks: the prediction alone, or with reasons",
+    )
     how.add_argument("--separator", help="between keyphrases in the answer (default: the task's, '; ' or ', ')")
 
     decoding = parser.add_argument_group("decoding")
@@ -94,9 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     where = parser.add_argument_group("where")
-    where.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="posts at a time and process (default: 8; vllm: 256)"
-    )
+    where.add_argument("--batch-size", type=_positive, metavar="N", help="posts at a time and process (default: 8; vllm: 256)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     where.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
     where.add_argument(
@@ -192,13 +207,14 @@ def _predict(arguments: argparse.Namespace, state: Any) -> None:
         rows = run.finish() if state.is_main_process else []
     if state.is_main_process:
         count = max(1, len(rows))
-        reasoned = sum(row["reasoned"] for row in rows) / count
         words = sum(row["output_words"] for row in rows) / count
-        empty = sum(not row["keyphrases"] for row in rows) / count
-        print(
-            f"{arguments.output}: {len(rows):,} predictions{'' if batches else ', all done before'}; "
-            f"{reasoned:.1%} reasoned, {words:.1f} words each, {empty:.1%} without keyphrase"
-        )
+        if _reasons(arguments):
+            figures = f"{words:.1f} words each, {sum(row['prediction'] is None for row in rows) / count:.1%} unread"
+        else:
+            empty = sum(not row["keyphrases"] for row in rows) / count
+            reasoned = sum(row["reasoned"] for row in rows) / count
+            figures = f"{reasoned:.1%} reasoned, {words:.1f} words each, {empty:.1%} without keyphrase"
+        print(f"{arguments.output}: {len(rows):,} predictions{'' if batches else ', all done before'}; {figures}")
         if cut_off := sum(row["output_tokens"] >= arguments.max_new_tokens for row in rows):
             logger.warning("%d outputs were cut off at --max-new-tokens %d", cut_off, arguments.max_new_tokens)
 
@@ -236,13 +252,18 @@ def _process_group(device: str) -> Any:
 def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
     """The posts that can be predicted. The first process looks at them, and tells the others."""
     from dynkp.data.posts import validate_posts
+    from dynkp.data.sentiment_posts import read_sentiment_posts
     from dynkp.data.sources import load_posts
 
-    posts = load_posts(arguments.posts, image_dir=arguments.image_dir, split=arguments.split)
+    where = {"image_dir": arguments.image_dir, "split": arguments.split}
+    if _reasons(arguments) and _task(arguments).labels:
+        posts: Any = read_sentiment_posts(arguments.posts, task=arguments.task, need_labels=False, **where)
+    else:
+        posts = load_posts(arguments.posts, **where)
     if not len(posts):
         raise ValueError(f"{arguments.posts}: there are no posts to predict")
     # Whatever is wrong with the keyphrases, a prediction does not depend on them.
-    posts = posts.remove_columns([name for name in ("keyphrases", "rationale") if name in posts.column_names])
+    posts = posts.remove_columns([name for name in ("keyphrases", "rationale", "label") if name in posts.column_names])
     answer: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -252,7 +273,7 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
                 on_invalid=arguments.on_invalid,
                 need_keyphrases=False,
                 check_images=arguments.modality != "text",
-                separator=_task(arguments).separator,
+                separator="; " if _reasons(arguments) else _task(arguments).separator,
                 progress=not arguments.no_progress,
             )
             answer = [valid["_row"][:]]
@@ -264,7 +285,8 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
         broadcast_object_list(answer)
     if isinstance(answer[0], str):
         raise ValueError(answer[0])
-    needed = [name for name in ("id", "text", "images", "prompt") if name in posts.column_names]
+    content = ("id", "text", "images", "aspect" if _reasons(arguments) else "prompt")
+    needed = [name for name in content if name in posts.column_names]
     return posts.select(answer[0]).select_columns(needed)
 
 
@@ -272,21 +294,39 @@ def _task(arguments: argparse.Namespace) -> Any:
     import dataclasses
 
     from dynkp.data.prompts import resolve_task
+    from dynkp.data.reasoning_tasks import REASONING_TASKS
 
+    if arguments.task in REASONING_TASKS:
+        return REASONING_TASKS[arguments.task]
     task = resolve_task(arguments.task)
     return task if arguments.separator is None else dataclasses.replace(task, separator=arguments.separator)
+
+
+def _reasons(arguments: argparse.Namespace) -> bool:
+    """Whether the task is one of MulCoT-RD's."""
+    from dynkp.data.reasoning_tasks import REASONING_TASKS
+
+    return arguments.task in REASONING_TASKS
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the prompts say besides the post."""
+    task = _task(arguments)
+    if not _reasons(arguments):
+        return {"name": task.name, "instruction": task.instruction, "separator": task.separator}
+    wanted = {"fields": dict(task.analyses)} if arguments.prompt == "chain" else {}
+    return {"name": task.name, "prompt": arguments.prompt, "question": task.question, **wanted}
 
 
 def _settings(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Any]:
     """What a row depends on. Not the batch size: a run that ran out of memory may go on with a smaller one."""
     from dynkp.prediction_run import weights_fingerprint
 
-    task = _task(arguments)
     return {
         "model": weights_fingerprint(checkpoint.model),
         "adapter": checkpoint.adapter and weights_fingerprint(checkpoint.adapter),
         "merge_adapter": arguments.merge_adapter,
-        "task": {"name": task.name, "instruction": task.instruction, "separator": task.separator},
+        "task": _asked(arguments),
         "mode": arguments.mode,
         "max_new_tokens": arguments.max_new_tokens,
         "num_beams": arguments.num_beams,
@@ -317,10 +357,14 @@ def _info(arguments: argparse.Namespace, state: Any) -> dict[str, Any]:
 
 def _generator(arguments: argparse.Namespace, checkpoint: Any, device: Any, num_images: int) -> Any:
     from dynkp.checkpoints import load_model, load_processor
-    from dynkp.generation import PostDialogue, TransformersGenerator
+    from dynkp.generation import Dialogue, PostDialogue, ReasoningDialogue, TransformersGenerator
 
     processor = load_processor(checkpoint)
-    dialogue = PostDialogue(processor, _task(arguments), mode=arguments.mode, modality=arguments.modality)
+    task, modality = _task(arguments), arguments.modality
+    if _reasons(arguments):
+        dialogue: Dialogue = ReasoningDialogue(processor, task, prompt=arguments.prompt, modality=modality)
+    else:
+        dialogue = PostDialogue(processor, task, mode=arguments.mode, modality=modality)
     sampling: dict[str, Any] = {}
     if arguments.do_sample:
         sampling = {"temperature": arguments.temperature or 1.0, "top_p": arguments.top_p or 1.0}
@@ -373,6 +417,10 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
             parser.error(f"--{name.replace('_', '-')} is for sampling: add --do-sample")
     if arguments.decodes > 1 and not arguments.do_sample:
         parser.error(f"--decodes {arguments.decodes}: without --do-sample every decode is the same")
+    if _reasons(arguments) and (arguments.mode != "auto" or arguments.separator is not None):
+        parser.error(f"--mode and --separator are not for --task {arguments.task}; --prompt says whether to reason")
+    if arguments.prompt != "label" and not _reasons(arguments):
+        parser.error(f"--prompt is not for --task {arguments.task}; --mode says whether to reason")
     if arguments.backend == "vllm" and arguments.num_beams > 1:
         parser.error("--num-beams: vLLM does not sample with beams; take --backend transformers")
     if arguments.vllm_options and arguments.backend != "vllm":

@@ -136,9 +136,9 @@ class ReasoningTask:
     def parse(self, output: str) -> Prediction:
         """Read an output of either prompt.
 
-        The prediction is the label named in the first line of the field Prediction, or of the output's last line where
-        there is no such field (a bare word, a code fence behind it). A line that names several labels, such as
-        "positive/neutral/negative", predicts none.
+        The prediction is the label named in the first line of the field Prediction; without such a field, the bare word
+        in the last line of a chain, or the label named in the last line of an output without any fields. A line that
+        names several labels, such as "positive/neutral/negative", predicts none.
 
         Args:
             output: what the model wrote.
@@ -149,9 +149,13 @@ class ReasoningTask:
         if not isinstance(output, str):
             raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
         found = _json_fields(output) or _headed_fields(output)
-        lines = _bare(found[PREDICTION] if PREDICTION in found else output).splitlines() or [""]
         fields = {name: found[name] for name in ANALYSES if found.get(name)}
-        return Prediction(fields, self._read(lines[0 if PREDICTION in found else -1]))
+        if PREDICTION in found:
+            return Prediction(fields, self._read((found[PREDICTION].splitlines() or [""])[0]))
+        last = (_bare(output).splitlines() or [""])[-1]
+        # A chain that was cut off ends in the middle of a thought, which may well name a label.
+        bare = not found or (self.labels and len(last.split()) == 1)
+        return Prediction(fields, self._read(last) if bare else None)
 
     def _read(self, line: str) -> str | None:
         """The answer in the line that holds the prediction."""

@@ -31,9 +31,11 @@ _POLARITIES = {"0": "negative", "1": "neutral", "2": "positive"}
 # Where the aspect stands in TomBERT's texts.
 _PLACE = "$T$"
 _MVSA_LABELS = "labelResultAll.txt"
+# Findings that matter where labels do.
+_OF_LABELS = ("no_majority", "contradictory_labels")
 
 
-def load_sentiment_posts(
+def read_sentiment_posts(
     source: Any,
     *,
     task: ReasoningTask | str = "masc",
@@ -41,12 +43,8 @@ def load_sentiment_posts(
     split: str = "train",
     format: str = "auto",
     need_labels: bool = True,
-    on_invalid: str = "error",
-    report_file: str | Path | None = None,
-    check_images: bool = True,
-    progress: bool = True,
-) -> tuple[Dataset, PostReport]:
-    """Load and check posts for sentiment.
+) -> Dataset:
+    """Load posts for sentiment; what is wrong with which is for `validate_posts` to say, or for `load_sentiment_posts`.
 
     Args:
         source: one of
@@ -60,22 +58,14 @@ def load_sentiment_posts(
         split: of a folder saved by `datasets` or a Hub dataset.
         format: one of `SENTIMENT_FORMATS`, if it cannot be seen from the source.
         need_labels: whether a post without label is invalid: True to train or to score, False to predict.
-        on_invalid, report_file, check_images, progress: as in `validate_posts`.
 
     Returns:
-        The valid posts, in the source's order, and the report. MVSA's label follows Xu and Mao (2017): the majority of
-        the annotators for text and image apart; of the two, the one that is not neutral. Posts without majority or with
-        opposite labels are invalid (`no_majority`, `contradictory_labels`): drop them with `on_invalid="skip"`.
+        All posts, in the source's order. MVSA's label follows Xu and Mao (2017): the majority of the annotators for text
+        and image apart; of the two, the one that is not neutral. Posts without majority or with opposite labels are
+        invalid (`no_majority`, `contradictory_labels`).
 
     Raises:
         FileNotFoundError, ValueError: as in `load_posts`.
-        InvalidPostsError: as in `validate_posts`.
-
-    Example:
-        >>> rows = [{"id": "1", "text": "Go Cubs", "aspect": "Cubs", "label": "positive"}]
-        >>> posts, report = load_sentiment_posts(rows, progress=False)
-        >>> posts[0]["label"], report.total
-        ('positive', 1)
     """
     if format not in SENTIMENT_FORMATS:
         raise ValueError(f"format={format!r} is not known: use one of {', '.join(SENTIMENT_FORMATS)}")
@@ -95,18 +85,49 @@ def load_sentiment_posts(
         if format == "mvsa" and image_dir is None:
             image_dir = _mvsa_folder(path)
     prepared = ((fallback_id, _prepared(row, task, need_labels)) for fallback_id, row in rows)
-    posts = normalise_rows(prepared, {"image_dir": image_dir, "stem": stem, "local": True})
-    valid, report = validate_posts(
-        posts,
+    return normalise_rows(prepared, {"image_dir": image_dir, "stem": stem, "local": True})
+
+
+def load_sentiment_posts(
+    source: Any,
+    *,
+    task: ReasoningTask | str = "masc",
+    on_invalid: str = "error",
+    report_file: str | Path | None = None,
+    check_images: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Dataset, PostReport]:
+    """Load and check posts for sentiment.
+
+    Args:
+        source, task, **options: as in `read_sentiment_posts`.
+        on_invalid, report_file, check_images, progress: as in `validate_posts`.
+
+    Returns:
+        The valid posts, in the source's order, and the report.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_posts`.
+        InvalidPostsError: as in `validate_posts`.
+
+    Example:
+        >>> rows = [{"id": "1", "text": "Go Cubs", "aspect": "Cubs", "label": "positive"}]
+        >>> posts, report = load_sentiment_posts(rows, progress=False)
+        >>> posts[0]["label"], report.total
+        ('positive', 1)
+    """
+    posts, report = validate_posts(
+        read_sentiment_posts(source, task=task, **options),
         need_keyphrases=False,
         on_invalid=on_invalid,
         report_file=report_file,
         check_images=check_images,
         progress=progress,
     )
-    valid = valid.remove_columns([name for name in ("keyphrases",) if not any(valid[name])])
-    _announce_rationales(valid, task)
-    return valid, report
+    posts = posts.remove_columns([name for name in ("keyphrases",) if not any(posts[name])])
+    _announce_rationales(posts, resolve_reasoning_task(task))
+    return posts, report
 
 
 def _recognise(path: str | None) -> str:
@@ -125,7 +146,7 @@ def _prepared(row: Any, task: ReasoningTask, need_labels: bool) -> Any:
     for other, name in (("cot", "rationale"), ("image_path", "image")):
         if other in row and row.get(name) is None:
             row[name] = row.pop(other)
-    findings = list(row.get(LOAD_FINDINGS) or [])
+    findings = [item for item in row.get(LOAD_FINDINGS) or [] if need_labels or item["code"] not in _OF_LABELS]
 
     def report(code: str, message: str) -> None:
         findings.append({"code": code, "message": message})
@@ -177,7 +198,7 @@ def _read_tombert(path: str, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if _PLACE not in text:
             message = f"the text has no {_PLACE}, where the aspect {aspect!r:.80} belongs: {text[:80]!r}"
             findings.append({"code": "no_place_of_aspect", "message": message})
-        row = {
+        row: dict[str, Any] = {
             "id": f"{stem}-{index}",
             "text": text.replace(_PLACE, aspect),
             "aspect": aspect,

@@ -24,7 +24,7 @@ from dynkp.report.evaluation import listed, match_predictions, percent
 
 # What scikit-learn is told of an output that predicts nothing: none of the labels.
 _UNREAD = "(unread)"
-_HEADS = {"bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "distinct_1": "Distinct-1", "distinct_2": "Distinct-2"}
+_HEADS = {"bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR", "distinct_1": "Distinct-1", "distinct_2": "Distinct-2"}
 
 
 class LabelledPost(NamedTuple):
