@@ -65,7 +65,8 @@ class ConversionReport:
             shown = ", ".join(repr(finding.id) for finding in self.skipped[:5])
             text += f"; {len({finding.index for finding in self.skipped}):,} posts skipped, first {shown}"
         if self.not_written:
-            text += f". Not written, by number of posts: {', '.join(f'{k} {n:,}' for k, n in self.not_written.most_common())}"
+            counts = sorted(self.not_written.items(), key=lambda item: (-item[1], item[0]))
+            text += f". Not written, by number of posts: {', '.join(f'{name} {posts:,}' for name, posts in counts)}"
         return text
 
 

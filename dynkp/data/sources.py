@@ -19,7 +19,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, Json, load_dataset, load_from_disk
 from PIL import Image
 
 from dynkp.data.images import IMAGE_FORMATS, ImageError, locate_image
@@ -129,13 +129,12 @@ def read_rows(source: Any, *, split: str = "train", format: str = "auto") -> Ite
     if not _names_files(source):
         _known_format(format)
         if isinstance(source, Dataset | IterableDataset):
-            source = undecoded(source.with_format(None) if isinstance(source, Dataset) else source, source.features or {})
+            source = _as_stored(source.with_format(None) if isinstance(source, Dataset) else source)
         return iter(enumerate_ids(source, "post"))
     files, format = _files(source, format, split)
     if format not in _DATASETS:
         return _read(files, format)
-    rows = _load_dataset(files, format, split, streaming=True)
-    return iter(enumerate_ids(undecoded(rows, rows.features or {}), file_stem(files[0])))
+    return iter(enumerate_ids(_as_stored(_load_dataset(files, format, split, streaming=True)), file_stem(files[0])))
 
 
 def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, rationales: str = "first") -> Dataset:
@@ -268,6 +267,17 @@ def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **
             raise ValueError(f"split={split!r} is not in {files[0]}: it has {', '.join(saved)}")
         saved = saved[split]
     return saved.to_iterable_dataset() if streaming else saved
+
+
+def _as_stored(posts: Posts) -> Iterator[Mapping[str, Any]]:
+    """Rows with pictures as paths or bytes, and JSON exactly: `datasets` reads it with ujson, to 16 digits."""
+    features = posts.features or Features()
+    posts = undecoded(posts, features)
+    exact = [name for name, kind in features.items() if isinstance(kind, Json)]
+    for name in exact:
+        posts = posts.cast_column(name, Json(decode=False))
+    for row in posts:
+        yield {**row, **{name: None if row[name] is None else json.loads(row[name]) for name in exact}} if exact else row
 
 
 def file_stem(path: str | Path) -> str:
