@@ -22,6 +22,8 @@ _EXPORTS = {
     "KeyphraseConfig": "dynkp.trainer.keyphrase_config",
     "KeyphraseTask": "dynkp.data.prompts",
     "KeyphraseTrainer": "dynkp.trainer.keyphrase_trainer",
+    "MulCoTRDConfig": "dynkp.trainer.mulcot_rd_config",
+    "MulCoTRDTrainer": "dynkp.trainer.mulcot_rd_trainer",
     "PairedTargetCollator": "dynkp.data.collators",
     "REASONING_TASKS": "dynkp.data.reasoning_tasks",
     "ReasoningTask": "dynkp.data.reasoning_tasks",
@@ -62,6 +64,8 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer
     from dynkp.trainer.keyphrase_config import KeyphraseConfig as KeyphraseConfig
     from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer as KeyphraseTrainer
+    from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig as MulCoTRDConfig
+    from dynkp.trainer.mulcot_rd_trainer import MulCoTRDTrainer as MulCoTRDTrainer
 
 
 def __getattr__(name: str) -> Any:

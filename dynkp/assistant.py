@@ -52,6 +52,11 @@ class Assistant:
         model = load_model(checkpoint, dtype=dtype, device=device)
         return cls(model, getattr(processor, "tokenizer", processor))
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids its probabilities are spread over."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
     @torch.no_grad()
     def logits(self, branches: Branches, targets: Mapping[str, Targets], everywhere: bool = False) -> dict[str, torch.Tensor]:
         """z_A at the tokens of each task's answers.

@@ -15,19 +15,24 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dynkp.assistant import Assistant
 from dynkp.checkpoints import find_checkpoint
 from dynkp.data.reasoning_tasks import ReasoningTask
+from dynkp.data.two_task_collator import TwoTaskCollator
+from dynkp.generation import plan_batches, prompt_size
 from dynkp.mechanics.shared_prompt import Targets
-from dynkp.objectives.distillation import SoftLabels
-from dynkp.prediction_run import weights_fingerprint
+from dynkp.objectives.distillation import SoftLabels, soft_label_divergence, truncate
+from dynkp.prediction_run import locked, weights_fingerprint
 from dynkp.report.scores import write_json
 
 logger = logging.getLogger(__name__)
@@ -68,6 +73,7 @@ class SoftLabelWriter:
         rank: of this process among those that write to the folder.
 
     Raises:
+        BlockingIOError: if another run is writing to the folder.
         ValueError: if the folder was begun with other settings, saying which.
 
     Example:
@@ -82,6 +88,7 @@ class SoftLabelWriter:
         self.folder = Path(folder)
         self.rank = rank
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(self.folder / f"writer-{rank}.lock")
         settings = json.loads(json.dumps(settings))
         if (self.folder / _META).exists():
             _compare(self.folder, _settings(self.folder), settings)
@@ -126,6 +133,11 @@ class SoftLabelWriter:
         partial.replace(path)
         self.places |= {(post_id, task): Place(path.name, first, length) for post_id, task, first, length in entries}
         self._pending.clear()
+
+    def close(self) -> None:
+        """Write what is left, and let other runs have the folder."""
+        self.flush()
+        self._lock.close()
 
 
 class SoftLabelCache:
@@ -245,6 +257,101 @@ class SoftLabelCache:
             f"`soft_labels` {str(self.folder)!r} has nothing for {len(missing)} answers: {shown}. Run `dynkp distill cache` on "
             "these posts; it goes on where it stopped."
         )
+
+
+def write_soft_labels(
+    writer: SoftLabelWriter,
+    assistant: Assistant,
+    collator: TwoTaskCollator,
+    posts: Any,
+    *,
+    top_k: int,
+    temperature: float,
+    vocabulary: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> int:
+    """Have the assistant say what it thinks of the posts' answers; those already in the folder are passed over.
+
+    Args:
+        writer: where to.
+        assistant: on its device.
+        collator: of the assistant's own processor.
+        posts: rows of the collator's task; a sequence.
+        top_k: K, tokens kept of each distribution.
+        temperature: T.
+        vocabulary: number of ids that student and assistant share; the assistant's, if None.
+        batch_size: posts at a time.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The number of answers written.
+    """
+    todo = [
+        index
+        for index, (post_id, rationale) in enumerate(zip(posts["id"], posts["rationale"], strict=True))
+        if not writer.has(post_id, "label") or ((rationale or "").strip() and not writer.has(post_id, "chain"))
+    ]
+    written = 0
+    sizes = [prompt_size(row) for row in posts.select_columns(["text", "images"]).select(todo)]
+    with tqdm(total=len(todo), desc="Soft labels", unit="post", disable=not progress) as bar:
+        for batch in plan_batches(sizes, batch_size):
+            rows = collator([posts[todo[index]] for index in batch])
+            answers = {task: rows[task] for task in ("label", "chain")}
+            for task, logits in assistant.logits(rows["prompts"], answers).items():
+                labels = truncate(logits[:, :vocabulary].float(), top_k, temperature)
+                lengths = answers[task]["lengths"]
+                parts = [part.split(lengths) for part in (labels.ids, labels.log_probs, labels.rest)]
+                for row, (post_id, length) in enumerate(zip(rows["id"], lengths, strict=True)):
+                    if length and not writer.has(post_id, task):
+                        token_ids = answers[task]["input_ids"][row, :length]
+                        ids, log_probs, rest = (part[row] for part in parts)
+                        writer.add(post_id, task, token_ids, SoftLabels(ids, log_probs, rest, labels.vocabulary))
+                        written += 1
+            bar.update(len(batch))
+    writer.flush()
+    return written
+
+
+def left_out(folder: str | os.PathLike[str]) -> dict[int, float]:
+    """How much of the assistant's probability its likeliest k tokens leave out, the mean over all tokens, for some k."""
+    sums: dict[int, float] = {}
+    tokens = 0
+    for path in sorted(Path(folder).glob("labels-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            rest = file.get_tensor("rest").double().exp()
+            top = file.get_tensor("log_probs").double().exp()
+        behind = top.sum(dim=1, keepdim=True) - top.cumsum(dim=1) + rest[:, None]  # outside the first 1, 2, ... tokens
+        tokens += len(rest)
+        for k in _some(top.shape[1]):
+            sums[k] = sums.get(k, 0.0) + float(behind[:, k - 1].clamp(min=0).sum())
+    return {k: total / tokens for k, total in sums.items()}
+
+
+@torch.no_grad()
+def truncation_effect(
+    student: Assistant, assistant: Assistant, collator: TwoTaskCollator, posts: Any, *, top_k: int, temperature: float
+) -> dict[int, float]:
+    """KL between assistant and student with k tokens kept, as a share of the whole KL, over the posts' answers."""
+    sums: dict[int, float] = {}
+    whole = 0.0
+    for row in posts:
+        rows = collator([row])
+        answers = {task: rows[task] for task in ("label", "chain")}
+        ours, theirs = (model.logits(rows["prompts"], answers) for model in (student, assistant))
+        for task in ours:
+            shared = min(ours[task].shape[1], theirs[task].shape[1])
+            z_s, z_a = ours[task][:, :shared].float(), theirs[task][:, :shared].float()
+            whole += float(soft_label_divergence(z_s, z_a, temperature).sum())
+            for k in _some(min(top_k, shared)):
+                labels = truncate(z_a, k, temperature)
+                sums[k] = sums.get(k, 0.0) + float(soft_label_divergence(z_s, labels, temperature).sum())
+    return {k: total / whole for k, total in sums.items()} if whole > 0 else {}
+
+
+def _some(top_k: int) -> list[int]:
+    """1, 4, 16, ... and K."""
+    return [*takewhile(lambda k: k < top_k, (4**power for power in range(16))), top_k]
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"mmkp_f1"},
     {"objectives", "mechanics", "data", "synthetic"},
-    {"trainer", "generation", "prediction_run", "checkpoints", "vllm_backend", "teacher", "report"},
+    {"trainer", "generation", "prediction_run", "checkpoints", "vllm_backend", "teacher", "report", "assistant", "soft_labels"},
     {"cli", "bench", "examples"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -15,6 +15,7 @@ COMMANDS = {
     "stats": ("dynkp.cli.stats", "describe a dataset, as the papers' tables do"),
     "resample": ("dynkp.cli.resample", "make a split whose test keyphrases are less known from training"),
     "convert": ("dynkp.cli.convert", "write posts in another file form"),
+    "distill": ("dynkp.cli.distill", "prepare a student's training with an assistant: soft labels, chains"),
     "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/performance.md)"),
 }
 

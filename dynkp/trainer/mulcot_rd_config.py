@@ -24,7 +24,7 @@ class MulCoTRDConfig(KeyphraseConfig):
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments of the learning rate schedule. None (default) for 'reduce_lr_on_plateau': the paper's mode 'max', "
+            "help": "Arguments of the schedule. None (default) for 'reduce_lr_on_plateau': the paper's mode 'max', "
             "factor 0.5, patience 2, on `metric_for_best_model` (paper: accuracy)."
         },
     )

@@ -28,7 +28,7 @@ from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_o
 from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
 from dynkp.trainer.label_evaluation import label_metrics
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
-from dynkp.trainer.preparation import prepare_posts
+from dynkp.trainer.preparation import keep_answerable, prepare_posts
 
 logger = logging.getLogger(__name__)
 
@@ -231,35 +231,3 @@ class WithSoftLabels:
         batch = self.collator(rows)
         answers = {task: batch[task] for task in MulCoTRDTrainer.target_kinds}
         return {**batch, "soft_labels": self.cache.of_batch(batch["id"], answers)}
-
-
-def keep_answerable(
-    posts: Dataset | IterableDataset, name: str, task: ReasoningTask, on_invalid: str
-) -> Dataset | IterableDataset:
-    """Find posts without answer or aspect before the first step; a stream is not read ahead, there the collator raises.
-
-    Raises:
-        ValueError: with the first ids, if there are such posts and `on_invalid` is `"error"`, or if there are no others.
-    """
-    if not isinstance(posts, Dataset):
-        return posts
-    columns = [column for column in ("id", "text", "aspect", "label", "keyphrases") if column in posts.column_names]
-    kept, problems = [], []
-    for index, row in enumerate(posts.select_columns(columns)):
-        try:
-            task.answer(row)
-            task.label_prompt(row)
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            kept.append(index)
-    if problems and (on_invalid == "error" or not kept):
-        shown = "\n  ".join(problems[:10])
-        raise ValueError(
-            f"{len(problems)} of {len(posts)} {name} posts do not fit task {task.name!r}:\n  {shown}\n"
-            "Correct them, or drop them with on_invalid='skip'."
-        )
-    if problems:
-        logger.warning("%d %s posts are dropped, first: %s", len(problems), name, problems[0])
-        return posts.select(kept)
-    return posts

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.lengths import post_lengths
 from dynkp.data.posts import validate_posts
+from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
 logger = logging.getLogger(__name__)
@@ -118,3 +119,35 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any
         logger.warning("%d %s posts are dropped: their prompts fill `max_length`; see %s.", len(too_long), name, report_file)
     dropped = {length.id for length in too_long}
     return dataset.select([index for index, length in enumerate(lengths) if length.id not in dropped])
+
+
+def keep_answerable(
+    posts: Dataset | IterableDataset, name: str, task: ReasoningTask, on_invalid: str
+) -> Dataset | IterableDataset:
+    """Find posts without answer or aspect before the first step; a stream is not read ahead, there the collator raises.
+
+    Raises:
+        ValueError: with the first ids, if there are such posts and `on_invalid` is `"error"`, or if there are no others.
+    """
+    if not isinstance(posts, Dataset):
+        return posts
+    columns = [column for column in ("id", "text", "aspect", "label", "keyphrases") if column in posts.column_names]
+    kept, problems = [], []
+    for index, row in enumerate(posts.select_columns(columns)):
+        try:
+            task.answer(row)
+            task.label_prompt(row)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            kept.append(index)
+    if problems and (on_invalid == "error" or not kept):
+        shown = "\n  ".join(problems[:10])
+        raise ValueError(
+            f"{len(problems)} of {len(posts)} {name} posts do not fit task {task.name!r}:\n  {shown}\n"
+            "Correct them, or drop them with on_invalid='skip'."
+        )
+    if problems:
+        logger.warning("%d %s posts are dropped, first: %s", len(problems), name, problems[0])
+        return posts.select(kept)
+    return posts

@@ -1,0 +1,272 @@
+"""The command `dynkp distill`: what MulCoT-RD's student learns from, written by its assistant."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Prepare a student's training with a trained assistant (MulCoT-RD; docs/methods/mulcot_rd.md).
+
+cache    writes the assistant's soft labels, so that the student trains without it in memory
+augment  adds the chains that the assistant wrote to the training posts, where their prediction is right"""
+
+EPILOG = """\
+examples:
+  dynkp distill cache --model runs/assistant --student Qwen/Qwen2.5-VL-3B-Instruct --task masc \\
+      --posts train.jsonl --image-dir images --output soft_labels
+      then train with soft_labels: soft_labels
+  dynkp predict --model runs/assistant --task masc --prompt chain --do-sample --temperature 0.7 \\
+      --posts train.jsonl --image-dir images --output chains.jsonl
+  dynkp distill augment --task masc --posts train.jsonl --image-dir images --chains chains.jsonl --output augmented.jsonl
+      the posts of train.jsonl, and one more for each chain that ends in its post's label
+"""
+
+_CACHE = """\
+Write the assistant's likeliest tokens at every token of the posts' answers, with their log-probabilities at temperature T.
+
+Files are written as they fill up. Stop the command, or have it killed, and start it again: it goes on where it was. Going on
+with other settings is an error. accelerate launch -m dynkp.cli distill cache ... shares the posts out to all GPUs.
+
+At the end it says how much probability the likeliest k tokens leave out, and, with --student, how much of the divergence
+between the two is left with k tokens."""
+
+_AUGMENT = """\
+Add the assistant's chains to the training posts: each becomes a post with the chain as its rationale and the id ID#assistant,
+if the chain's prediction is right. The teacher's posts stay as they are."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is made of its help."""
+    parser = argparse.ArgumentParser(
+        prog="dynkp distill", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="cache|augment")
+    form = argparse.RawDescriptionHelpFormatter
+    cache = commands.add_parser("cache", description=_CACHE, formatter_class=form, help="write soft labels")
+    _add_posts(cache)
+    cache.add_argument(
+        "--model", required=True, metavar="DIR_OR_ID", help="the assistant: a saved model, or an adapter (its base is found)"
+    )
+    cache.add_argument("--output", required=True, metavar="DIR", help="the folder of soft labels")
+    cache.add_argument("--top-k", type=_positive, default=64, metavar="K", help="tokens kept at each place (default: 64)")
+    cache.add_argument(
+        "--temperature", type=_above_zero, default=2.0, metavar="T", help="T of the student's training (default: 2.0)"
+    )
+    cache.add_argument(
+        "--student", metavar="DIR_OR_ID", help="cut the vocabulary to the ids it shares with the assistant, and compare the two"
+    )
+    cache.add_argument(
+        "--compare",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="with --student: posts on which what the truncation does to the divergence is measured; 0: none (default: 16)",
+    )
+    cache.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="posts at a time and process (default: 8)")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    cache.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
+    cache.add_argument("--device", default="auto", help="auto (the default: a GPU if there is one), cpu, cuda, cuda:1, ...")
+    cache.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    augment = commands.add_parser("augment", description=_AUGMENT, formatter_class=form, help="add the assistant's chains")
+    _add_posts(augment)
+    augment.add_argument(
+        "--chains", required=True, metavar="FILE", help="the assistant's answers to these posts: dynkp predict --prompt chain"
+    )
+    augment.add_argument("--output", required=True, metavar="FILE", help="the posts to train the student on, as JSON lines")
+    return parser
+
+
+def _add_posts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--posts", required=True, metavar="FILE", help="training posts with labels, and rationales where they have some"
+    )
+    parser.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
+    parser.add_argument("--split", default="train", help="of a folder or Hub dataset (default: train)")
+    parser.add_argument("--task", default="masc", help="masc (default), msc or keyphrases; as in training")
+    parser.add_argument(
+        "--on-invalid", choices=["error", "skip"], default="error", help="posts that cannot be used: stop (default), or drop"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dynkp distill`.
+
+    Args:
+        argv: the arguments after `dynkp distill`; those of the process if None.
+
+    Returns:
+        0, 1 where files or settings do not allow the run, 130 where it was interrupted.
+    """
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dynkp").setLevel(logging.INFO)
+    try:
+        (_cache if arguments.command == "cache" else _augment)(arguments)
+    except KeyboardInterrupt:
+        print(f"\ndynkp distill: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dynkp distill: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from dynkp.assistant import Assistant, check_vocabularies
+    from dynkp.checkpoints import find_checkpoint, load_processor
+    from dynkp.data.reasoning_tasks import resolve_reasoning_task
+    from dynkp.data.two_task_collator import TwoTaskCollator
+    from dynkp.report.scores import write_json
+    from dynkp.soft_labels import (
+        SoftLabelWriter,
+        assistant_fingerprint,
+        left_out,
+        task_fingerprint,
+        truncation_effect,
+        write_soft_labels,
+    )
+
+    # Ranks share nothing but the folder, in which each has files of its own.
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = _device(arguments.device)
+    posts = _posts(arguments)
+    task = resolve_reasoning_task(arguments.task)
+    processor = load_processor(find_checkpoint(arguments.model))
+    assistant = Assistant.load(arguments.model, dtype=arguments.dtype, device=device)
+    assert assistant.tokenizer is not None
+    vocabulary = assistant.vocabulary
+    if arguments.student is not None:
+        student_processor = load_processor(find_checkpoint(arguments.student))
+        check_vocabularies(getattr(student_processor, "tokenizer", student_processor), assistant.tokenizer)
+        student = Assistant.load(arguments.student, dtype=arguments.dtype, device="cpu")
+        vocabulary = min(vocabulary, student.vocabulary)
+    top_k = min(arguments.top_k, vocabulary)
+    settings = {
+        "assistant": assistant_fingerprint(arguments.model),
+        "dtype": str(assistant.model.dtype),
+        "task": task_fingerprint(task),
+        "temperature": arguments.temperature,
+        "top_k": top_k,
+        "vocabulary": vocabulary,
+    }
+    writer = SoftLabelWriter(arguments.output, settings, assistant.tokenizer, rank)
+    collator = TwoTaskCollator(processor, task)
+    try:
+        written = write_soft_labels(
+            writer,
+            assistant,
+            collator,
+            posts.select(range(rank, len(posts), ranks)),
+            top_k=top_k,
+            temperature=arguments.temperature,
+            vocabulary=vocabulary,
+            batch_size=arguments.batch_size,
+            progress=not arguments.no_progress and rank == 0,
+        )
+    finally:
+        writer.close()
+    size = sum(file.stat().st_size for file in Path(arguments.output).glob("labels-*.safetensors"))
+    print(f"{arguments.output}: {written:,} answers written, {len(writer.places):,} in all, {size / 1e6:,.1f} MB")
+    if rank:
+        return
+    shares = left_out(arguments.output)
+    report: dict[str, Any] = {"left_out": shares}
+    print(f"probability left out by the likeliest k tokens: {_listed(shares, '.2%')}")
+    if arguments.student is not None and arguments.compare:
+        student.model.to(device)
+        some = posts.select(range(min(arguments.compare, len(posts))))
+        effect = truncation_effect(student, assistant, collator, some, top_k=top_k, temperature=arguments.temperature)
+        report["divergence_kept"] = effect
+        print(f"divergence from {arguments.student} that k tokens keep: {_listed(effect, '.1%')}")
+    write_json(Path(arguments.output, "truncation.json"), report)
+
+
+def _augment(arguments: argparse.Namespace) -> None:
+    from datasets import concatenate_datasets
+
+    from dynkp.data.reasoning_tasks import resolve_reasoning_task
+    from dynkp.data.sources import write_posts_jsonl
+    from dynkp.report.evaluation import read_predictions
+
+    posts = _posts(arguments, check_images=False)
+    task = resolve_reasoning_task(arguments.task)
+    chains = {str(row["id"]): row["raw"] for row in read_predictions(arguments.chains, "raw")}
+    if unknown := sorted(chains.keys() - set(posts["id"])):
+        raise ValueError(f"{arguments.chains} has chains of posts that {arguments.posts} has not: {', '.join(unknown[:5])}")
+    right = [
+        index for index, row in enumerate(posts.remove_columns("images")) if task.is_right(row, chains.get(row["id"], ""))
+    ]
+    added = posts.select(right).map(
+        lambda row: {"rationale": chains[row["id"]], "id": f"{row['id']}#assistant"}, load_from_cache_file=False
+    )
+    output = Path(arguments.output)
+    partial = output.with_name(f".{output.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    write_posts_jsonl(concatenate_datasets([posts, added]), partial, image_dir=arguments.image_dir)
+    partial.replace(output)
+    print(
+        f"{arguments.output}: {len(posts):,} posts and {len(right):,} more with a chain of the assistant's, which wrote "
+        f"{len(chains):,} chains, {len(right) / max(1, len(chains)):.1%} of them right"
+    )
+
+
+def _posts(arguments: argparse.Namespace, check_images: bool = True) -> Any:
+    from dynkp.data.reasoning_tasks import resolve_reasoning_task
+    from dynkp.data.sentiment_posts import load_sentiment_posts
+    from dynkp.trainer.preparation import keep_answerable
+
+    posts, _ = load_sentiment_posts(
+        arguments.posts,
+        task=arguments.task,
+        image_dir=arguments.image_dir,
+        split=arguments.split,
+        on_invalid=arguments.on_invalid,
+        check_images=check_images,
+        progress=False,
+    )
+    return keep_answerable(posts, "train", resolve_reasoning_task(arguments.task), arguments.on_invalid)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _listed(values: dict[int, float], form: str) -> str:
+    return ", ".join(f"{k}: {value:{form}}" for k, value in values.items())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
