@@ -236,11 +236,14 @@ class KeyphraseTrainer(SFTTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _post_losses_in_forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        # Ranks may differ in what they compute; under ZeRO-2 their backward passes must not.
-        zero = gradients_in_order(model.parameters()) if self.is_deepspeed_enabled and torch.is_grad_enabled() else 0.0
+        zero = gradients_in_order(model.parameters()) if torch.is_grad_enabled() else 0.0
         with self.accelerator.autocast():
-            losses = self.compute_post_losses(model, inputs)
-        return losses.total + zero, losses.weight
+            total, weight = self.compute_post_losses(model, inputs)
+        # Ranks may differ in what they compute; under ZeRO-2 their backward passes must not. A rank may also have nothing to
+        # learn from (its posts only fill up the last batch), and must take part all the same.
+        if self.is_deepspeed_enabled or not total.requires_grad:
+            total = total + zero
+        return total, weight
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
