@@ -16,6 +16,7 @@ COMMANDS = {
     "resample": ("dynkp.cli.resample", "make a split whose test keyphrases are less known from training"),
     "convert": ("dynkp.cli.convert", "write posts in another file form"),
     "distill": ("dynkp.cli.distill", "prepare a student's training with an assistant: soft labels, chains"),
+    "rationales": ("dynkp.cli.rationales", "ask a large model why posts have their keyphrases, for training to reason"),
     "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/performance.md)"),
 }
 

@@ -1,0 +1,329 @@
+"""The command `dynkp rationales`: posts in, posts with a teacher's rationales out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ACTIONS = ("ask", "export", "import", "write", "merge")
+# Tasks and filters are named here too, so that the help does not load what they need; the tests hold the lists together.
+TASKS = ("dynamic_cot", "msc", "masc", "keyphrases")
+FILTERS = (
+    "empty",
+    "refusal",
+    "cut_off",
+    "too_short",
+    "too_long",
+    "field_names",
+    "wrong_prediction",
+    "no_gold_phrase",
+    "near_copy",
+)
+DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "no_gold_phrase")
+DONE, ERROR, SOME_FAILED, COST_REACHED, INTERRUPTED = 0, 1, 3, 4, 130
+
+DESCRIPTION = """\
+Ask a large vision-language model why people would tag posts as they did, through any server with OpenAI's chat interface
+(vLLM, SGLang, transformers serve, hosted ones). For --output R.jsonl there will be
+
+  R.jsonl          the posts with their rationales, in the posts' order
+  R.errors.jsonl   the posts without one, each with the reason
+  R.report.json    counts, settings, cost
+  R.journal/       every answer, from the moment it came
+
+Stop the command, or have it killed, and start it again: it goes on where it was, and asks nothing twice. The API key is
+read from the environment (OPENAI_API_KEY); a server without authentication needs none.
+
+actions:
+  ask      (the default) ask about all posts that are not answered yet, then write the files
+  export   write the requests that come next as files of OpenAI's batch interface
+  import   take the results of such files
+  write    write the files, from what is answered so far; with other filters, say
+  merge    put the outputs of all --shard together"""
+
+EPILOG = """\
+examples:
+  dynkp rationales --posts train.jsonl --image-dir images --output r.jsonl --base-url http://127.0.0.1:8000/v1 \\
+      --model Qwen/Qwen2.5-VL-72B-Instruct --limit 20 --preview 20
+      the first 20 posts, and a page to look at them: r.preview.html
+  dynkp rationales --posts train.jsonl --image-dir images --output r.jsonl --base-url https://api.openai.com/v1 \\
+      --model gpt-4o --prices prices.json --max-cost 50
+      a hosted model, at most 50 dollars; prices.json is {"gpt-4o": {"input": ..., "output": ...}} per million tokens
+  dynkp rationales --posts masc.jsonl --image-dir images --output r.jsonl --base-url http://127.0.0.1:8000/v1 \\
+      --model teacher --task masc
+      MulCoT-RD's chains of five fields; where the prediction is wrong, the label is told and an explanation asked for
+  dynkp rationales --posts train.jsonl --image-dir images --output r.jsonl --base-url http://127.0.0.1:8000/v1 \\
+      --model teacher --shard 2/4
+      the second of four machines; when all are done: dynkp rationales merge --output r.jsonl
+  dynkp rationales export --posts train.jsonl --image-dir images --output r.jsonl --model teacher --batch-dir batch
+      for vllm run-batch or a hosted batch service; then dynkp rationales import with --results, and all else the same
+
+exit status: 0 every post has an answer, 1 the run could not be made, 2 the command line is wrong, 3 some posts failed,
+4 --max-cost was reached, 130 interrupted
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is made of its help."""
+    parser = argparse.ArgumentParser(
+        prog="dynkp rationales", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", nargs="?", choices=ACTIONS, default="ask", help="see above (default: ask)")
+    what = parser.add_argument_group("what")
+    what.add_argument("--posts", metavar="FILE", help="JSON Lines file of posts (dynkp convert makes one)")
+    what.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
+    what.add_argument("--output", required=True, metavar="FILE", help="JSON Lines file of posts with rationales")
+    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N posts of the file")
+    what.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th post from the I-th on")
+    what.add_argument("--allow-image-urls", action="store_true", help="let pictures be addresses, which the server fetches")
+
+    server = parser.add_argument_group("server")
+    server.add_argument("--base-url", default="", metavar="URL", help="the server's address up to /v1")
+    server.add_argument("--model", metavar="NAME", help="as the server calls it")
+    server.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"
+    )
+    server.add_argument(
+        "--concurrency", type=_positive, default=32, metavar="N", help="most requests at once (default: 32)"
+    )
+    server.add_argument(
+        "--timeout", type=_above_zero, default=120.0, metavar="SECONDS", help="longest wait for an answer (default: 120)"
+    )
+    server.add_argument(
+        "--max-attempts", type=_positive, default=6, metavar="N", help="how often to send a request before its post fails (6)"
+    )
+    server.add_argument("--retry-failed", action="store_true", help="ask again about posts that failed in an earlier run")
+    server.add_argument("--prices", metavar="FILE", help="JSON or YAML: model -> input and output, per million tokens")
+    server.add_argument("--max-cost", type=_above_zero, metavar="COST", help="stop before all answers cost more than this")
+
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument(
+        "--task",
+        choices=TASKS,
+        default="dynamic_cot",
+        help="dynamic_cot: why these keyphrases (the default). msc, masc, keyphrases: MulCoT-RD's chains of five fields",
+    )
+    prompt.add_argument("--template", metavar="FILE", help="YAML with prompts of your own (docs/teacher.md)")
+    prompt.add_argument(
+        "--max-side", type=_positive, default=1024, metavar="PIXELS", help="larger pictures are shrunk to this (default: 1024)"
+    )
+    prompt.add_argument("--max-tokens", type=_positive, default=1024, metavar="N", help="longest answer (default: 1024)")
+    prompt.add_argument("--temperature", type=_from_zero, metavar="T", help="of sampling (default: the server's)")
+    prompt.add_argument("--top-p", type=_share, metavar="P", help="of sampling (default: the server's)")
+    prompt.add_argument("--seed", type=int, help="of sampling, for servers that take one")
+    prompt.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of requests, such as '{\"top_k\": 20}'"
+    )
+
+    after = parser.add_argument_group("filters and output")
+    after.add_argument(
+        "--filters",
+        nargs="*",
+        choices=FILTERS,
+        default=list(DEFAULT_FILTERS),
+        metavar="NAME",
+        help=f"what rationales are rejected for, of: {', '.join(FILTERS)} (default: all but no_gold_phrase); none for none",
+    )
+    after.add_argument("--min-words", type=int, default=10, metavar="N", help="fewer are too_short (default: 10)")
+    after.add_argument("--max-words", type=int, default=600, metavar="N", help="more are too_long (default: 600)")
+    after.add_argument(
+        "--max-similarity",
+        type=_share,
+        default=0.8,
+        metavar="S",
+        help="two rationales that share this much of their runs of three words are near_copy (default: 0.8)",
+    )
+    after.add_argument("--keep-all", action="store_true", help="write posts without rationale to the output too, with null")
+    after.add_argument("--preview", type=_positive, default=0, metavar="N", help="an HTML page of N posts: R.preview.html")
+    after.add_argument("--batch-dir", metavar="DIR", help="export: the folder for the files")
+    after.add_argument("--results", nargs="+", default=[], metavar="FILE", help="import: files of results")
+    after.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dynkp rationales`.
+
+    Args:
+        argv: the arguments after `dynkp rationales`; those of the process if None.
+
+    Returns:
+        0 if every post has an answer, 1 where the run could not be made, 3 where posts failed, 4 where the cost was
+        reached, 130 where it was interrupted.
+    """
+    arguments = _parsed(parser(), argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dynkp").setLevel(logging.INFO)
+    try:
+        return _ACTIONS[arguments.action](arguments)
+    except KeyboardInterrupt:
+        print(f"\ndynkp rationales: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dynkp rationales: error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _run(arguments: argparse.Namespace) -> Any:
+    from dynkp.teacher.rationale_run import RationaleRun, RationaleSettings
+
+    same = (
+        *("posts", "output", "model", "base_url", "image_dir", "task", "template", "max_side", "allow_image_urls"),
+        *("max_tokens", "temperature", "top_p", "seed", "extra_body", "shard", "limit", "concurrency", "timeout"),
+        *("max_attempts", "retry_failed", "prices", "max_cost", "min_words", "max_words", "max_similarity", "keep_all"),
+        "preview",
+    )
+    return RationaleRun(
+        RationaleSettings(
+            **{name: getattr(arguments, name) for name in same},
+            key_variable=arguments.api_key_env,
+            filters=tuple(arguments.filters),
+            progress=not arguments.no_progress,
+        )
+    )
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    with _run(arguments) as run:
+        outcome = run.ask()
+        if outcome.stopped == "interrupted":
+            print(f"dynkp rationales: interrupted, {outcome.open:,} posts are open; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
+        _write(run)
+    if outcome.stopped == "server":
+        print(f"dynkp rationales: error: {outcome.reason}\nThe same command goes on.", file=sys.stderr)
+        return ERROR
+    if outcome.stopped == "max_cost":
+        print(f"dynkp rationales: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
+        return COST_REACHED
+    if outcome.failed:
+        print(
+            f"dynkp rationales: {outcome.failed:,} posts failed, see {run.paths.errors}; --retry-failed asks them again",
+            file=sys.stderr,
+        )
+        return SOME_FAILED
+    return DONE
+
+
+def _write(run: Any) -> None:
+    from dynkp.teacher.rationale_files import summarise
+
+    report = run.write()
+    cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
+    print(f"{run.paths.output}: {summarise(report)}; {run.outcome.requests:,} requests{cost}")
+    if run.settings.preview:
+        print(f"{run.paths.preview}: {run.settings.preview} posts to look at")
+
+
+def _write_only(arguments: argparse.Namespace) -> int:
+    with _run(arguments) as run:
+        outcome = run.replay()
+        _write(run)
+    return SOME_FAILED if outcome.failed or outcome.open else DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    with _run(arguments) as run:
+        count, files = run.export(arguments.batch_dir)
+    print(f"{count:,} requests in {len(files)} files in {arguments.batch_dir}")
+    return DONE
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    with _run(arguments) as run:
+        found = run.import_results(arguments.results)
+        print(f"{found.answers:,} answers, {found.failures:,} failures, {found.known:,} known before")
+        outcome = run.replay()
+        _write(run)
+    if outcome.open:
+        print(f"dynkp rationales: {outcome.open:,} posts need more requests: export again, or ask", file=sys.stderr)
+    return SOME_FAILED if outcome.failed or outcome.open else DONE
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from dynkp.teacher.rationale_files import merge_shards, summarise
+
+    report = merge_shards(
+        arguments.output,
+        max_similarity=arguments.max_similarity,
+        near_copies="near_copy" in arguments.filters,
+        progress=not arguments.no_progress,
+    )
+    print(f"{arguments.output}: {summarise(report)}")
+    return SOME_FAILED if report["request_failed"] or report["invalid_post"] else DONE
+
+
+_ACTIONS = {"ask": _ask, "export": _export, "import": _import, "write": _write_only, "merge": _merge}
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    arguments = parser.parse_args(argv)
+    # A key on the command line is seen by every user of the machine, and would end up in the report.
+    key = os.environ.get(arguments.api_key_env, "")
+    if len(key) >= 8 and any(key in str(value) for value in vars(arguments).values()):
+        parser.error(f"an argument holds the API key; it belongs into the environment alone ({arguments.api_key_env})")
+    needed = {
+        "ask": ("posts", "model", "base_url"),
+        "export": ("posts", "model", "batch_dir"),
+        "import": ("posts", "model", "results"),
+        "write": ("posts", "model"),
+        "merge": (),
+    }[arguments.action]
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if not getattr(arguments, name)]:
+        parser.error(f"{arguments.action} needs {', '.join(missing)}")
+    if Path(arguments.output).is_dir():
+        parser.error(f"--output {arguments.output} is a folder; name a file")
+    if arguments.posts and os.path.abspath(arguments.posts) == os.path.abspath(arguments.output):
+        parser.error("--output is the posts file itself; name another")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+    return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _from_zero(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form I/N, with I from 1 to N")
+    return int(number), int(count)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    return value

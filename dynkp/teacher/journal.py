@@ -1,0 +1,274 @@
+"""Every answer, on disk from the moment it came.
+
+Given   answers with their keys (`ChatRequest.key`).
+Gives   whether a key was answered, and with what.
+Holds   files only grow, by whole lines, each written as soon as its answer is there: a process that is killed loses no
+        answer, and a line torn by a crash of the machine is cut off, and its request asked again. One process writes at a
+        time. Memory is that of one small entry per answer, whatever the answers' length.
+
+The folder:
+
+- `answers-00001.jsonl`, ...: one answer a line, its key first. A new file is begun at 256 MiB.
+- `settled.bin`: 32 bytes per post that needs no more requests: its fingerprint, and the key of its last answer.
+- `cursor.json`: where in the posts the last run was reading, a hint of where to look for posts without an answer.
+- `lock`: held by the run that writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dynkp.report.scores import write_json
+from dynkp.teacher.chat_request import KEY_BYTES
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 256 << 20
+# The start of a line, which is all that is read of it to know what is answered. `json.dumps` writes it so.
+_HEAD = re.compile(
+    rb'\{"key": "([0-9a-f]{32})", "failed": (true|false), "prompt_tokens": (\d+), "completion_tokens": (\d+), '
+    rb'"model": ("(?:[^"\\]|\\.)*")'
+)
+# A place in the answers: file number, offset, and whether the request failed, in one integer.
+_FAILED, _OFFSET_BITS = 1, 40
+
+
+class AnswerJournal:
+    """The answers of a run and of those before it.
+
+    Args:
+        folder: made if need be.
+        shard_bytes: size at which a new file is begun.
+
+    Raises:
+        BlockingIOError: if another run writes to the folder.
+        ValueError: if a line, other than a torn last one, is no answer.
+
+    Example:
+        >>> with AnswerJournal("out/rationales.journal") as journal:
+        ...     journal.append(bytes(16), {"model": "m", "text": "A dog."})
+        ...     journal.read(bytes(16))["text"]
+        'A dog.'
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES):
+        self.folder = Path(folder)
+        self.shard_bytes = shard_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = _locked(self.folder / "lock")
+        self._mutex = threading.Lock()
+        self._places: dict[bytes, int] = {}
+        self._readers: dict[int, int] = {}
+        self.failed = 0
+        self.tokens: Counter[tuple[str, str]] = Counter()  # (model, "prompt" or "completion") -> tokens
+        self._settled_file = self.folder / "settled.bin"
+        shards = sorted(self.folder.glob("answers-*.jsonl"))
+        for path in shards:
+            self._load(path)
+        self._settled = self._load_settled()
+        self._open_shard(_number(shards[-1]) if shards else 1)
+        self._settled_writer = os.open(self._settled_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    # --- answers ---
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def has_failed(self, key: bytes) -> bool:
+        """Whether the last word on a key is a failure."""
+        return bool(self._places[key] & _FAILED)
+
+    def append(self, key: bytes, row: Mapping[str, Any]) -> None:
+        """Write an answer; where the key has one, this one counts from now on.
+
+        Args:
+            key: of the request.
+            row: JSON values; of `model`, `prompt_tokens`, `completion_tokens` and `failed` what there is.
+        """
+        head: dict[str, Any] = {
+            "key": key.hex(),
+            "failed": bool(row.get("failed")),
+            "prompt_tokens": int(row.get("prompt_tokens") or 0),
+            "completion_tokens": int(row.get("completion_tokens") or 0),
+            "model": str(row.get("model") or ""),
+        }
+        rest = {name: value for name, value in row.items() if name not in head}
+        line = (json.dumps({**head, **rest}) + "\n").encode()  # ASCII: no surrogate can spoil it
+        with self._mutex:
+            if self._size >= self.shard_bytes:
+                os.close(self._writer)
+                self._open_shard(self._shard + 1)
+            _write_all(self._writer, line)
+            self._note(key, self._shard, self._size, head["failed"])
+            self._count(head["model"], head["prompt_tokens"], head["completion_tokens"])
+            self._size += len(line)
+
+    def read(self, key: bytes) -> dict[str, Any]:
+        """The answer to a key.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        place = self._places[key] >> 1
+        shard, offset = place >> _OFFSET_BITS, place & ((1 << _OFFSET_BITS) - 1)
+        with self._mutex:
+            if shard not in self._readers:
+                self._readers[shard] = os.open(self._path(shard), os.O_RDONLY)
+            reader = self._readers[shard]
+        size = 4096
+        while b"\n" not in (line := os.pread(reader, size, offset)) and len(line) == size:
+            size *= 4
+        row = json.loads(line.partition(b"\n")[0])
+        if row["key"] != key.hex():
+            raise ValueError(f"{self._path(shard)} was changed while it was in use: byte {offset} is not answer {key.hex()}")
+        return row
+
+    # --- posts ---
+
+    def settled(self, fingerprint: bytes) -> bytes | None:
+        """The key of a post's last answer, if the post needs no more requests."""
+        return self._settled.get(fingerprint)
+
+    def settle(self, fingerprint: bytes, key: bytes) -> None:
+        """Note that a post needs no more requests. To lose this costs time, no requests."""
+        with self._mutex:
+            if self._settled.get(fingerprint) != key:
+                self._settled[fingerprint] = key
+                _write_all(self._settled_writer, fingerprint + key)
+
+    def cursor(self) -> dict[str, Any]:
+        """What `set_cursor` last wrote; empty if nothing."""
+        try:
+            found = json.loads((self.folder / "cursor.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def set_cursor(self, cursor: Mapping[str, Any]) -> None:
+        """Note where the run is reading."""
+        write_json(self.folder / "cursor.json", dict(cursor))
+
+    # --- files ---
+
+    def sync(self) -> None:
+        """Force what was written to the disk, for the case that the machine, not the process, dies."""
+        os.fsync(self._writer)
+
+    def close(self) -> None:
+        """Close the files; another run may have them."""
+        if not self._lock_file.closed:
+            self.sync()
+            for file in (self._writer, self._settled_writer, *self._readers.values()):
+                os.close(file)
+            self._lock_file.close()
+
+    def __enter__(self) -> AnswerJournal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"answers-{shard:05d}.jsonl"
+
+    def _open_shard(self, shard: int) -> None:
+        self._shard = shard
+        self._writer = os.open(self._path(shard), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._size = os.fstat(self._writer).st_size
+
+    def _note(self, key: bytes, shard: int, offset: int, failed: bool) -> None:
+        self.failed += failed - (self._places[key] & _FAILED if key in self._places else 0)
+        self._places[key] = (shard << _OFFSET_BITS | offset) << 1 | failed
+
+    def _count(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self.tokens[model, "prompt"] += prompt_tokens
+        self.tokens[model, "completion"] += completion_tokens
+
+    def _load(self, path: Path) -> None:
+        _repair(path)
+        shard = _number(path)
+        for offset, line in _lines(path):
+            head = _HEAD.match(line)
+            if head is None:
+                raise ValueError(
+                    f"{path}, byte {offset}: not an answer: {line[:80]!r}. Only a torn last line is repaired; delete the line, "
+                    "and its request is sent again."
+                )
+            self._note(bytes.fromhex(head[1].decode()), shard, offset, head[2] == b"true")
+            self._count(json.loads(head[5]), int(head[3]), int(head[4]))
+
+    def _load_settled(self) -> dict[bytes, bytes]:
+        try:
+            data = self._settled_file.read_bytes()
+        except FileNotFoundError:
+            return {}
+        width = 2 * KEY_BYTES
+        if torn := len(data) % width:
+            data = data[:-torn]
+            os.truncate(self._settled_file, len(data))
+        settled = {}
+        for start in range(0, len(data), width):
+            key = data[start + KEY_BYTES : start + width]
+            if key in self._places:  # else its line was torn, or deleted
+                settled[data[start : start + KEY_BYTES]] = key
+        return settled
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    with path.open("rb", buffering=1 << 20) as file:
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:  # a full disk or a signal may let through a part
+        data = data[os.write(file, data) :]
+
+
+def _repair(path: Path) -> None:
+    """Cut off a last line without its line break, however long."""
+    with path.open("rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            logger.info("%s: its last line was torn; its request is sent again.", path)
+            file.truncate(end)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file, locked. The lock goes with the process, however that ends."""
+    file = path.open("ab")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(f"another run is writing to {path.parent}: wait for it, or choose another output") from None
+    except (ImportError, OSError):  # Windows and some network file systems have no such locks
+        pass
+    return file
