@@ -19,13 +19,15 @@ from transformers import (
     ProcessorMixin,
 )
 
+from dynkp.released_adapters import SUFFIXES, load_released_adapter
+
 
 class Checkpoint(NamedTuple):
     """Where weights are.
 
     Attributes:
         model: folder or Hub id of the model, the adapter's base if there is an adapter.
-        adapter: folder or Hub id of a PEFT adapter, or None.
+        adapter: folder or Hub id of a PEFT adapter, a released `.pt` file, or None.
     """
 
     model: str
@@ -37,7 +39,7 @@ def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
 
     Args:
         model: folder or Hub id; a folder with an adapter alone stands for the adapter and the base model it names.
-        adapter: folder or Hub id of an adapter on `model`.
+        adapter: folder or Hub id of an adapter on `model`, or a `.pt` file (`dynkp.released_adapters`).
 
     Raises:
         FileNotFoundError: if a path does not exist, or a folder holds neither.
@@ -47,7 +49,10 @@ def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
         >>> find_checkpoint("out")  # trained with LoRA
         Checkpoint(model='Qwen/Qwen2.5-VL-3B-Instruct', adapter='out')
     """
-    for name, value in (("model", model), ("adapter", adapter)):
+    is_file = adapter is not None and adapter.endswith(SUFFIXES)
+    if is_file and not os.path.isfile(str(adapter)):
+        raise FileNotFoundError(f"adapter={adapter!r}: there is no such file")
+    for name, value in (("model", model), ("adapter", None if is_file else adapter)):
         # A Hub id has one slash at most and begins with a letter or digit.
         if value is not None and not os.path.isdir(value) and (value.count("/") > 1 or value.startswith((".", "/", "~"))):
             raise FileNotFoundError(f"{name}={value!r}: there is no such folder")
@@ -113,7 +118,10 @@ def load_model(
     if checkpoint.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, checkpoint.adapter)
+        if checkpoint.adapter.endswith(SUFFIXES):
+            model = load_released_adapter(model, checkpoint.adapter)
+        else:
+            model = PeftModel.from_pretrained(model, checkpoint.adapter)
         if merge_adapter:
             model = model.merge_and_unload()
     return model.to(device).eval()

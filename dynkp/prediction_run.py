@@ -310,18 +310,21 @@ def weights_fingerprint(model: str) -> str:
     """What tells a checkpoint from another one in the same folder, in milliseconds.
 
     Args:
-        model: a folder, or a Hub id.
+        model: a folder, a file of weights, or a Hub id.
 
     Returns:
         For a folder, a checksum of bytes sampled all over its weights and of its configuration, tokenizer, chat template
-        and processor, so that it may be moved; for a Hub id, the id.
+        and processor, so that it may be moved; for a file, one of its bytes; for a Hub id, the id.
     """
-    if not os.path.isdir(model):
+    if os.path.isdir(model):
+        inside = sorted(Path(model).iterdir())
+        files = [file for file in inside if file.suffix in (".safetensors", ".bin") or file.name in _SETTINGS_FILES]
+    elif os.path.isfile(model):
+        files = [Path(model)]
+    else:
         return model
     digest = hashlib.sha256()
-    for file in sorted(Path(model).iterdir()):
-        if file.suffix not in (".safetensors", ".bin") and file.name not in _SETTINGS_FILES:
-            continue
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

@@ -22,15 +22,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"mmkp_f1"},
     {"objectives", "mechanics", "data", "synthetic"},
-    {"trainer", "generation", "prediction_run", "checkpoints", "vllm_backend", "teacher", "report", "assistant", "soft_labels"},
+    {
+        "trainer",
+        "generation",
+        "prediction_run",
+        "checkpoints",
+        "vllm_backend",
+        "teacher",
+        "report",
+        "assistant",
+        "soft_labels",
+        "released_adapters",
+    },
     {"cli", "bench", "examples"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 TRL_SEAM = "dynkp/trainer/keyphrase_trainer.py"
 TRL_INTERNALS = ("trl.trainer.utils", "trl.models.utils")
-FILES = sorted(
-    file.relative_to(REPOSITORY) for folder in ("dynkp", "examples") for file in (REPOSITORY / folder).rglob("*.py")
-)
+FILES = sorted(file.relative_to(REPOSITORY) for folder in ("dynkp", "examples") for file in (REPOSITORY / folder).rglob("*.py"))
 
 
 def imports(source: str, file: Path) -> Iterator[str]:

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="a saved model, a saved adapter (its base is found), or a Hub id"
     )
-    what.add_argument("--adapter", metavar="DIR_OR_ID", help="a PEFT adapter on --model")
+    what.add_argument("--adapter", metavar="DIR_OR_ID", help="a PEFT adapter on --model, or a released .pt file of one")
     what.add_argument("--merge-adapter", action="store_true", help="add the adapter to the weights first; faster")
     what.add_argument(
         "--posts", required=True, metavar="FILE", help="posts in any form that docs/data.md names; keyphrases are not needed"
