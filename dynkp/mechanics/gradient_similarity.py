@@ -240,6 +240,8 @@ class PostGradients(_VariantGradients):
         super().__init__(model, count)
         self.image_tokens = [0] * count if image_tokens is None else image_tokens
         self._decoder = set(causal_lm_of(model).get_decoder().modules())
+        # Mllama's language model also reads pictures, as many tiles for every post of a batch.
+        self._cross_attends = bool(getattr(causal_lm_of(model).config.get_text_config(), "cross_attention_layers", None))
         self._followed = list(_followed_modules(model))
         self._names = {weight: name for name, weight in self.parameters.items()}
         self._frame: _Frame | None = None
@@ -302,6 +304,9 @@ class PostGradients(_VariantGradients):
             raise RuntimeError("A recorded forward or its backward ran outside of `rows` and `add`.")
         rows = inputs.shape[0]
         if module in self._decoder:
+            tiles = rows // len(frame.posts)
+            if self._cross_attends and inputs.dim() > 2 and rows == tiles * len(frame.posts):
+                return [(post, index * tiles, (index + 1) * tiles) for index, post in enumerate(frame.posts)]
             # Flat tokens (a mixture of experts) would be taken for posts where there happen to be as many.
             if inputs.dim() - inputs.is_floating_point() < 2 or rows != len(frame.posts):
                 raise RuntimeError(

@@ -26,13 +26,13 @@ def gradient_cosine(dot: torch.Tensor, full_square: torch.Tensor, variant_square
         full_square, variant_square (`torch.Tensor` of shape `(B,)`): g0·g0 and g_m·g_m.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: between -1 and 1, up to rounding.
+        `torch.Tensor` of shape `(B,)`: between -1 and 1; NaN where a gradient is not finite.
 
     Example: g0 = (3, 4), g_m = (4, 3): `gradient_cosine` of 24, 25 and 25 is 0.96.
     """
     # Two roots: the product of two squares may overflow, or vanish, where the cosine does neither.
     norms = full_square.sqrt() * variant_square.sqrt()
-    return torch.where(norms == 0, torch.zeros_like(dot), dot / norms)
+    return torch.where(norms == 0, torch.zeros_like(dot), dot / norms).clamp(-1.0, 1.0)
 
 
 def keep_variants(cosines: torch.Tensor, thresholds: Sequence[float]) -> torch.Tensor:

@@ -1,0 +1,595 @@
+"""AimKPTrainer: its cosines, its filter and its update are the paper's, however the optimizer step is computed.
+
+Holds: a step equals a reference that goes through its posts one at a time with ordinary, masked forwards and a gradient
+each (float64, 1e-10), batched and plain, for strides 1 to 16, kept and dropped variants, every masking pattern and ablation,
+with and without gradient checkpointing; without masks it is plain fine-tuning; accumulation changes nothing; strides follow
+the authors' rule step by step; a resumed run, also one that was killed, is the uninterrupted one; another dataset's strides
+are an error; what cannot be right is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from posts_for_tests import picture, rows
+from test_dynamic_cot_trainer import Gradients, ReportedLoss, StopAt, history
+from tiny_models import build, exact_float64
+from trainers_for_tests import largest_difference, losses, trainer_of, weights
+
+from dynkp.data.collators import PairedTargetCollator
+from dynkp.mechanics.modality_masking import MODALITIES, random_keep_mask
+from dynkp.mechanics.prompt_layout import locate
+from dynkp.mechanics.shared_prompt import prompt_positions
+from dynkp.objectives.switching import below_threshold
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
+from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPConfig, DynamicAimKPTrainer
+from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
+from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
+
+EXACT = 1e-10
+AIMKP = (AimKPTrainer, AimKPConfig)
+BOTH = (DynamicAimKPTrainer, DynamicAimKPConfig)
+PROJECTOR = {"llava": "multi_modal_projector", "qwen2_5_vl": "merger", "internvl": "multi_modal_projector"}
+
+
+def lora(family: str, dropout: float = 0.0) -> LoraConfig:
+    """The paper's: all linear layers of the language model, and the projector in full."""
+    modules = r"^(?!.*(vision|visual|projector|connector|lm_head)).*_proj$"
+    saved = [PROJECTOR[family]] if family in PROJECTOR else None
+    return LoraConfig(r=4, target_modules=modules, modules_to_save=saved, init_lora_weights=False, lora_dropout=dropout)
+
+
+def aimkp(family: str, folder: Path, posts: Any = None, classes: Any = AIMKP, **options: Any) -> AimKPTrainer:
+    """With masking from the first step; `adapters=False` trains all weights."""
+    if options.pop("adapters", True):
+        torch.manual_seed(0)
+        options.setdefault("peft_config", lora(family))
+    return trainer_of(family, folder, posts, classes=classes, **{"warmup_epochs": 0, **options})
+
+
+def force_strides(trainer: AimKPTrainer, strides: dict[str, dict[str, int]]) -> None:
+    """As if the posts' earlier visits had led to these strides."""
+    visited = {name: {post: [stride, stride, -1, 0] for post, stride in strides[name].items()} for name in MODALITIES}
+    trainer.schedule.load_state({**trainer.schedule.state(), "visited": visited})
+
+
+def read_visits(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "visits.jsonl").read_text().splitlines()]
+
+
+# (a) one optimizer step against a naive reference
+
+
+def kept_by_hand(layout: Any, modality: str, stride: int, width: int) -> torch.Tensor:
+    """Eq. 2, cell by cell."""
+    keep = torch.ones(width, dtype=torch.bool)
+    if modality == "text":
+        text = list(layout.text)
+        chosen = [slot for k, slot in enumerate(text) if k % stride == stride - 1] or text[-1:]
+        keep[text] = False
+        keep[chosen] = True
+        return keep
+    for grid in layout.grids:
+        cells = [divmod(index, grid.width) for index in range(len(grid.slots))]
+        chosen = [
+            slot
+            for slot, (a, b) in zip(grid.slots, cells, strict=True)
+            if a % stride == stride - 1 and b % stride == stride - 1
+        ] or [grid.slots[-1]]
+        keep[list(grid.slots)] = False
+        keep[chosen] = True
+    return keep
+
+
+def reference_gradients(
+    model: torch.nn.Module, collator: PairedTargetCollator, post: dict[str, Any], kind: str, strides: dict[str, int], args: Any
+) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Per view of one post: Σ nll of its target, and that sum's gradient, by an ordinary forward and backward of its own."""
+    batch = collator([post])
+    target, prompt = batch[kind]["input_ids"], batch["prompt"]
+    prompt = {key: value.double() if value.is_floating_point() else value for key, value in prompt.items()}
+    [layout] = locate(collator.renderer, [post], [len(post["images"])], prompt, args.modalities)
+    positions, width = prompt_positions(model, prompt), prompt["input_ids"].shape[1]
+    following = positions[..., -1:] + torch.arange(1, target.shape[1])
+    found = {}
+    for view in ("full", *strides):
+        if view != "full" and not layout.has(view):
+            continue
+        keep = torch.ones(width, dtype=torch.bool)
+        if view != "full" and args.mask_pattern == "strided":
+            keep = kept_by_hand(layout, view, strides[view], width)
+        elif view != "full":
+            options = {"post_ids": [post["id"]], "visits": [0], "seed": args.seed}
+            keep = random_keep_mask([layout], view, [strides[view]], width, **options)[0]
+        inputs = dict(prompt)
+        inputs["input_ids"] = torch.cat([prompt["input_ids"], target[:, :-1]], dim=1)
+        inputs["attention_mask"] = torch.cat([keep[None].long(), torch.ones_like(target[:, :-1])], dim=1)
+        for key in ("token_type_ids", "mm_token_type_ids"):
+            if key in inputs:
+                inputs[key] = torch.cat([inputs[key], torch.zeros_like(target[:, :-1])], dim=1)
+        if "cross_attention_mask" in inputs:
+            last = inputs["cross_attention_mask"][:, -1:].expand(-1, target.shape[1] - 1, -1, -1)
+            inputs["cross_attention_mask"] = torch.cat([inputs["cross_attention_mask"], last], dim=1)
+        inputs["position_ids"] = torch.cat([positions, following], dim=-1)
+        logits = model(**inputs, use_cache=False).logits[0, width - 1 :]
+        nll = -torch.log_softmax(logits, dim=-1)[torch.arange(target.shape[1]), target[0]].sum()
+        model.zero_grad()
+        nll.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        found[view] = (nll.detach(), gradients)
+    model.zero_grad()
+    return found
+
+
+def cosine(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    dot = sum((one[name] * other[name]).sum().item() for name in one.keys() & other.keys())
+    norms = [math.sqrt(sum(gradient.square().sum().item() for gradient in side.values())) for side in (one, other)]
+    return min(1.0, dot / (norms[0] * norms[1]))
+
+
+def reference_step(
+    model: torch.nn.Module,
+    collator: PairedTargetCollator,
+    posts: list[dict[str, Any]],
+    strides: dict[str, dict[str, int]],
+    args: Any,
+    kinds: list[str],
+) -> tuple[float, dict[str, torch.Tensor], dict[tuple[str, str], tuple[float, bool]]]:
+    """The step's loss and gradients, and per post and modality the cosine and whether the variant was kept."""
+    loss, total, tokens, visits = 0.0, {}, 0.0, {}
+    lengths = [collator([post])[kind]["lengths"][0] for post, kind in zip(posts, kinds, strict=True)]
+    for post, kind, length in zip(posts, kinds, lengths, strict=True):
+        masked = {name: strides[name][post["id"]] for name in args.modalities}
+        views = reference_gradients(model, collator, post, kind, masked, args)
+        scale = 1.0 if args.loss_normalization == "token" else 1.0 / length
+        tokens += length * scale
+        kept = ["full"]
+        for name in args.modalities:
+            if name in views:
+                alike = cosine(views["full"][1], views[name][1])
+                visits[post["id"], name] = (alike, not args.filter_gradients or alike > args.threshold(name))
+                kept += [name] * visits[post["id"], name][1]
+        share = scale / (len(kept) if args.variant_reduction == "mean" else 1)
+        for view in kept:
+            loss += share * views[view][0].item()
+            for name, gradient in views[view][1].items():
+                total[name] = total.get(name, 0) + share * gradient
+    return loss / tokens, {name: gradient / tokens for name, gradient in total.items()}, visits
+
+
+def assert_step(family: str, folder: Path, classes: Any = AIMKP, count: int = 5, **options: Any) -> list[dict[str, Any]]:
+    """One optimizer step of micro-batches of 2, 2 and 1, against the reference; returns the log of visits."""
+    posts = rows(family, count)
+    # Every stride of the list somewhere; several pictures, none, no text, and a grid smaller than the stride among them.
+    numbers = itertools.cycle(options.pop("strides", (2, 3, 4, 8, 16, 1, 5)))
+    strides = {name: {post["id"]: next(numbers) for post in posts} for name in MODALITIES}
+    model, processor = build(family)
+    if options.get("adapters", True):
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora(family))
+    with exact_float64(model):
+        gradients = Gradients()
+        trainer = aimkp(
+            family, folder, posts, classes, gradient_accumulation_steps=3, max_steps=1, callbacks=[gradients], log_visits=True,
+            **options,
+        )  # fmt: skip
+        trainer.model.double()
+        model.load_state_dict(trainer.model.state_dict())  # the adapters' random weights
+        for weight, ours in zip(model.parameters(), trainer.model.parameters(), strict=True):
+            weight.requires_grad = ours.requires_grad
+        collator = PairedTargetCollator(processor, task=trainer.args.task)
+        kinds = ["direct"] * count
+        if classes is BOTH:
+            kinds = chosen_targets(model, collator, posts, trainer)
+        loss, expected, visits = reference_step(model, collator, posts, strides, trainer.args, kinds)
+        force_strides(trainer, strides)
+        reported = ReportedLoss(trainer)
+        trainer.train()
+    [actual] = gradients.steps
+    assert reported.total == pytest.approx(loss, rel=EXACT)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert largest > 1e-3
+    for name in expected.keys() | actual.keys():
+        zero = torch.zeros((), dtype=torch.float64)
+        difference = (actual.get(name, zero) - expected.get(name, zero)).abs().max().item()
+        assert difference <= EXACT * max(1.0, largest), name
+    logged = read_visits(folder) if visits else []
+    assert {(row["id"], row["modality"]) for row in logged} == visits.keys()
+    for row in logged:
+        alike, kept = visits[row["id"], row["modality"]]
+        assert row["cosine"] == pytest.approx(alike, abs=EXACT) and row["kept"] == kept
+        assert row["stride"] == strides[row["modality"]][row["id"]]
+    return logged
+
+
+def chosen_targets(model: Any, collator: Any, posts: list[dict[str, Any]], trainer: Any) -> list[str]:
+    """What Dynamic CoT teaches each post, by plain forwards."""
+    kinds = []
+    for post in posts:
+        views = reference_gradients(model, collator, post, "direct", {}, trainer.args)
+        mean = views["full"][0] / collator([post])["direct"]["lengths"][0]
+        easy = trainer.args.strategy == "dynamic" and bool(below_threshold(mean, trainer.gamma.value))
+        kinds.append("reasoning" if post["rationale"] and easy else "direct")
+    return kinds
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+@pytest.mark.parametrize("backend", ["batched", "plain"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_step_equals_the_reference(family: str, backend: str, checkpointing: bool, tmp_path: Path) -> None:
+    """LoRA and the whole projector; thresholds between the cosines, so that some are kept and some are not."""
+    options = {"similarity_backend": backend, "gradient_checkpointing": checkpointing}
+    logged = assert_step(family, tmp_path, **options, text_threshold=0.9, image_threshold=0.8)
+    assert {row["kept"] for row in logged} == {True, False}
+
+
+@pytest.mark.parametrize("first", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_step_equals_the_reference_at_every_stride(family: str, first: int, tmp_path: Path) -> None:
+    assert_step(family, tmp_path, strides=(first,), text_threshold=0.95, image_threshold=0.8)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3"])
+def test_step_equals_the_reference_for_families(family: str, tmp_path: Path) -> None:
+    """All trainable weights but embeddings and head, which no batch can tell apart: the plain way takes those."""
+    options = {"adapters": family in PROJECTOR} if family in PROJECTOR else {"peft_config": lora(family)}
+    assert_step(family, tmp_path, image_threshold=0.5, **options)
+
+
+ABLATIONS: list[dict[str, Any]] = [
+    {"mask_text": False},
+    {"mask_image": False},
+    {"filter_gradients": False},
+    {"variant_reduction": "sum"},
+    {"loss_normalization": "sample"},
+    {"mask_pattern": "random"},
+    {"prompt_backend": "plain"},
+    {"text_threshold": 1.0, "image_threshold": 1.0},
+]
+
+
+@pytest.mark.parametrize("backend", ["batched", "plain"])
+@pytest.mark.parametrize("options", ABLATIONS, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()))
+def test_step_equals_the_reference_in_every_ablation(options: dict[str, Any], backend: str, tmp_path: Path) -> None:
+    assert_step("llava", tmp_path, similarity_backend=backend, **options)
+
+
+@pytest.mark.parametrize("gamma", ["0", "between", "inf"])
+@pytest.mark.parametrize("backend", ["batched", "plain"])
+def test_both_methods_in_one_step(backend: str, gamma: str, tmp_path: Path) -> None:
+    """The target is Dynamic CoT's choice; cosines, filter and update are AimKP's for this target."""
+    options = {"similarity_backend": backend, "log_choices": True, "count": 6}
+
+    def choices(folder: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "choices.jsonl").read_text().splitlines()]
+
+    expected = {"0": 0, "inf": 5}.get(gamma)
+    if expected is None:  # somewhere among the posts that have a rationale, where rounding does not decide
+        assert_step("llava", tmp_path / "all", classes=BOTH, gamma="inf", **options)
+        observed = sorted(row["direct_loss"] for row in choices(tmp_path / "all") if row["choice"] == "reasoning")
+        expected = max(range(1, 5), key=lambda index: observed[index] - observed[index - 1])
+        gamma = str((observed[expected] + observed[expected - 1]) / 2)
+    assert_step("llava", tmp_path, classes=BOTH, gamma=gamma, **options)
+    assert [row["choice"] for row in choices(tmp_path)].count("reasoning") == expected
+
+
+# (b) without masks it is plain fine-tuning; both methods without one of them are the other
+
+
+def test_the_warm_up_is_plain_fine_tuning(tmp_path: Path) -> None:
+    runs = []
+    common = {"task": "aimkp", "loss_normalization": "token", "adapters": False, "max_steps": 3}
+    for classes, options in (
+        (AIMKP, {"warmup_epochs": 1}),
+        (AIMKP, {"mask_text": False, "mask_image": False}),
+        ((DynamicCoTTrainer, DynamicCoTConfig), {"strategy": "direct", "warmup_steps": 0}),
+    ):
+        options = {**common, **options}
+        adapters = options.pop("adapters")
+        assert not adapters
+        trainer = trainer_of("llava", tmp_path, classes=classes, **{"warmup_steps": 0, **options})
+        trainer.train()
+        runs.append((losses(trainer), weights(trainer)))
+    for run in runs[:2]:
+        assert run[0] == runs[2][0] and largest_difference(run[1], runs[2][1]) == 0
+
+
+def test_direct_targets_under_both_are_aimkp(tmp_path: Path) -> None:
+    common = {"task": "aimkp", "loss_normalization": "token", "max_steps": 4, "image_threshold": 0.0}
+    one = aimkp("llava", tmp_path / "one", **common)
+    two = aimkp("llava", tmp_path / "two", classes=BOTH, strategy="direct", **common)
+    for trainer in (one, two):
+        trainer.train()
+    assert losses(one) == losses(two) and largest_difference(weights(one), weights(two)) == 0
+    assert one.schedule.state() == two.schedule.state()
+
+
+# (c) batches
+
+
+@pytest.mark.parametrize("normalization", ["token", "sample"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_accumulation_changes_nothing(family: str, normalization: str, tmp_path: Path) -> None:
+    """Three epochs of six posts in optimizer steps of 4 and 2: 1 x 4 and 4 x 1 micro-batches."""
+    runs = []
+    for batch_size in (4, 1):
+        trainer = aimkp(
+            family,
+            tmp_path / str(batch_size),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size,
+            max_steps=6,
+            warmup_epochs=1,
+            image_threshold=0.7,
+            loss_normalization=normalization,
+            log_visits=True,
+        )
+        trainer.train()
+        runs.append(trainer)
+    one, other = runs
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5, abs=1e-6)
+    assert largest_difference(weights(one), weights(other)) < 2e-6
+    assert other.schedule.state() == one.schedule.state()
+    for name in ("text_cosine", "image_cosine", "text_kept_share", "full_loss", "image_loss"):
+        assert losses(other, name) == pytest.approx(losses(one, name), rel=1e-4), name
+    assert len(read_visits(tmp_path / "4")) == len(read_visits(tmp_path / "1")) == 2 * (5 + 4)
+
+
+def test_posts_without_text_or_picture_have_no_such_variant(tmp_path: Path) -> None:
+    posts = [
+        {"id": "words", "text": "the sea", "keyphrases": ["sea"], "images": []},
+        {"id": "picture", "text": "", "keyphrases": ["dog"], "images": [picture(1)]},
+    ]
+    trainer = aimkp("llava", tmp_path, posts, max_steps=1, log_visits=True)
+    trainer.train()
+    assert sorted((row["id"], row["modality"]) for row in read_visits(tmp_path)) == [("picture", "image"), ("words", "text")]
+    state = trainer.schedule.state()["visited"]
+    assert (list(state["text"]), list(state["image"])) == (["words"], ["picture"])
+
+
+def test_bf16_stays_close_to_float32(tmp_path: Path) -> None:
+    cosines = []
+    for bf16 in (False, True):
+        trainer = aimkp("llava", tmp_path / str(bf16), bf16=bf16, gradient_checkpointing=bf16, max_steps=1, log_visits=True)
+        trainer.train()
+        cosines.append([row["cosine"] for row in read_visits(tmp_path / str(bf16))])
+    assert cosines[1] == pytest.approx(cosines[0], abs=1e-2) and cosines[1] != cosines[0]
+
+
+def test_mllama_masks_text_and_refuses_pictures(tmp_path: Path) -> None:
+    assert_step("mllama", tmp_path, mask_image=False, peft_config=lora("mllama"))
+    trainer = aimkp("mllama", tmp_path, rows("mllama", 4), peft_config=lora("mllama"), max_steps=1)
+    with pytest.raises(ValueError, match="mask_image=False"):
+        trainer.train()
+
+
+def test_a_text_model_masks_text(tmp_path: Path) -> None:
+    trainer = aimkp("llama", tmp_path, peft_config=lora("llama"), max_steps=2)
+    trainer.train()
+    assert losses(trainer, "text_cosine") and not losses(trainer, "image_cosine")
+
+
+# (d) strides
+
+
+def authors_strides(cosines: list[float], threshold: float) -> list[int]:
+    """The authors' rule after each visit, as their code has it: a failure halves once and is final."""
+    stride, frozen, strides = 2, False, []
+    for cosine_ in cosines:
+        if not frozen:
+            if cosine_ > threshold:
+                stride *= 2
+            else:
+                stride, frozen = max(2, stride // 2), True
+        strides.append(stride)
+    return strides
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_strides_follow_the_authors_rule(freeze: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded cosines are played back, seven epochs long; the trainer's strides are those of the rule, step by step."""
+    recorded = {
+        "text": {"a": [0.5, 0.3, 0.05, 0.5, 0.1, 0.9, 0.2], "b": [0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]},
+        "image": {"a": [0.9, 0.8, 0.7, 0.41, 0.4, 0.9, 0.9], "b": [0.5, 0.39, 0.5, 0.2, 0.5, 0.5, 0.1]},
+    }
+    posts = [{"id": name, "text": f"{name} word or two", "keyphrases": ["dog"], "images": [picture(1)]} for name in "ab"]
+    trainer = aimkp(
+        "llava", tmp_path, posts, num_train_epochs=8, max_steps=-1, freeze_failed_strides=freeze, warmup_epochs=1,
+        variant_reduction="mean", log_visits=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+
+    def replay(self: Any, variant: str) -> torch.Tensor:
+        return torch.tensor([recorded[variant][name][trainer.current_epoch - 1] for name in "ab"])
+
+    for way in AimKPTrainer.open_views.__globals__["PostGradients"].__mro__[:2]:
+        monkeypatch.setattr(way, "cosines", replay)
+    trainer.train()
+    visits = read_visits(tmp_path)
+    assert len(visits) == 7 * 4
+    for modality, by_post in recorded.items():
+        threshold = {"text": 0.1, "image": 0.4}[modality]
+        for name, sequence in by_post.items():
+            used = [row["stride"] for row in visits if (row["modality"], row["id"]) == (modality, name)]
+            if freeze:
+                expected = [2, *authors_strides(sequence, threshold)[:-1]]
+            else:
+                expected = [2]
+                for cosine_ in sequence[:-1]:
+                    expected.append(2 * expected[-1] if cosine_ > threshold else max(2, expected[-1] // 2))
+            assert used == expected, (modality, name)
+
+
+def test_the_log_tells_cosines_shares_strides_and_cost(tmp_path: Path) -> None:
+    trainer = aimkp("llava", tmp_path, max_steps=6, warmup_epochs=1, image_threshold=-1.0, text_threshold=1.0)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all("text_cosine" not in entry and "step_cost" not in entry for entry in log[:3])
+    for entry in log[3:]:
+        assert -1 <= entry["text_cosine"] <= 1 and entry["text_kept_share"] == 0.0
+        assert entry["step_cost"] > 1.0
+    assert log[-1]["text_stride_2"] == 1.0 and log[-1]["image_stride_4"] == 1.0
+
+
+# (e) resume
+
+
+def resumable(folder: Path, posts: Any = None, max_steps: int = 10, family: str = "llava", **options: Any) -> AimKPTrainer:
+    """Steps of two posts over six: a warm-up of three, then masking; the checkpoints at 4 and 8 lie within an epoch."""
+    settings = {"save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3}
+    settings |= {"lr_scheduler_type": "cosine", "max_steps": max_steps, "log_visits": True, "warmup_epochs": 1}
+    settings |= {"image_threshold": 0.6, "projector_learning_rate": 1e-4}
+    return aimkp(family, folder, rows(family, 6) if posts is None else posts, **{**settings, **options})
+
+
+def measured(trainer: AimKPTrainer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if name != "step_cost"} for entry in history(trainer)]
+
+
+@pytest.mark.parametrize("classes", [AIMKP, BOTH], ids=["aimkp", "both"])
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_run_is_the_uninterrupted_one(step: int, classes: Any, tmp_path: Path) -> None:
+    """Same logs, weights, strides and visits, to the last bit."""
+    options = {"classes": classes, **({"gamma": "avg", "image_threshold": 0.6} if classes is BOTH else {})}
+    straight = resumable(tmp_path / "straight", **options)
+    straight.train()
+    interrupted = resumable(tmp_path / "resumed", **options)
+    interrupted.add_callback(StopAt(step + 1))
+    interrupted.train()
+    resumed = resumable(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / f"checkpoint-{step}"))
+    assert measured(resumed) == measured(straight)
+    assert largest_difference(weights(resumed), weights(straight)) == 0
+    assert resumed.method_state() == straight.method_state()
+    assert read_visits(tmp_path / "resumed") == read_visits(tmp_path / "straight")
+    strides = {row["stride"] for row in read_visits(tmp_path / "straight")}
+    assert len(strides) > 1, "a run whose strides never move proves nothing"
+
+
+def test_strides_belong_to_posts_not_to_their_order(tmp_path: Path) -> None:
+    interrupted = resumable(tmp_path)
+    interrupted.add_callback(StopAt(5))
+    interrupted.train()
+    again = resumable(tmp_path, list(reversed(rows("llava", 6))))
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["stateful_callbacks"]["dynkp"]
+    again.load_method_state(state)
+    assert again.schedule.state() == state["strides"]
+    other = resumable(tmp_path / "other", rows("llava", 5))
+    with pytest.raises(ValueError, match="belong to 6 posts"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_another_trainer_has_no_strides(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no strides"):
+        resumable(tmp_path).load_method_state({"gamma": "0.4"})
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+from test_aimkp_trainer import resumable
+from pathlib import Path
+resumable(Path(sys.argv[1]), max_steps=int(sys.argv[2]), save_steps=2).train(resume_from_checkpoint=len(sys.argv) > 3)
+"""
+
+
+def test_a_killed_run_resumes(tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch; the resumed process ends like one that was left alone."""
+    steps = 16
+    command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight = resumable(tmp_path / "straight", max_steps=steps, save_steps=2)
+    straight.train()
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*command, folder, str(steps)], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-8/trainer_state.json").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    resumed = resumable(folder, max_steps=steps, save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(resumed), weights(straight)) == 0
+    assert resumed.schedule.state() == straight.schedule.state()
+    assert read_visits(folder) == read_visits(tmp_path / "straight")
+
+
+# (f) options and refusals
+
+
+def test_the_projector_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    trainer = aimkp("llava", tmp_path, projector_learning_rate=0.01, weight_decay=0.1, max_steps=1)
+    trainer.train()
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    for name, rate in rates.items():
+        assert rate == (0.01 if "projector" in name else 0.1), name
+    bare = aimkp("llava", tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), projector_learning_rate=0.01)
+    with pytest.raises(ValueError, match="modules_to_save"):
+        bare.create_optimizer()
+
+
+def test_a_model_that_needs_the_plain_way_gets_it_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All weights trained, the head among them, which sees target tokens rather than posts."""
+    with caplog.at_level(logging.WARNING, logger="dynkp"):
+        trainer = aimkp("llava", tmp_path, adapters=False, max_steps=1)
+        trainer.train()
+    assert not trainer.batches_similarity and losses(trainer, "image_cosine")
+    assert [record.getMessage() for record in caplog.records if "one post at a time" in record.getMessage()]
+    with pytest.raises(ValueError, match="similarity_backend"):
+        aimkp("llava", tmp_path, adapters=False, similarity_backend="batched")
+
+
+def test_a_window_shorter_than_the_prompt_is_masked_not_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 3's sliding window counts slots: dropping would let it see further."""
+    with caplog.at_level(logging.WARNING, logger="dynkp"):
+        assert_step("gemma3", tmp_path, peft_config=lora("gemma3"))
+    assert any("masked, not left out" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp16": True, "bf16": False}, "fp16"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
+        ({"text_threshold": 2.0}, "text_threshold"),
+        ({"initial_stride": 1}, "initial_stride"),
+        ({"warmup_epochs": -1}, "warmup_epochs"),
+        ({"stride_schedule": "quadratic"}, "stride_schedule"),
+        ({"mask_pattern": "blurred"}, "mask_pattern"),
+        ({"variant_reduction": "max"}, "variant_reduction"),
+        ({"similarity_backend": "fast"}, "similarity_backend"),
+        ({"projector_learning_rate": -1.0}, "projector_learning_rate"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        AimKPConfig(output_dir=str(tmp_path), use_cpu=True, **{"bf16": False, **options})
+
+
+def test_streams_and_foreign_collators_are_refused(tmp_path: Path) -> None:
+    stream = Dataset.from_list([{"id": "1", "text": "dog", "keyphrases": ["dog"]}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="stream"):
+        aimkp("llama", tmp_path, stream, peft_config=lora("llama"))
+    with pytest.raises(ValueError, match="MaskingCollator"):
+        aimkp("llava", tmp_path, data_collator=PairedTargetCollator(build("llava")[1]))
+    with pytest.raises(ValueError, match="multitask"):
+        DynamicAimKPConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, strategy="multitask")
