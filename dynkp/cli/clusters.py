@@ -1,0 +1,89 @@
+"""The command `dynkp clusters`: the dataset figure of the Dynamic CoT paper."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+DESCRIPTION = """\
+Draw the posts of the most frequent keyphrases as clusters of their embeddings (Figure 3 of the Dynamic CoT paper): a PNG for
+a paper, a page to look into, or both. The model is any that sentence-transformers loads: for texts, or for texts and
+pictures, such as a CLIP. Needs the extra `plots`."""
+
+EPILOG = """\
+examples:
+  dynkp clusters --posts train.jsonl --image-dir images --model openai/clip-vit-base-patch32 --png c.png --html c.html
+      the five most frequent keyphrases, by text and picture
+  dynkp clusters --posts test.jsonl --model all-MiniLM-L6-v2 --top 8 --html c.html --json c.json
+      by text alone; the points and all figures as JSON
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is made of its help."""
+    parser = argparse.ArgumentParser(
+        prog="dynkp clusters", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--posts", required=True, metavar="FILE", help="posts in any form that docs/data.md names")
+    parser.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
+    parser.add_argument("--split", default="train", help="of a folder or Hub dataset (default: train)")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="the embedding model's folder, or its Hub id")
+    parser.add_argument("--png", metavar="FILE", help="the figure")
+    parser.add_argument("--html", metavar="FILE", help="the page; it works offline")
+    parser.add_argument("--json", metavar="FILE", help="the points and all figures")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many keyphrases (default: 5, as in the paper)")
+    parser.add_argument(
+        "--posts-per-keyphrase", type=int, default=300, metavar="N", help="show at most so many of each (default: 300)"
+    )
+    parser.add_argument("--projection", choices=["tsne", "pca"], default="tsne", help="into the plane (default: tsne)")
+    parser.add_argument("--title", default="Posts by keyphrase", help="of the figure")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of posts and of t-SNE (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="posts embedded at a time (default: 32)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: what there is)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dynkp clusters`.
+
+    Args:
+        argv: the arguments after `dynkp clusters`; those of the process if None.
+
+    Returns:
+        0, or 1 where posts or model do not allow a figure.
+    """
+    command = parser()
+    arguments = command.parse_args(argv)
+    if not (arguments.png or arguments.html or arguments.json):
+        command.error("say what to write: --png, --html, --json")
+    try:
+        _draw(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dynkp clusters: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    from dynkp.data.sources import load_posts
+    from dynkp.report.clusters import cluster_posts, write_html, write_png
+    from dynkp.report.scores import write_json
+
+    clusters = cluster_posts(
+        load_posts(arguments.posts, image_dir=arguments.image_dir, split=arguments.split),
+        arguments.model,
+        top=arguments.top,
+        posts_per_keyphrase=arguments.posts_per_keyphrase,
+        projection=arguments.projection,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+    )
+    if arguments.png:
+        write_png(clusters, arguments.png, title=arguments.title)
+    if arguments.html:
+        write_html(clusters, arguments.html, title=arguments.title)
+    if arguments.json:
+        write_json(arguments.json, clusters.figures())
+    print(clusters.caption())
