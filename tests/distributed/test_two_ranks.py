@@ -1,100 +1,117 @@
 """Two ranks are one process with the same global batches: weights, logs, statistics, choices, evaluation.
 
-Holds also where the ranks differ in what they compute: no easy post on one, pictures on one only, no pictures at all.
-Both runs of a case share `train_ranks.py`; all cases go through one pair of ranks, which a timeout ends.
+Under DDP and DeepSpeed's ZeRO-2, as `accelerate launch` starts them with the configurations in examples/accelerate. Holds
+also where the ranks differ in what they compute: no easy post on one, pictures on one only, no pictures at all, a post
+that cannot be trained on in one rank's share of a stream, a last batch that leaves one rank nothing to learn.
+Every launch trains all cases of `train_ranks.py` in one pair of ranks, which a timeout ends.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from launching import FOLDER, finish, launch, start
 from safetensors.torch import load_file
+from train_ranks import CASES
 
-FOLDER = Path(__file__).resolve().parent
-CASES = (
-    "avg",
-    "quantile",
-    "token",
-    "accumulated",
-    "accumulated_token",
-    "checkpointing",
-    "one_rank_easy",
-    "one_rank_pictures",
-    "no_pictures",
-    "short",
-    "stream",
-)
-TIMEOUT = 200  # seconds; a rank that waits for ever is a failure, not a hanging build
+# DeepSpeed averages micro-batches as they come, before it is known how many tokens the chosen targets have: refused there.
+UNDER_DEEPSPEED = [case for case in CASES if case != "accumulated_token"]
+LAUNCHES = {"ddp": list(CASES), "zero2": UNDER_DEEPSPEED, "zero2_multinode": ["bf16"]}
+RUNS = [(launcher, case) for launcher, cases in LAUNCHES.items() for case in cases]
+# Relative error of the update. In bfloat16 DDP keeps float32 weights and adds up in another order; ZeRO-2's are rounded.
+BF16 = {"ddp": 0.02, "zero2": 0.2, "zero2_multinode": 0.2}
+
+pytestmark = pytest.mark.timeout(600)  # the first one waits for a launch, and perhaps for DeepSpeed to compile
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Every case, by one process and by two ranks."""
-    folders = {ranks: tmp_path_factory.mktemp(f"ranks-{ranks}") for ranks in (1, 2)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for ranks, launcher in ((1, []), (2, torchrun)):
-        command = [sys.executable, *launcher, FOLDER / "train_ranks.py", folders[ranks], str(ranks), *CASES]
-        done = subprocess.run(
-            [str(part) for part in command],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=TIMEOUT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-    return folders
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By launcher (`None`: one process), the folder with what the ranks left; each is started when first asked for."""
+
+    @functools.cache
+    def folder_of(launcher: str | None) -> Path:
+        folder = tmp_path_factory.mktemp(f"{launcher}")
+        if launcher is None:
+            finish([start([sys.executable, FOLDER / "train_ranks.py", folder, 1, *CASES])])
+        else:
+            command = [FOLDER / "train_ranks.py", folder, 2, *LAUNCHES[launcher]]
+            launch(f"{launcher}.yaml", *command, machines=2 if "multinode" in launcher else 1)
+        return folder
+
+    return folder_of
+
+
+@pytest.mark.parametrize(("launcher", "case"), RUNS)
+def test_two_ranks_are_one_process(launcher: str, case: str, folders: Any) -> None:
+    alone = seen(folders(None), case, 0)
+    first, second = (seen(folders(launcher), case, rank) for rank in (0, 1))
+    assert (alone["world_size"], first["world_size"], second["world_size"]) == (1, 2, 2)
+    assert (first["distributed_type"] == "DEEPSPEED") == ("zero2" in launcher)
+    assert first["checksum"] == second["checksum"], "the ranks' weights drifted apart"
+    expected, actual = (load_file(folder / f"{case}.safetensors") for folder in (folders(None), folders(launcher)))
+    expected_update, update = (torch.cat([part[name].flatten() for name in sorted(part)]) for part in (expected, actual))
+    assert expected_update.abs().max() > 1e-3
+    if case == "bf16":
+        assert (update - expected_update).norm() < BF16[launcher] * expected_update.norm()
+    else:
+        assert (update - expected_update).abs().max() < 1e-6
+    rel = 1e-2 if case == "bf16" else 1e-5
+
+    assert len(alone["log"]) == len(first["log"]) >= 2
+    for one, two in zip(alone["log"], first["log"], strict=True):
+        for log in (one, two):
+            log.pop("step_cost", None)  # a time
+            log.pop("grad_norm", None)  # under DeepSpeed, of the step before it
+        assert one.keys() == two.keys()
+        for name in one:
+            assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-6), name
+    for log in (first, second):
+        assert log["train_loss"] == pytest.approx(alone["train_loss"], rel=rel)
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"] == pytest.approx(alone["metrics"], rel=rel, abs=1e-6)
+
+
+@pytest.mark.parametrize(("launcher", "case"), RUNS)
+def test_statistics_are_equal_on_both_ranks(launcher: str, case: str, folders: Any) -> None:
+    alone = seen(folders(None), case, 0)["state"]
+    first, second = (seen(folders(launcher), case, rank)["state"] for rank in (0, 1))
+    assert first == second
+    compare(alone, first, rel=1e-2 if case == "bf16" else 1e-5)
+    if case == "avg":
+        assert first["statistics"]["count"] == 16
+
+
+@pytest.mark.parametrize(("launcher", "case"), RUNS)
+def test_visits_are_complete_and_without_repeats(launcher: str, case: str, folders: Any) -> None:
+    alone, together = (seen(folder, case, 0)["visits"] for folder in (folders(None), folders(launcher)))
+    visits = [(row["step"], row["id"], row.get("modality")) for row in together]
+    assert len(visits) == len(set(visits))
+    if "aimkp" not in case:
+        assert len(visits) == (17 if case == "short" else 16)
+        assert {row["choice"] for row in together} == {"direct", "reasoning"}
+    compare(alone, together, rel=2e-2 if case == "bf16" else 1e-4)
 
 
 def seen(folder: Path, case: str, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"{case}.{rank}.json").read_text())
 
 
-def choices(folder: Path, case: str) -> list[dict[str, Any]]:
-    lines = (folder / case / "choices.jsonl").read_text().splitlines()
-    return sorted((json.loads(line) for line in lines), key=lambda row: (row["step"], row["id"]))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_are_one_process(case: str, runs: dict[int, Path]) -> None:
-    alone, first, second = seen(runs[1], case, 0), seen(runs[2], case, 0), seen(runs[2], case, 1)
-    assert (alone["world_size"], first["world_size"], second["world_size"]) == (1, 2, 2)
-    assert first["checksum"] == second["checksum"], "the ranks' weights drifted apart"
-    expected, actual = (load_file(runs[ranks] / f"{case}.safetensors") for ranks in (1, 2))
-    assert max((expected[name] - actual[name]).abs().max().item() for name in expected) < 1e-6
-
-    assert len(alone["log"]) == len(first["log"]) >= 4
-    for one, two in zip(alone["log"], first["log"], strict=True):
+def compare(one: Any, two: Any, rel: float) -> None:
+    """Equal structure, words and switches; numbers to rounding."""
+    if isinstance(one, dict):
         assert one.keys() == two.keys()
         for name in one:
-            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
-    shares = [entry["reasoning_share"] for entry in alone["log"]]
-    assert any(share > 0 for share in shares) and any(share < 1 for share in shares)
-    assert first["metrics"] == second["metrics"]
-    assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_statistics_are_equal_on_both_ranks(case: str, runs: dict[int, Path]) -> None:
-    alone, first, second = seen(runs[1], case, 0), seen(runs[2], case, 0), seen(runs[2], case, 1)
-    assert first["gamma"] == second["gamma"]
-    for name, value in alone["gamma"].items():
-        assert first["gamma"][name] == pytest.approx(value, rel=1e-6)
-    if case == "avg":
-        assert first["gamma"]["count"] == 16
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_choices_are_complete_and_without_repeats(case: str, runs: dict[int, Path]) -> None:
-    alone, together = choices(runs[1], case), choices(runs[2], case)
-    visits = [(row["step"], row["id"], row["choice"]) for row in together]
-    assert visits == [(row["step"], row["id"], row["choice"]) for row in alone]
-    assert len(visits) == len(set(visits)) == (18 if case == "short" else 16)
-    for one, two in zip(alone, together, strict=True):
-        assert two["direct_loss"] == pytest.approx(one["direct_loss"], rel=1e-5)
+            compare(one[name], two[name], rel)
+    elif isinstance(one, list):
+        for first, second in zip(one, two, strict=True):
+            compare(first, second, rel)
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, rel=rel, abs=1e-5)
+    else:
+        assert one == two

@@ -1,6 +1,6 @@
-"""Run by torchrun or alone: trains every case named on the command line and leaves what the ranks saw as JSON.
+"""Run by a launcher or alone: trains every case named on the command line and leaves what the ranks saw as JSON.
 
-python -m torch.distributed.run --nproc_per_node 2 train_ranks.py OUT 2 CASE ...
+accelerate launch --config_file examples/accelerate/zero2.yaml train_ranks.py OUT 2 CASE ...
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest  # noqa: E402, F401  no network, no telemetry, one thread
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from posts_for_tests import rows  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from trainers_for_tests import trainer_of  # noqa: E402
 
-# Global batches of 4: two ranks take 2 posts each, one process 4. Nine posts leave a last batch of one.
+from dynkp import AimKPConfig, AimKPTrainer, DynamicCoTConfig, DynamicCoTTrainer  # noqa: E402
+
+METHODS: dict[str, tuple[type, type]] = {
+    "dynamic_cot": (DynamicCoTTrainer, DynamicCoTConfig),
+    "aimkp": (AimKPTrainer, AimKPConfig),
+}
+LOGS = {"dynamic_cot": ("log_choices", "choices.jsonl"), "aimkp": ("log_visits", "visits.jsonl")}
+
+# Global batches of 4: two ranks take 2 posts each, one process 4. Nine posts leave a last batch of one. Every method's
+# cases bear its name, those of Dynamic CoT none.
+AIMKP: dict[str, Any] = {"method": "aimkp", "warmup_epochs": 0, "image_threshold": 0.2}
 CASES: dict[str, dict[str, Any]] = {
     "avg": {"family": "llava", "gamma": "avg"},
     "quantile": {"family": "qwen2_5_vl", "gamma": "quantile:0.5"},
@@ -26,11 +37,16 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"family": "llava", "gamma": "6.0", "accumulation": 2},
     "accumulated_token": {"family": "qwen2_5_vl", "gamma": "avg", "accumulation": 2, "loss_normalization": "token"},
     "checkpointing": {"family": "llava", "gamma": "6.0", "gradient_checkpointing": True},
+    "bf16": {"family": "llava", "gamma": "6.0", "accumulation": 2, "bf16": True},
     "one_rank_easy": {"family": "llava", "gamma": "inf", "posts": "one rank has rationales"},
     "one_rank_pictures": {"family": "llava", "gamma": "6.0", "posts": "one rank has pictures"},
     "no_pictures": {"family": "gemma3", "gamma": "6.0", "posts": "no pictures"},
-    "short": {"family": "llava", "gamma": "avg", "posts": "nine", "max_steps": 6},
-    "stream": {"family": "llama", "gamma": "avg", "posts": "stream"},
+    "short": {"family": "llava", "gamma": "avg", "posts": "nine", "max_steps": 5, "logging_steps": 2},
+    "stream": {"family": "llama", "gamma": "avg", "posts": "stream", "on_invalid": "skip", "unique_ids": False},
+    "aimkp": {**AIMKP, "family": "llava"},
+    "aimkp_accumulated": {**AIMKP, "family": "qwen2_5_vl", "accumulation": 2, "gradient_checkpointing": True},
+    "aimkp_one_rank_pictures": {**AIMKP, "family": "llava", "posts": "one rank has pictures"},
+    "aimkp_short": {**AIMKP, "family": "llava", "posts": "nine", "max_steps": 5},
 }
 
 
@@ -38,10 +54,11 @@ def posts_of(kind: str, family: str) -> Any:
     """Without shuffling, rank 0 takes posts 0 and 1 of every global batch of 4, rank 1 posts 2 and 3."""
     count = 9 if kind == "nine" else 8
     posts = rows(family, count, images=kind != "no pictures")
-    if kind == "stream":
+    if kind == "stream":  # with a post in the second rank's share that cannot be trained on
         from datasets import IterableDataset
 
         columns = ("id", "text", "keyphrases", "rationale")
+        posts.insert(2, posts[0] | {"keyphrases": []})
         return IterableDataset.from_generator(lambda: iter({name: post[name] for name in columns} for post in posts))
     for index, post in enumerate(posts):
         first_rank = index % 4 < 2
@@ -54,36 +71,44 @@ def posts_of(kind: str, family: str) -> Any:
 
 
 def run(name: str, out: Path, ranks: int) -> None:
-    case = dict(CASES[name])
+    case = {"method": "dynamic_cot", **CASES[name]}
     family, accumulation = case.pop("family"), case.pop("accumulation", 1)
     posts = posts_of(case.pop("posts", "eight"), family)
+    AcceleratorState._reset_state()  # the process is the same as for the last case, its precision and ZeRO options may not be
+    method = case.pop("method")
+    log_option, log_file = LOGS[method]
     trainer = trainer_of(
         family,
         out / name,
         posts,
+        classes=METHODS[method],
         eval_dataset=rows(family, 7),
-        log_choices=True,
         per_device_train_batch_size=4 // ranks // accumulation,
         per_device_eval_batch_size=4 // ranks,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
-        **{"max_steps": 4, **case},
+        **{"max_steps": 4, log_option: True, **case},
     )
     assert trainer.accelerator.num_processes == ranks, f"{trainer.accelerator.num_processes} processes instead of {ranks}"
-    trainer.train()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    train_loss = trainer.train().training_loss
     metrics = trainer.evaluate()
+    rank = trainer.accelerator.process_index
+    visits = (out / name / log_file).read_text().splitlines()
     seen = {
         "world_size": trainer.accelerator.num_processes,
-        "gamma": trainer.gamma.state(),
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "state": trainer.method_state(),
         "checksum": sum(parameter.double().abs().sum().item() for parameter in trainer.model.parameters()),
+        "train_loss": train_loss,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "metrics": {key: value for key, value in metrics.items() if "runtime" not in key and "per_second" not in key},
+        "visits": sorted(map(json.loads, visits), key=lambda row: (row["step"], row["id"], row.get("modality"))),
     }
-    rank = trainer.accelerator.process_index
     (out / f"{name}.{rank}.json").write_text(json.dumps(seen))
     if rank == 0:
-        state = {key: value.contiguous().clone() for key, value in trainer.model.state_dict().items()}
-        save_file(state, out / f"{name}.safetensors")
+        after = trainer.model.state_dict()
+        save_file({key: (after[key].float() - before[key].float()).contiguous() for key in before}, out / f"{name}.safetensors")
 
 
 if __name__ == "__main__":
