@@ -149,13 +149,13 @@ class ReasoningTask:
         if not isinstance(output, str):
             raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
         found = _json_fields(output) or _headed_fields(output)
+        if PREDICTION not in found:
+            before, _, last = _bare(output).rpartition("\n")
+            # A chain that was cut off ends in the middle of a thought, which may well name a label.
+            if not found or (self.labels and len(last.split()) == 1 and self._read(last)):
+                found = {**_headed_fields(before), PREDICTION: last}
         fields = {name: found[name] for name in ANALYSES if found.get(name)}
-        if PREDICTION in found:
-            return Prediction(fields, self._read((found[PREDICTION].splitlines() or [""])[0]))
-        last = (_bare(output).splitlines() or [""])[-1]
-        # A chain that was cut off ends in the middle of a thought, which may well name a label.
-        bare = not found or (self.labels and len(last.split()) == 1)
-        return Prediction(fields, self._read(last) if bare else None)
+        return Prediction(fields, self._read((found.get(PREDICTION) or "").partition("\n")[0]))
 
     def _read(self, line: str) -> str | None:
         """The answer in the line that holds the prediction."""
@@ -254,7 +254,7 @@ def _headed_fields(output: str) -> dict[str, str]:
     """The fields of an output in which each begins a line; of a repeated prediction the first counts."""
     names = {name.casefold(): name for name in (*ANALYSES, PREDICTION)}
     headers = list(_HEADER.finditer(output))
-    ends = [header.start() for header in headers[1:]] + [len(output)]
+    ends = [*(header.start() for header in headers), len(output)][1:]
     fields: dict[str, str] = {}
     for header, end in zip(headers, ends, strict=True):
         name = names[(header[1] or header[2]).casefold().replace(" ", "_")]
@@ -268,10 +268,15 @@ def _headed_fields(output: str) -> dict[str, str]:
 
 def _bare(value: str) -> str:
     """A value without what surrounds it: blanks, a code fence, brackets and commas of JSON, emphasis, one pair of quotes."""
-    before = None
-    while value != before:
-        before = value
-        value = value.strip().removesuffix("```").removesuffix("}").rstrip(",").strip("* \t\r\n")
+    end = len(value)
+    while end:
+        if value[end - 1].isspace() or value[end - 1] in "*,}":
+            end -= 1
+        elif value.endswith("```", 0, end):
+            end -= 3
+        else:
+            break
+    value = value[:end].lstrip(" \t\r\n*")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1].strip()
     return value
