@@ -1,13 +1,13 @@
-"""A MulCoTRDTrainer on a tiny model, set up like `trainers_for_tests`: a step is arithmetic."""
+"""A MulCoTRDTrainer on a tiny model, set up as in `trainers_for_tests`, and posts for it."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from posts_for_tests import rows
-from tiny_models import build
-from trainers_for_tests import NOT_IN_THE_CONFIG, PLAIN_SETTINGS
+from trainers_for_tests import trainer_of
 
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 from dynkp.trainer.mulcot_rd_trainer import MulCoTRDTrainer
@@ -16,25 +16,21 @@ LABELS = ("positive", "neutral", "negative")
 
 
 def reasoning_rows(family: str, count: int = 4, images: bool = True) -> list[dict[str, Any]]:
-    """Posts with a label each, and a chain where `rows` has a rationale."""
+    """Posts with a label and an aspect each, and a chain where `rows` has a rationale."""
     posts = rows(family, count, images)
     for index, post in enumerate(posts):
         post["label"] = LABELS[index % 3]
         post["aspect"] = "the dog" if index % 2 else "goal"
         if post["rationale"]:
-            post["rationale"] = f'"Text_analysis": "{post["rationale"]}"\n"Prediction": {post["label"]}'
+            post["rationale"] = f'"Text_analysis": "{post["rationale"]}"\n\n"Prediction": {post["label"]}'
         del post["keyphrases"]
     return posts
 
 
-def reasoning_trainer(family: str, output_dir: Path | str, posts: Any = None, model: Any = None, **options: Any) -> Any:
-    """The trainer; `posts` defaults to six of the family's, `options` go to the config or, by name, to the trainer."""
-    tiny, processor = build(family)
-    arguments: dict[str, Any] = {"processing_class": processor}
-    names = (*NOT_IN_THE_CONFIG, "assistant_model")
-    arguments |= {name: options.pop(name) for name in names if name in options}
-    if "assistant_model" in arguments:
-        arguments["assistant"] = arguments.pop("assistant_model")
-    args = MulCoTRDConfig(output_dir=str(output_dir), **{**PLAIN_SETTINGS, "eval_generation_posts": 0, **options})
+def reasoning_trainer(
+    family: str, output_dir: Path | str, posts: Any = None, assistant_model: Any = None, **options: Any
+) -> MulCoTRDTrainer:
+    """The trainer; `posts` defaults to six of the family's, `options` go where `trainer_of` sends them."""
     posts = reasoning_rows(family, 6) if posts is None else posts
-    return MulCoTRDTrainer(model=tiny if model is None else model, args=args, train_dataset=posts, **arguments)
+    trainer_class = cast(type, partial(MulCoTRDTrainer, assistant=assistant_model))
+    return trainer_of(family, output_dir, posts, classes=(trainer_class, MulCoTRDConfig), **options)
