@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset
 
 from dynkp.data.posts import PostReport, validate_posts
-from dynkp.data.reasoning_tasks import ReasoningTask, resolve_reasoning_task
+from dynkp.data.reasoning_tasks import SENTIMENTS, ReasoningTask, resolve_reasoning_task
 from dynkp.data.rows import LOAD_FINDINGS, normalise_rows
 from dynkp.data.sources import file_stem, read_lines, read_rows
 
@@ -32,7 +32,7 @@ _POLARITIES = {"0": "negative", "1": "neutral", "2": "positive"}
 _PLACE = "$T$"
 _MVSA_LABELS = "labelResultAll.txt"
 # Findings that matter where labels do.
-_OF_LABELS = ("no_majority", "contradictory_labels")
+_OF_LABELS = ("no_majority", "contradictory_labels", "unknown_vote")
 
 
 def read_sentiment_posts(
@@ -254,6 +254,8 @@ def _read_mvsa(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _mvsa_label(pairs: list[tuple[str, ...]]) -> tuple[str | None, list[dict[str, str]]]:
     """The post's label from its annotators' (text, image) pairs, or what stands against one."""
+    if unknown := sorted({vote for pair in pairs for vote in pair} - set(SENTIMENTS)):
+        return None, [{"code": "unknown_vote", "message": f"an annotator's label is none of the three: {', '.join(unknown)}"}]
     modalities = []
     for name, votes in zip(("text", "image"), zip(*pairs, strict=True), strict=True):
         label, count = Counter(votes).most_common(1)[0]
