@@ -267,7 +267,9 @@ def _project(vectors: _Array, projection: str, seed: int) -> _Array:
     if projection == "pca":
         return np.asarray(PCA(n_components=2, svd_solver="full").fit_transform(vectors))
     perplexity = min(30.0, (len(vectors) - 1) / 3)
-    return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(vectors))
+    # scikit-learn divides by the first component's deviation, and with the NaN of equal vectors its tree reads wild memory.
+    init = "pca" if np.ptp(vectors, axis=0).max() > 1e-6 else "random"
+    return np.asarray(TSNE(perplexity=perplexity, init=init, random_state=seed, n_jobs=1).fit_transform(vectors))
 
 
 # --- figures ---
@@ -348,8 +350,9 @@ def write_html(clusters: PostClusters, path: str | Path, *, title: str = "Posts 
             ],
             hovertemplate="<b>%{customdata[1]}</b><br>%{customdata[2]}<br><i>%{customdata[0]}</i><extra></extra>",
         )
+    # At the top room for plotly's buttons: over the legend they would take its clicks.
     figure.update_layout(
-        template="plotly_white", height=700, margin={"l": 10, "r": 10, "t": 10, "b": 10}, hoverlabel={"align": "left"}
+        template="plotly_white", height=700, margin={"l": 10, "r": 10, "t": 45, "b": 10}, hoverlabel={"align": "left"}
     )
     figure.update_xaxes(showticklabels=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, zeroline=False, scaleanchor="x")
