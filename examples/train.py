@@ -1,5 +1,8 @@
 """Train a model to predict keyphrases, predict the evaluation posts, score them.
 
+--method chooses how: dynamic_cot (the default; --strategy direct is plain fine-tuning), aimkp, or dynamic_aimkp (both
+in one). `--method aimkp --help` shows that method's options.
+
 Without arguments: the embedded default. Posts with pictures are drawn, a small LLaVA-shaped model is built and
 trained on them from scratch, once on direct answers and once with Dynamic CoT, and the two are compared. A few
 minutes on two cores, nothing downloaded:
@@ -14,6 +17,11 @@ A published setting, on as many GPUs as there are; any option of the recipe can 
 
     accelerate launch examples/train.py --config examples/recipes/mmkp_dynamic_cot_qwen2_5_vl_3b.yaml \
         --train_file train.jsonl --eval_file test.jsonl --image_dir images --gamma avg
+
+A model that masks, and what it knows from either modality alone (AimKP's Table 1):
+
+    python examples/train.py --method aimkp --train_file train.jsonl --eval_file test.jsonl --image_dir images \
+        --eval_modalities both text image
 
 Every run leaves `predictions.jsonl` and `metrics.json` in `--output_dir`, beside the model and its checkpoints.
 `--resume_from_checkpoint last` continues an interrupted run.
@@ -30,19 +38,39 @@ from typing import Any
 
 import drawn_posts
 import torch
-from accelerate.utils import gather_object
+import yaml
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from dynkp import DynamicCoTConfig, DynamicCoTTrainer, generate_keyphrases, load_posts, write_predictions
+from dynkp import (
+    AimKPConfig,
+    AimKPTrainer,
+    DynamicAimKPConfig,
+    DynamicAimKPTrainer,
+    DynamicCoTConfig,
+    DynamicCoTTrainer,
+    KeyphraseConfig,
+    KeyphraseTrainer,
+    generate_keyphrases,
+    load_posts,
+    write_predictions,
+)
 from dynkp.data.baselines import most_frequent_keyphrase, nearest_neighbour_keyphrases
 from dynkp.data.mixing import PostMixtureConfig, load_mixture
 from dynkp.data.prompts import resolve_task
+from dynkp.report.evaluation import Evaluation, gold_posts, markdown_table
 from dynkp.report.scores import summarise, table, write_json
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 
 logger = logging.getLogger("train")
+
+# --method: the trainer and its options.
+METHODS: dict[str, tuple[type[KeyphraseTrainer], type[KeyphraseConfig]]] = {
+    "dynamic_cot": (DynamicCoTTrainer, DynamicCoTConfig),
+    "aimkp": (AimKPTrainer, AimKPConfig),
+    "dynamic_aimkp": (DynamicAimKPTrainer, DynamicAimKPConfig),
+}
 
 # A model of a million parameters from scratch wants other settings than a pretrained one; the command line overrides.
 FROM_SCRATCH: dict[str, Any] = {
@@ -64,8 +92,15 @@ FROM_SCRATCH: dict[str, Any] = {
 
 @dataclass
 class DataArguments(PostMixtureConfig):
-    """What to train, evaluate and predict on."""
+    """How to train, and what to train, evaluate and predict on."""
 
+    method: str = field(
+        default="dynamic_cot", metadata={"help": "How to train: dynamic_cot (default), aimkp, or dynamic_aimkp (both in one)."}
+    )
+    modality: str = field(
+        default="both",
+        metadata={"help": "What of a post to train on and to predict from: both (default), text or image (a specialist)."},
+    )
     train_file: str | None = field(
         default=None,
         metadata={
@@ -95,6 +130,10 @@ class PredictionArguments:
         default=None, metadata={"help": "Longest output in tokens; by default 32 after strategy 'direct', else 512."}
     )
     predict_batch_size: int = field(default=32, metadata={"help": "Posts per generation batch and process."})
+    eval_modalities: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What of the posts to predict from, one after the other: both, text, image. By default --modality."},
+    )
 
 
 @dataclass
@@ -108,7 +147,7 @@ class TinyModelArguments:
         default=None,
         metadata={
             "help": "Its attention dropout: with few heads it drops words, which keeps it from memorising posts. By default "
-            "0.6, or 0 where posts have rationales: their losses would never fall below γ."
+            "0.6, or 0 where posts have rationales (their losses would never fall below γ) or are masked."
         },
     )
     tiny_vocab_size: int = field(default=8192, metadata={"help": "Size of its byte-level BPE vocabulary."})
@@ -117,8 +156,9 @@ class TinyModelArguments:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    trainer_class, config_class = METHODS[method_of(argv)]
     parser = TrlParser(
-        (DataArguments, DynamicCoTConfig, ModelConfig, PredictionArguments, TinyModelArguments),
+        (DataArguments, config_class, ModelConfig, PredictionArguments, TinyModelArguments),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -130,16 +170,18 @@ def main(argv: list[str] | None = None) -> None:
     data, args, model_args, prediction, tiny = parser.parse_args_and_config(argv)
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(message)s")
     if not data.train_file and not data.datasets:
+        if trainer_class is not DynamicCoTTrainer:
+            raise ValueError(f"`method` is {data.method!r}, and posts are drawn for dynamic_cot only: give a `train_file`.")
         drawn_posts.compare_on_drawn_posts(args, prediction.predict_batch_size)
         return
 
     train_posts, eval_posts = load_data(data, args)
     model, processor = load_model(model_args, tiny, train_posts, args)
-    trainer = DynamicCoTTrainer(
+    trainer = trainer_class(
         model=model,
         args=args,
-        train_dataset=train_posts,
-        eval_dataset=eval_posts,
+        train_dataset=only(train_posts, data.modality),
+        eval_dataset=None if eval_posts is None else only(eval_posts, data.modality),
         processing_class=processor,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args) if model_args.model_name_or_path else None,
@@ -147,10 +189,40 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(args.output_dir)
     if eval_posts is not None:
-        evaluate(trainer, prediction)
+        evaluate(trainer, eval_posts, data, prediction)
 
 
-def load_data(data: DataArguments, args: DynamicCoTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def method_of(argv: list[str]) -> str:
+    """--method, on the command line or in the recipe; needed before the options are read, because it decides on them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config")
+    known, _ = parser.parse_known_args(argv)
+    recipe = yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) if known.config else None
+    method = known.method or (recipe or {}).get("method", "dynamic_cot")
+    if method not in METHODS:
+        raise ValueError(f"`method` is {method!r}; choose one of {', '.join(METHODS)}.")
+    return method
+
+
+def only(posts: Dataset | IterableDataset, modality: str) -> Dataset | IterableDataset:
+    """The posts without their pictures, or without their texts; posts of which nothing is left are dropped and counted."""
+    if modality == "both":
+        return posts
+    if modality == "text":
+        pictures = [column for column in ("image", "images") if column in (posts.column_names or ())]
+        kept = posts.remove_columns(pictures).filter(lambda text: bool((text or "").strip()), input_columns=["text"])
+    elif modality == "image":
+        column = "images" if "images" in (posts.column_names or ()) else "image"
+        kept = posts.filter(bool, input_columns=[column]).map(lambda _: {"text": ""}, input_columns=["text"])
+    else:
+        raise ValueError(f"`modality` is {modality!r}; choose 'both', 'text' or 'image'.")
+    if isinstance(posts, Dataset):
+        logger.info("Of %d posts %d have the modality %r.", len(posts), len(kept), modality)
+    return kept
+
+
+def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Training posts and, if there are any, evaluation posts."""
     train_posts, eval_posts = load_train_posts(data, args), None
     if data.eval_file:
@@ -169,7 +241,7 @@ def load_data(data: DataArguments, args: DynamicCoTConfig) -> tuple[Dataset | It
     return train_posts, eval_posts
 
 
-def load_train_posts(data: DataArguments, args: DynamicCoTConfig) -> Dataset | IterableDataset:
+def load_train_posts(data: DataArguments, args: KeyphraseConfig) -> Dataset | IterableDataset:
     """One dataset of posts, or a mixture of several."""
     if data.datasets:
         separator = resolve_task(args.task).separator if args.separator is None else args.separator
@@ -180,7 +252,7 @@ def load_train_posts(data: DataArguments, args: DynamicCoTConfig) -> Dataset | I
 
 
 def load_model(
-    model_args: ModelConfig, tiny: TinyModelArguments, train_posts: Dataset | IterableDataset, args: DynamicCoTConfig
+    model_args: ModelConfig, tiny: TinyModelArguments, train_posts: Dataset | IterableDataset, args: KeyphraseConfig
 ) -> tuple[Any, Any]:
     """What the trainer takes as `model` and `processing_class`."""
     if model_args.model_name_or_path:
@@ -197,7 +269,8 @@ def load_model(
     texts = train_posts.select_columns(["text", "keyphrases", "rationale"])
     dropout = tiny.tiny_attention_dropout
     if dropout is None:
-        dropout = 0.0 if any(texts["rationale"]) else 0.6
+        # Every view of a post would draw its own: gradients would differ by that rather than by what is masked.
+        dropout = 0.0 if any(texts["rationale"]) or isinstance(args, AimKPConfig) else 0.6
     model, processor = build_tiny_vlm(
         [resolve_task(args.task).instruction]
         + [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in texts],
@@ -214,7 +287,7 @@ def load_model(
     return model, processor
 
 
-def checkpoint_to_resume(args: DynamicCoTConfig) -> str | bool | None:
+def checkpoint_to_resume(args: KeyphraseConfig) -> str | bool | None:
     """`--resume_from_checkpoint last` (or true) stands for the newest checkpoint in `output_dir`, if there is one."""
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "none"):
@@ -225,42 +298,55 @@ def checkpoint_to_resume(args: DynamicCoTConfig) -> str | bool | None:
     return (Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir) is not None) or None
 
 
-def evaluate(trainer: DynamicCoTTrainer, options: PredictionArguments) -> None:
+def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, data: DataArguments, options: PredictionArguments) -> None:
     """Predict on all ranks; score, print and write on the first."""
-    state, eval_posts = trainer.accelerator, trainer.eval_dataset
-    mine = range(state.process_index, len(eval_posts), state.num_processes)
-    model = state.unwrap_model(trainer.model)
-    predictions: list[Any] = list(
-        generate_keyphrases(
-            model,
-            trainer.processing_class,
-            eval_posts.select(mine),
-            task=trainer.task,
-            batch_size=options.predict_batch_size,
-            max_new_tokens=options.max_new_tokens or (32 if trainer.args.strategy == "direct" else 512),
-            progress=state.is_main_process and not trainer.args.disable_tqdm,
-        )
-    )
-    if state.num_processes > 1:
-        predictions = gather_object(predictions)
-    if not state.is_main_process:
+    name = getattr(trainer.args, "strategy", data.method) if data.method == "dynamic_cot" else data.method
+    predictions = {
+        modality: predict(trainer, eval_posts, modality, options) for modality in options.eval_modalities or [data.modality]
+    }
+    if not trainer.accelerator.is_main_process:
         return
     train_posts = trainer.train_dataset
     # Rows of prompt and completion have no such column: without it there is neither "seen" nor a baseline.
     has_keyphrases = "keyphrases" in train_posts.column_names
     train_keyphrases = {phrase for phrases in train_posts["keyphrases"] for phrase in phrases} if has_keyphrases else None
-    systems = {f"{trainer.args.strategy}": summarise(predictions, eval_posts, train_keyphrases)}
-    for name, lists in (baselines(train_posts, eval_posts) if has_keyphrases else {}).items():
-        rows = [{"id": post_id, "keyphrases": list_} for post_id, list_ in zip(eval_posts["id"], lists, strict=True)]
-        systems[name] = summarise(rows, eval_posts, train_keyphrases)
     output_dir = Path(trainer.args.output_dir)
-    order = {post_id: index for index, post_id in enumerate(eval_posts["id"])}
-    write_predictions(output_dir / "predictions.jsonl", sorted(predictions, key=lambda row: order[row["id"]]))
+    systems, by_modality = {}, Evaluation(gold_posts(eval_posts), convention=trainer.args.eval_convention, resamples=0)
+    for number, (modality, rows) in enumerate(predictions.items()):
+        system = name if modality == "both" else f"{name}, {modality} only"
+        systems[system] = summarise(rows, eval_posts, train_keyphrases)
+        by_modality.add(system, rows)
+        write_predictions(output_dir / ("predictions.jsonl" if not number else f"predictions.{modality}.jsonl"), rows)
+    for system, lists in (baselines(train_posts, eval_posts) if has_keyphrases else {}).items():
+        constant = [{"id": post_id, "keyphrases": list_} for post_id, list_ in zip(eval_posts["id"], lists, strict=True)]
+        systems[system] = summarise(constant, eval_posts, train_keyphrases)
     write_json(
         output_dir / "metrics.json",
-        {"strategy": trainer.args.strategy, "systems": systems, "log": trainer.state.log_history},
+        {"method": data.method, "strategy": name, "systems": systems, "log": trainer.state.log_history},
     )
     print(f"\n{table(systems)}\n\nPercent, convention cmkp. Written: {output_dir}/predictions.jsonl, {output_dir}/metrics.json")
+    if len(predictions) > 1:
+        print(f"\n{markdown_table(by_modality.modality_table())}\n\nPercent, convention {trainer.args.eval_convention}.")
+
+
+def predict(trainer: KeyphraseTrainer, posts: Dataset, modality: str, options: PredictionArguments) -> list[Any]:
+    """Every rank's share of the predictions, together and in the posts' order."""
+    state = trainer.accelerator
+    reasons = "reasoning" in trainer.target_kinds
+    rows: list[Any] = list(
+        generate_keyphrases(
+            state.unwrap_model(trainer.model),
+            trainer.processing_class,
+            posts.select(range(state.process_index, len(posts), state.num_processes)),
+            task=trainer.task,
+            batch_size=options.predict_batch_size,
+            max_new_tokens=options.max_new_tokens or (512 if reasons else 32),
+            modality=modality,  # type: ignore[arg-type]
+            progress=state.is_main_process and not trainer.args.disable_tqdm,
+        )
+    )
+    order = {post_id: index for index, post_id in enumerate(posts["id"])}
+    return sorted(trainer.gather_list(rows), key=lambda row: order[row["id"]])
 
 
 def baselines(train_posts: Dataset | IterableDataset, eval_posts: Dataset) -> dict[str, list[list[str]]]:

@@ -236,10 +236,17 @@ class Evaluation:
                 semantic.append(semantic_scores(lists, golden, self.semantic_model, ks=self.ks))
         self.post_scores[name] = {subset: _mean_post_scores([one[subset] for one in kept]) for subset in self.subsets}
         every = [row for matched in decodes for row in matched]
+        seen = {row.get("modality", "both") for row in every if row["keyphrases"] or "modality" in row} or {"both"}
+        if len(seen) > 1:
+            raise ValueError(
+                f"system {name!r} has predictions from {' and '.join(map(repr, sorted(seen)))} (column modality), which are "
+                "different systems: give them files of their own"
+            )
         system: dict[str, Any] = {
             "posts": len(self.gold),
             "missing": missing,
             "decodes": len(decodes),
+            "modality": seen.pop(),
             "subsets": {subset: _mean_scores([one[subset] for one in scores]) for subset in self.subsets},
             **list_statistics([list(row["keyphrases"]) for row in every]),
             **output_means(every),
@@ -338,8 +345,22 @@ class Evaluation:
 
     def tables(self) -> list[list[list[str]]]:
         """Rows of cells, the first row the heads, in percent: one table of one system's subsets; of several systems one
-        of their measures on the first subset and one of their F1 on all subsets, with marks."""
-        return [self._one_system()] if len(self.systems) == 1 else [self._measures_table(), self._subsets_table()]
+        of their measures on the first subset and one of their F1 on all subsets, with marks; and, of systems that saw
+        different modalities of the posts, one of their measures by modality."""
+        tables = [self._one_system()] if len(self.systems) == 1 else [self._measures_table(), self._subsets_table()]
+        by_modality = len({system["modality"] for system in self.systems.values()}) > 1
+        return [*tables, self.modality_table()] if by_modality else tables
+
+    def modality_table(self) -> list[list[str]]:
+        """Rows of cells: the systems grouped by what they saw of the posts, as Table 1 of AimKP (AAAI 2026) has them."""
+        lead = self.subsets[0]
+        measures = [*(f"f1@{k}" for k in self.ks), f"map@{max(self.ks)}"]
+        rows = [["posts", "system", *map(_head, measures)]]
+        for modality, head in (("image", "image only"), ("text", "text only"), ("both", "text and image")):
+            for name, system in self.systems.items():
+                if system["modality"] == modality:
+                    rows.append([head, name, *(percent(system["subsets"][lead][measure]) for measure in measures)])
+        return rows
 
     def _one_system(self) -> list[list[str]]:
         name, system = next(iter(self.systems.items()))
