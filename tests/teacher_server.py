@@ -78,7 +78,8 @@ class ChatServer:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+                fields = (line.partition(": ") for line in head.split("\r\n")[1:])
+                headers = {name.lower(): value for name, _, value in fields}
                 body = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or b"null")
                 if self.keep_bodies:
                     self.bodies.append(body)

@@ -89,14 +89,15 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"
     )
-    server.add_argument(
-        "--concurrency", type=_positive, default=32, metavar="N", help="most requests at once (default: 32)"
-    )
+    server.add_argument("--concurrency", type=_positive, default=32, metavar="N", help="most requests at once (default: 32)")
     server.add_argument(
         "--timeout", type=_above_zero, default=120.0, metavar="SECONDS", help="longest wait for an answer (default: 120)"
     )
     server.add_argument(
         "--max-attempts", type=_positive, default=6, metavar="N", help="how often to send a request before its post fails (6)"
+    )
+    server.add_argument(
+        "--retry-pause", type=_above_zero, default=0.5, metavar="SECONDS", help="before the second attempt, then doubled (0.5)"
     )
     server.add_argument("--retry-failed", action="store_true", help="ask again about posts that failed in an earlier run")
     server.add_argument("--prices", metavar="FILE", help="JSON or YAML: model -> input and output, per million tokens")
@@ -176,7 +177,7 @@ def _run(arguments: argparse.Namespace) -> Any:
     same = (
         *("posts", "output", "model", "base_url", "image_dir", "task", "template", "max_side", "allow_image_urls"),
         *("max_tokens", "temperature", "top_p", "seed", "extra_body", "shard", "limit", "concurrency", "timeout"),
-        *("max_attempts", "retry_failed", "prices", "max_cost", "min_words", "max_words", "max_similarity", "keep_all"),
+        *("max_attempts", "retry_pause", "retry_failed", "prices", "max_cost", "min_words", "max_words", "max_similarity", "keep_all"),
         "preview",
     )
     return RationaleRun(

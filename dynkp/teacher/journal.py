@@ -9,6 +9,8 @@ Holds   files only grow, by whole lines, each written as soon as its answer is t
 The folder:
 
 - `answers-00001.jsonl`, ...: one answer a line, its key first. A new file is begun at 256 MiB.
+- `answers.index`: where each answer is, in 36 bytes, so that a run need not read a gigabyte to begin. It is made again from
+  the answers where it is missing or behind.
 - `settled.bin`: 32 bytes per post that needs no more requests: its fingerprint, and the key of its last answer.
 - `cursor.json`: where in the posts the last run was reading, a hint of where to look for posts without an answer.
 - `lock`: held by the run that writes.
@@ -20,14 +22,18 @@ import json
 import logging
 import os
 import re
+import struct
 import threading
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dynkp.report.scores import write_json
-from dynkp.teacher.chat_request import KEY_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +41,14 @@ SHARD_BYTES = 256 << 20
 # The start of a line, which is all that is read of it to know what is answered. `json.dumps` writes it so.
 _HEAD = re.compile(
     rb'\{"key": "([0-9a-f]{32})", "failed": (true|false), "prompt_tokens": (\d+), "completion_tokens": (\d+), '
-    rb'"model": ("(?:[^"\\]|\\.)*")'
+    rb'"model": "((?:[^"\\]|\\.)*)"'
 )
 # A place in the answers: file number, offset, and whether the request failed, in one integer.
 _FAILED, _OFFSET_BITS = 1, 40
+# An entry of the index: key, place, tokens of prompt and completion, and what stands for the model.
+_ENTRY = struct.Struct("<16sQIII")
+_ENTRY_TYPE = np.dtype([("key", "V16"), ("place", "<u8"), ("prompt", "<u4"), ("completion", "<u4"), ("model", "<u4")])
+_SETTLED = struct.Struct("<16s16s")
 
 
 class AnswerJournal:
@@ -67,15 +77,15 @@ class AnswerJournal:
         self._mutex = threading.Lock()
         self._places: dict[bytes, int] = {}
         self._readers: dict[int, int] = {}
-        self.failed = 0
-        self.tokens: Counter[tuple[str, str]] = Counter()  # (model, "prompt" or "completion") -> tokens
-        self._settled_file = self.folder / "settled.bin"
+        self._tokens: Counter[tuple[int, str]] = Counter()
+        self._index_writer = _opened(self.folder / "answers.index")
         shards = sorted(self.folder.glob("answers-*.jsonl"))
-        for path in shards:
-            self._load(path)
-        self._settled = self._load_settled()
+        self._load(shards)
+        self._settled_writer = _opened(self.folder / "settled.bin")
+        # A post whose answer's line was torn, or deleted, is not settled.
+        pairs = _SETTLED.iter_unpack(_whole_entries(self._settled_writer, _SETTLED.size))
+        self._settled: dict[bytes, bytes] = {fingerprint: key for fingerprint, key in pairs if key in self._places}
         self._open_shard(_number(shards[-1]) if shards else 1)
-        self._settled_writer = os.open(self._settled_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     # --- answers ---
 
@@ -110,9 +120,13 @@ class AnswerJournal:
                 os.close(self._writer)
                 self._open_shard(self._shard + 1)
             _write_all(self._writer, line)
-            self._note(key, self._shard, self._size, head["failed"])
-            self._count(head["model"], head["prompt_tokens"], head["completion_tokens"])
+            self._note(_entry(self._shard, self._size, head))
             self._size += len(line)
+
+    def tokens(self, model: str) -> tuple[int, int]:
+        """Tokens of prompts and of completions that the model's answers took, all runs together."""
+        which = _model_number(model)
+        return self._tokens[which, "prompt"], self._tokens[which, "completion"]
 
     def read(self, key: bytes) -> dict[str, Any]:
         """The answer to a key.
@@ -131,7 +145,9 @@ class AnswerJournal:
             size *= 4
         row = json.loads(line.partition(b"\n")[0])
         if row["key"] != key.hex():
-            raise ValueError(f"{self._path(shard)} was changed while it was in use: byte {offset} is not answer {key.hex()}")
+            raise ValueError(
+                f"{self._path(shard)} was changed: at byte {offset} is no answer {key.hex()}; delete answers.index beside it"
+            )
         return row
 
     # --- posts ---
@@ -169,7 +185,7 @@ class AnswerJournal:
         """Close the files; another run may have them."""
         if not self._lock_file.closed:
             self.sync()
-            for file in (self._writer, self._settled_writer, *self._readers.values()):
+            for file in (self._writer, self._index_writer, self._settled_writer, *self._readers.values()):
                 os.close(file)
             self._lock_file.close()
 
@@ -184,57 +200,101 @@ class AnswerJournal:
 
     def _open_shard(self, shard: int) -> None:
         self._shard = shard
-        self._writer = os.open(self._path(shard), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._writer = _opened(self._path(shard))
         self._size = os.fstat(self._writer).st_size
 
-    def _note(self, key: bytes, shard: int, offset: int, failed: bool) -> None:
-        self.failed += failed - (self._places[key] & _FAILED if key in self._places else 0)
-        self._places[key] = (shard << _OFFSET_BITS | offset) << 1 | failed
+    def _note(self, entry: bytes) -> None:
+        _write_all(self._index_writer, entry)
+        key, place, prompt, completion, model = _ENTRY.unpack(entry)
+        self._places[key] = place
+        self._tokens[model, "prompt"] += prompt
+        self._tokens[model, "completion"] += completion
 
-    def _count(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
-        self.tokens[model, "prompt"] += prompt_tokens
-        self.tokens[model, "completion"] += completion_tokens
+    def _load(self, shards: Sequence[Path]) -> None:
+        for path in shards:
+            _repair(path)
+        index = np.frombuffer(_whole_entries(self._index_writer, _ENTRY.size), _ENTRY_TYPE)
+        ends = self._indexed_ends(index, shards)
+        if ends is None:
+            logger.info("%s: the index is made anew", self.folder)
+            os.ftruncate(self._index_writer, 0)
+            index, ends = index[:0], {}
+        self._places = dict(zip(index["key"].tolist(), index["place"].tolist(), strict=True))
+        for model in np.unique(index["model"]):
+            for name in ("prompt", "completion"):
+                self._tokens[int(model), name] = int(index[name][index["model"] == model].sum(dtype=np.uint64))
+        for path in shards:
+            self._index(path, ends.get(_number(path), 0))
 
-    def _load(self, path: Path) -> None:
-        _repair(path)
-        shard = _number(path)
-        for offset, line in _lines(path):
+    def _indexed_ends(self, index: NDArray[Any], shards: Sequence[Path]) -> dict[int, int] | None:
+        """Up to which byte each file is in the index; None if the index belongs to other files."""
+        numbers = index["place"] >> np.uint64(_OFFSET_BITS + 1)
+        ends = {}
+        for path in shards:
+            entries = index[numbers == _number(path)]
+            if not len(entries):
+                continue
+            last = entries[entries["place"].argmax()]
+            with path.open("rb") as file:
+                offset = (int(last["place"]) >> 1) & ((1 << _OFFSET_BITS) - 1)
+                file.seek(offset)
+                line = file.readline()
             head = _HEAD.match(line)
-            if head is None:
-                raise ValueError(
-                    f"{path}, byte {offset}: not an answer: {line[:80]!r}. Only a torn last line is repaired; delete the line, "
-                    "and its request is sent again."
-                )
-            self._note(bytes.fromhex(head[1].decode()), shard, offset, head[2] == b"true")
-            self._count(json.loads(head[5]), int(head[3]), int(head[4]))
+            if head is None or bytes.fromhex(head[1].decode()) != last["key"].tobytes():
+                return None
+            ends[_number(path)] = offset + len(line)
+        return ends if len(index) == 0 or set(np.unique(numbers).tolist()) <= set(ends) else None
 
-    def _load_settled(self) -> dict[bytes, bytes]:
-        try:
-            data = self._settled_file.read_bytes()
-        except FileNotFoundError:
-            return {}
-        width = 2 * KEY_BYTES
-        if torn := len(data) % width:
-            data = data[:-torn]
-            os.truncate(self._settled_file, len(data))
-        settled = {}
-        for start in range(0, len(data), width):
-            key = data[start + KEY_BYTES : start + width]
-            if key in self._places:  # else its line was torn, or deleted
-                settled[data[start : start + KEY_BYTES]] = key
-        return settled
+    def _index(self, path: Path, start: int) -> None:
+        """Put what the index lacks of a file into it."""
+        with path.open("rb", buffering=1 << 20) as file:
+            file.seek(start)
+            for line in file:
+                head = _HEAD.match(line)
+                if head is None:
+                    raise ValueError(
+                        f"{path}, byte {start}: not an answer: {line[:80]!r}. Only a torn last line is repaired; delete the "
+                        "line and answers.index, and its request is sent again."
+                    )
+                found = {
+                    "key": head[1].decode(),
+                    "failed": head[2] == b"true",
+                    "prompt_tokens": int(head[3]),
+                    "completion_tokens": int(head[4]),
+                    "model": json.loads(b'"%s"' % head[5]),
+                }
+                self._note(_entry(_number(path), start, found))
+                start += len(line)
+
+
+def _entry(shard: int, offset: int, head: Mapping[str, Any]) -> bytes:
+    place = (shard << _OFFSET_BITS | offset) << 1 | head["failed"]
+    most = (1 << 32) - 1
+    tokens = (min(head["prompt_tokens"], most), min(head["completion_tokens"], most))
+    return _ENTRY.pack(bytes.fromhex(head["key"]), place, *tokens, _model_number(head["model"]))
+
+
+def _model_number(model: str) -> int:
+    return zlib.crc32(model.encode("utf-8", "surrogatepass"))
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+
+
+def _whole_entries(file: int, width: int) -> bytes:
+    """The content of a file of entries; what a killed run left of a last one is cut off."""
+    size = os.fstat(file).st_size
+    if torn := size % width:
+        os.ftruncate(file, size - torn)
+    data = b""
+    while block := os.pread(file, (size - torn) - len(data), len(data)):
+        data += block
+    return data
 
 
 def _number(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    with path.open("rb", buffering=1 << 20) as file:
-        for line in file:
-            yield offset, line
-            offset += len(line)
 
 
 def _write_all(file: int, data: bytes) -> None:

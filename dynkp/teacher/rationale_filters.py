@@ -20,7 +20,7 @@ FILTERS = {
     "cut_off": "the answer ended at the token limit",
     "too_short": "fewer words than --min-words",
     "too_long": "more words than --max-words",
-    "field_names": "speaks of the prompt's fields (“the \"Post text\" says ...”)",
+    "field_names": 'speaks of the prompt\'s fields (“the "Post text" says ...”)',
     "wrong_prediction": "of a chain: its prediction is not the gold answer",
     "no_gold_phrase": "mentions none of the post's keyphrases",
     "near_copy": "says again what another post's rationale says",

@@ -87,8 +87,8 @@ def _filled(text: str, values: Mapping[str, Any]) -> str:
 
 
 TABLE_1 = Template(
-    "You help to understand hashtags. You are given the hashtags (\"Keyphrases\") that a social media post carries, its text "
-    "(\"Post text\") and its picture (\"Image\"). Explain briefly why social media users would use these hashtags for this "
+    'You help to understand hashtags. You are given the hashtags ("Keyphrases") that a social media post carries, its text '
+    '("Post text") and its picture ("Image"). Explain briefly why social media users would use these hashtags for this '
     "post.",
     '"Keyphrases": {keyphrases}\n"Post text": {text}\n"Image": {images}',
 )

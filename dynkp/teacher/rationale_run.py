@@ -50,6 +50,7 @@ class RationaleSettings:
         concurrency: most requests at once.
         timeout: seconds to wait for an answer.
         max_attempts: how often a request is sent before its post fails.
+        retry_pause: seconds before a request is sent again; doubled each time, up to a minute.
         key_variable: environment variable with the API key.
         retry_failed: whether to ask again about posts that failed in an earlier run.
         prices: file with a table of prices.
@@ -79,6 +80,7 @@ class RationaleSettings:
     concurrency: int = 32
     timeout: float = 120.0
     max_attempts: int = 6
+    retry_pause: float = 0.5
     key_variable: str = KEY_VARIABLE
     retry_failed: bool = False
     prices: str | None = None
@@ -185,6 +187,7 @@ class RationaleRun:
                 concurrency=settings.concurrency,
                 timeout=settings.timeout,
                 max_attempts=settings.max_attempts,
+                first_pause=settings.retry_pause,
                 key_variable=settings.key_variable,
             )
 

@@ -360,10 +360,7 @@ class RequestRun:
         """Of all answers in the journal; None where no price is known."""
         if not self.prices:
             return None
-        tokens = self.journal.tokens
-        return sum(
-            price.cost(tokens[model, "prompt"], tokens[model, "completion"]) for model, price in self.prices.items()
-        )
+        return sum(price.cost(*self.journal.tokens(model)) for model, price in self.prices.items())
 
     async def _sync(self) -> None:
         while True:
