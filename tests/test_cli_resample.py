@@ -92,6 +92,15 @@ def test_errors(tmp_path, capsys, train, test, target, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_sources_are_not_replaced(tmp_path, capsys):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": "t", "keyphrases": ["a"]}))
+    before = (tmp_path / "test.jsonl").read_bytes()
+    assert run(tmp_path, tmp_path / "train.jsonl", tmp_path / "test.jsonl", "1") == 1
+    assert "test.jsonl would be replaced, and its posts are read" in capsys.readouterr().err
+    assert (tmp_path / "test.jsonl").read_bytes() == before and len(os.listdir(tmp_path)) == 2
+
+
 def test_a_target_that_is_no_share(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "a", "b", "44.92")

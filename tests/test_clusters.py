@@ -208,13 +208,15 @@ def test_every_keyphrase_looks_different(tmp_path):
     clusters = cluster_posts(rows, Vectors({"a": [1, 0]}), top=MOST_KEYPHRASES, projection="pca")
     write_html(clusters, tmp_path / "c.html")
     write_png(clusters, tmp_path / "c.png", dpi=40)
-    data = re.findall(r'"color":"(#\w+)"[^}]*"symbol":"([\w-]+)"', (tmp_path / "c.html").read_text().split("Plotly.newPlot(")[-1])
+    plotted = (tmp_path / "c.html").read_text().split("Plotly.newPlot(")[-1]
+    data = re.findall(r'"color":"(#\w+)"[^}]*"symbol":"([\w-]+)"', plotted)
     assert len(set(data)) == MOST_KEYPHRASES and {colour for colour, _ in data} == set(COLOURS)
 
 
 def test_the_command(shared, tmp_path, capsys, clip_folder):
     source = shared / "data/masc_t15"
-    arguments = ["clusters", "--posts", str(source / "test.jsonl"), "--image-dir", str(source / "images"), "--model", clip_folder]
+    posts = ["--posts", str(source / "test.jsonl"), "--image-dir", str(source / "images")]
+    arguments = ["clusters", *posts, "--model", clip_folder]
     outputs = ["--png", str(tmp_path / "c.png"), "--html", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
     assert cli.main([*arguments, *outputs, "--top", "3", "--device", "cpu", "--title", "Twitter"]) == 0
     figures = json.loads((tmp_path / "c.json").read_text())

@@ -339,6 +339,10 @@ def test_sources_that_do_not_fit(tmp_path):
         convert_posts(iter([POST]), tmp_path / "x.parquet")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         convert_posts([POST], tmp_path / "x.jsonl", image_dir=tmp_path / "none")
+    (tmp_path / "x.jsonl").write_text(json.dumps(POST))
+    with pytest.raises(ValueError, match="x.jsonl would replace the posts that are read"):
+        convert_posts(tmp_path / "x.jsonl", f"{tmp_path}/./x.jsonl")
+    (tmp_path / "x.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="there is no file"):
         convert_posts(tmp_path / "none.jsonl", tmp_path / "x.jsonl")
     assert os.listdir(tmp_path) == []

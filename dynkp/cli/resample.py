@@ -72,6 +72,10 @@ def _resample(arguments: argparse.Namespace) -> None:
     from dynkp.report.scores import write_json
 
     sources = {"train": arguments.train, "test": arguments.test}
+    out = Path(arguments.out_dir)
+    names = [out / name for name in ("train.jsonl", "test.jsonl", "report.md", "report.json")]
+    if taken := {name.resolve() for name in names} & {Path(source).resolve() for source in sources.values()}:
+        raise ValueError(f"--out-dir {out}: {min(taken)} would be replaced, and its posts are read: name another folder")
     new = resample(
         _posts(arguments.train, "train"), _posts(arguments.test, "test"), arguments.target_overlap, arguments.seed
     )
@@ -90,8 +94,6 @@ def _resample(arguments: argparse.Namespace) -> None:
         ),
     }
 
-    out = Path(arguments.out_dir)
-    names = [out / name for name in ("train.jsonl", "test.jsonl", "report.md", "report.json")]
     with whole_files(*names) as (train_file, test_file, table_file, report_file):
         options: dict[str, Any] = {"output_format": "jsonl", "output_image_dir": arguments.output_image_dir}
         convert_posts(_rows(sources, {"train": new.train}), train_file, **options)

@@ -150,13 +150,15 @@ def convert_posts(
 
     Example:
         >>> convert_posts("test.jsonl", "test.parquet", image_dir="pictures").summary()  # doctest: +SKIP
-        '937 posts with 468 images'
+        '607 posts with 300 images'
     """
     output_format = _output_format(str(output), output_format)
     images = ("embed" if output_format == "parquet" else "names") if images == "auto" else images
     _check_options(output_format, images, output_image_dir, join_format, on_invalid)
     if kept := {"id", "text", "keyphrases", "images"} & set(drop):
         raise ValueError(f"drop={', '.join(sorted(kept))}: every post has these; images='drop' leaves pictures out")
+    if isinstance(source, str | Path) and os.path.realpath(source) == os.path.realpath(output):
+        raise ValueError(f"{output} would replace the posts that are read: name another output")
     pictures = _Pictures(images, image_dir, output_image_dir)
     report = ConversionReport()
 
