@@ -113,6 +113,9 @@ def reference_gradients(
         keep = torch.ones(width, dtype=torch.bool)
         if view != "full" and args.mask_pattern == "strided":
             keep = kept_by_hand(layout, view, strides[view], width)
+        elif view != "full" and args.mask_pattern == "pooled":
+            found[view] = pooled_by_hand(model, prompt, layout, view, strides[view], target)
+            continue
         elif view != "full":
             options = {"post_ids": [post["id"]], "visits": [0], "seed": args.seed}
             keep = random_keep_mask([layout], view, [strides[view]], width, **options)[0]
@@ -134,6 +137,43 @@ def reference_gradients(
         found[view] = (nll.detach(), gradients)
     model.zero_grad()
     return found
+
+
+def pooled_by_hand(
+    model: torch.nn.Module, prompt: dict[str, Any], layout: Any, modality: str, stride: int, target: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """LLaVA's embeddings, token by token: those of a stride replaced by their mean, positions counted anew."""
+    llava = model.get_base_model()
+    embeddings = llava.get_input_embeddings()(prompt["input_ids"])[0]
+    images = [slot for grid in layout.grids for slot in grid.slots]
+    if images:
+        features = torch.cat(list(llava.model.get_image_features(pixel_values=prompt["pixel_values"]).pooler_output))
+        embeddings = embeddings.index_copy(0, torch.tensor(images), features)
+    groups = [[slot] for slot in range(len(embeddings))]
+    if modality == "text":
+        slots = list(layout.text)
+        blocks = max(1, len(slots) // stride)
+        groups = [group for group in groups if group[0] not in slots]
+        groups += [slots[stride * b : stride * (b + 1) if b + 1 < blocks else None] for b in range(blocks)]
+    for grid in layout.grids if modality == "image" else ():
+        groups = [group for group in groups if group[0] not in grid.slots]
+        rows_, columns = max(1, grid.height // stride), max(1, grid.width // stride)
+        if grid.height < stride or grid.width < stride:
+            rows_ = columns = 1
+        cells: dict[tuple[int, int], list[int]] = {}
+        for index, slot in enumerate(grid.slots):
+            a, b = divmod(index, grid.width)
+            cells.setdefault((min(a // stride, rows_ - 1), min(b // stride, columns - 1)), []).append(slot)
+        groups += [cells[key] for key in sorted(cells)]
+    groups.sort(key=lambda group: group[0])
+    short = torch.stack([embeddings[group].mean(dim=0) for group in groups])
+    answer = llava.get_input_embeddings()(target[0, :-1])
+    logits = model(inputs_embeds=torch.cat([short, answer])[None], use_cache=False).logits[0, len(short) - 1 :]
+    nll = -torch.log_softmax(logits, dim=-1)[torch.arange(target.shape[1]), target[0]].sum()
+    model.zero_grad()
+    nll.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return nll.detach(), gradients
 
 
 def cosine(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -258,6 +298,7 @@ ABLATIONS: list[dict[str, Any]] = [
     {"variant_reduction": "sum"},
     {"loss_normalization": "sample"},
     {"mask_pattern": "random"},
+    {"mask_pattern": "pooled"},
     {"prompt_backend": "plain"},
     {"text_threshold": 1.0, "image_threshold": 1.0},
 ]
@@ -267,6 +308,29 @@ ABLATIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", ABLATIONS, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()))
 def test_step_equals_the_reference_in_every_ablation(options: dict[str, Any], backend: str, tmp_path: Path) -> None:
     assert_step("llava", tmp_path, similarity_backend=backend, **options)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
+def test_pooled_batches_equal_pooled_posts(family: str, tmp_path: Path) -> None:
+    """Also with 3-D positions, which must be those of smaller pictures, and with features added to deeper layers."""
+    found = {}
+    for backend in ("batched", "plain"):
+        model, processor = build(family)
+        with exact_float64(model):
+            gradients = Gradients()
+            trainer = aimkp(
+                family, tmp_path / backend, rows(family, 4), mask_pattern="pooled", similarity_backend=backend, max_steps=1,
+                log_visits=True, callbacks=[gradients], per_device_train_batch_size=4, peft_config=lora(family), task="aimkp",
+                initial_stride=2, image_threshold=0.0,
+            )  # fmt: skip
+            trainer.model.double()
+            trainer.train()
+        visits = sorted(read_visits(tmp_path / backend), key=lambda row: (row["id"], row["modality"]))
+        found[backend] = ([row["cosine"] for row in visits], gradients.steps[0])
+    assert len(found["plain"][0]) == 6 and max(found["plain"][0]) < 1.0 + EXACT
+    assert found["batched"][0] == pytest.approx(found["plain"][0], abs=EXACT)
+    for name, gradient in found["plain"][1].items():
+        torch.testing.assert_close(found["batched"][1][name], gradient, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("gamma", ["0", "between", "inf"])

@@ -1,6 +1,6 @@
 """AimKP's views of a batch of posts: the full input, the text masked, the pictures masked, all asked for one target.
 
-Given   a batch of left-padded prompts and, per masked view, which slots stay.
+Given   a batch of left-padded prompts and, per masked view, a [`~dynkp.mechanics.modality_masking.Mask`].
 Gives   `log_probs(view, targets, posts)`: log-probabilities of the targets' tokens given that view of these posts.
 Holds   [`BatchedViews`] equals [`PlainViews`], the plain twin with one ordinary forward per post and view, in values and
         gradients: to rounding, for unequal lengths, with and without gradient checkpointing.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynkp.mechanics.modality_masking import encode, masked
+from dynkp.mechanics.modality_masking import EncodedPrompt, Mask, Pooling, embedded, encode, masked
 from dynkp.mechanics.shared_prompt import (
     CONTINUED_INPUTS,
     PlainPrompt,
@@ -38,7 +38,7 @@ class BatchedViews:
     Args:
         model: causal (vision-)language model, or a PEFT model around one.
         prompt (`dict`): the processor's output for B posts, left-padded.
-        keeps (`dict` of `torch.Tensor` of shape `(B, P)`): per masked view, of `"text"` and `"image"`, the slots that stay.
+        masks (`dict` of [`~dynkp.mechanics.modality_masking.Mask`]): per masked view, of `"text"` and `"image"`.
         starts (`Sequence[int]`, *optional*): B first slots that the full and the text-masked view do not share; every picture
             must lie in front of them. Nothing is shared, if `None`.
         drop: whether masked tokens are left out rather than masked; where
@@ -50,7 +50,7 @@ class BatchedViews:
         self,
         model: nn.Module,
         prompt: dict[str, Any],
-        keeps: Mapping[str, torch.Tensor],
+        masks: Mapping[str, Mask],
         starts: Sequence[int] | None = None,
         drop: bool = True,
         score: Scorer = score_targets,
@@ -58,7 +58,7 @@ class BatchedViews:
         self.model, self.drop, self.score = model, drop, score
         self.encoded = encode(model, prompt)
         everything = torch.ones(prompt["input_ids"].shape, dtype=torch.bool)
-        self.keeps = {FULL: everything, **keeps}
+        self.masks = {FULL: Mask(everything), **masks}
         self.prefix: SharedPrefix | None = None
         if starts is not None and max(starts) > 0:
             self.behind = torch.arange(everything.shape[1]) >= torch.as_tensor(starts)[:, None]
@@ -76,16 +76,22 @@ class BatchedViews:
         Returns:
             `torch.Tensor` of shape `(len(posts), T)`: nats, zero at padding; T is the longest target among `posts`.
         """
-        keep, targets = self.keeps[view][list(posts)], targets_of(targets, posts)
-        if self.prefix is not None and view != "image":
-            rest = self.encoded.view(keep & self.behind[list(posts)], posts)
-            tokens = {key: value for key, value in rest.inputs.items() if key in CONTINUED_INPUTS}
-            log_probs = self.prefix.log_probs(tokens, rest.positions, targets, posts)
-            if view == "text":  # the last to use it: what is masked next need not find it in memory
-                self.prefix = None
-            return log_probs
-        seen = self.encoded.view(keep, posts, drop=self.drop)
-        return PlainPrompt(self.model, seen.inputs, self.score, seen.positions).log_probs(targets)
+        mask, targets = self.masks[view], targets_of(targets, posts)
+        keep = mask.keep[list(posts)]
+        encoded = self.encoded if mask.pooling is None else self.encoded.pooled(self.model, mask.pooling)
+        seen = encoded.view(keep, posts, drop=self.drop or mask.pooling is not None)
+        positions = _positions(self.model, seen, mask.pooling, posts)
+        if self.prefix is None or view == "image":
+            with embedded(self.model, seen.embeddings):
+                return PlainPrompt(self.model, seen.inputs, self.score, positions).log_probs(targets)
+        rest = encoded.view(keep & self.behind[list(posts)], posts)
+        tokens = {key: value for key, value in rest.inputs.items() if key in CONTINUED_INPUTS}
+        with embedded(self.model, rest.embeddings):
+            positions = positions[..., -tokens["input_ids"].shape[1] :]  # the views end alike
+            log_probs = self.prefix.log_probs(tokens, positions, targets, posts)
+        if view == "text":  # the last to use it: what is masked next need not find it in memory
+            self.prefix = None
+        return log_probs
 
 
 class PlainViews:
@@ -94,7 +100,7 @@ class PlainViews:
     Args:
         model: as for the twin.
         prompts (`Sequence[dict]`): the processor's output for each of the B posts alone.
-        keeps (`dict`): per masked view, B tensors of shape `(1, P_i)`: the slots of post i that stay.
+        masks (`Sequence[dict]`): for each post alone, per masked view.
         score ([`Scorer`], *optional*): as for the twin.
     """
 
@@ -102,19 +108,30 @@ class PlainViews:
         self,
         model: nn.Module,
         prompts: Sequence[dict[str, Any]],
-        keeps: Mapping[str, Sequence[torch.Tensor]],
+        masks: Sequence[Mapping[str, Mask]],
         score: Scorer = score_targets,
     ):
-        self.model, self.prompts, self.keeps, self.score = model, prompts, keeps, score
+        self.model, self.prompts, self.masks, self.score = model, prompts, masks, score
 
     def log_probs(self, view: str, targets: Targets, posts: Sequence[int]) -> torch.Tensor:
         """As [`BatchedViews.log_probs`]."""
         length = max((targets["lengths"][post] for post in posts), default=0)
         rows = []
         for post in posts:
-            prompt = self.prompts[post]
-            seen = prompt if view == FULL else masked(prompt, self.keeps[view][post].to(prompt["attention_mask"].device))
-            opened = PlainPrompt(self.model, seen, self.score, prompt_positions(self.model, prompt))
-            row = opened.log_probs(targets_of(targets, [post]))
+            prompt, target = self.prompts[post], targets_of(targets, [post])
+            mask = self.masks[post].get(view)
+            if mask is not None and mask.pooling is not None:
+                short = encode(self.model, prompt).pooled(self.model, mask.pooling).view(mask.keep)
+                positions = _positions(self.model, short, mask.pooling, [0])
+                with embedded(self.model, short.embeddings):
+                    row = PlainPrompt(self.model, short.inputs, self.score, positions).log_probs(target)
+            else:
+                seen = prompt if mask is None else masked(prompt, mask.keep.to(prompt["attention_mask"].device))
+                row = PlainPrompt(self.model, seen, self.score, prompt_positions(self.model, prompt)).log_probs(target)
             rows.append(nn.functional.pad(row, (0, length - row.shape[1])))
         return torch.cat(rows) if rows else torch.zeros(0, length)
+
+
+def _positions(model: nn.Module, seen: EncodedPrompt, pooling: Pooling | None, posts: Sequence[int]) -> torch.Tensor:
+    """Masked tokens leave gaps, pooled ones do not."""
+    return seen.positions if pooling is None else seen.renumbered(model, [pooling.grids[post] for post in posts])

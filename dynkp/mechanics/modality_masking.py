@@ -7,14 +7,17 @@ Holds   both give the same log-probabilities and gradients, to rounding: a maske
         positions of the others do not move. The pictures are encoded once for any number of views.
 
 `masked` is the paper's definition and the plain twin. Masks: `strided` (the paper's) and `random` (the ablation of its
-Table 5, as many tokens kept). Pooling instead of masking is not there.
+Table 5, as many tokens kept). The ablation's "feature compression" is [`EncodedPrompt.pooled`]: as many tokens, each the
+mean of its stride, and no gaps between their positions.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +107,58 @@ def random_keep_mask(
     return _mark(layouts, modality, strides, width, draw)
 
 
+@dataclass(frozen=True)
+class Pooling:
+    """Which tokens of a modality become one.
+
+    Attributes:
+        owners (`torch.Tensor` of shape `(B, P)`): the slot that each slot is averaged into; the slots that stay are their own
+            owners, and so are all outside the modality.
+        grids (`list[list[tuple[int, int]]]`): per post, height and width of its pictures in tokens afterwards.
+    """
+
+    owners: torch.Tensor
+    grids: list[list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What stays of B prompts, (B, P) bool, and what becomes of the rest: it is lost, or averaged into what stays."""
+
+    keep: torch.Tensor
+    pooling: Pooling | None = None
+
+
+def pool(layouts: Sequence[PromptLayout], modality: str, strides: Sequence[int], width: int) -> Pooling:
+    """Pool text or pictures with a stride: s tokens, or s x s cells, become one, which takes the slot that [`keep_mask`] keeps.
+
+    What is left over at the end (of a row, of a column) belongs to the last one; a side shorter than s becomes one cell.
+
+    Args:
+        layouts, modality, strides, width: as in [`keep_mask`].
+
+    Example: five tokens with s = 2 become two, the mean of the first two and that of the last three.
+    """
+    owners = torch.arange(width).repeat(len(layouts), 1)
+    grids = [[(grid.height, grid.width) for grid in layout.grids] for layout in layouts]
+    for row, (layout, stride) in enumerate(zip(layouts, strides, strict=True)):
+        if modality == "text":
+            slots, count = list(layout.text), len(layout.text) // stride
+            for k, slot in enumerate(slots):
+                owners[row, slot] = slots[stride * (min(k // stride, count - 1) + 1) - 1] if count else slots[-1]
+            continue
+        for index, grid in enumerate(layout.grids):
+            rows, columns = grid.height // stride, grid.width // stride
+            for cell, slot in enumerate(grid.slots):
+                owner = len(grid.slots) - 1
+                if rows and columns:
+                    a, b = (min(k // stride, n - 1) for k, n in zip(divmod(cell, grid.width), (rows, columns), strict=True))
+                    owner = (stride * (a + 1) - 1) * grid.width + stride * (b + 1) - 1
+                owners[row, slot] = grid.slots[owner]
+            grids[row][index] = (rows, columns) if rows and columns else (1, 1)
+    return Pooling(owners, grids)
+
+
 def _mark(
     layouts: Sequence[PromptLayout],
     modality: str,
@@ -148,11 +203,40 @@ class EncodedPrompt:
         positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`): those of the full prompts, to be passed explicitly.
             Left to itself the model would count the kept tokens only, or take a gap for the border of a packed sequence.
         feature_index (`torch.Tensor` of shape `(B, P)`): which feature an image token gets; -1 at other tokens.
+        embeddings (`torch.Tensor` of shape `(B, P, D)`, *optional*): of tokens that are not the vocabulary's, but means of
+            some; call the model within [`embedded`].
     """
 
     inputs: dict[str, Any]
     positions: torch.Tensor
     feature_index: torch.Tensor
+    embeddings: torch.Tensor | None = None
+
+    def pooled(self, model: nn.Module, pooling: Pooling) -> EncodedPrompt:
+        """The prompts with features and embeddings averaged into those that stay; [`view`] then takes out the others."""
+        owners = pooling.owners.to(self.feature_index.device)
+        is_image = self.feature_index >= 0
+        inputs = dict(self.inputs)
+        if is_image.any():
+            of_owner = self.feature_index.gather(1, owners)[is_image]  # in the order of the features
+            mean = functools.partial(_group_means, groups=of_owner)
+            inputs["mm_encoder_outputs"] = {"image": _changed(inputs["mm_encoder_outputs"]["image"], mean)}
+        embeddings = causal_lm_of(model).get_input_embeddings()(inputs["input_ids"])
+        count, width, _ = embeddings.shape
+        groups = (owners + width * torch.arange(count, device=owners.device)[:, None]).flatten()
+        means = _group_means(embeddings.flatten(0, 1), groups).view_as(embeddings)
+        # Placeholders of pictures are found by their tokens and filled in behind the embeddings.
+        return EncodedPrompt(inputs, self.positions, self.feature_index, torch.where(is_image[..., None], embeddings, means))
+
+    def renumbered(self, model: nn.Module, grids: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
+        """Positions without gaps, as of prompts that were never longer; `grids` are the posts' pictures, in tokens."""
+        prompt: dict[str, Any] = {key: value for key, value in self.inputs.items() if key in SEQUENCE_INPUTS}
+        config = causal_lm_of(model).config
+        merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+        sizes = [(1, merge * height, merge * width) for post in grids for height, width in post] if merge else []
+        if sizes:
+            prompt["image_grid_thw"] = torch.tensor(sizes, device=self.feature_index.device)
+        return prompt_positions(model, prompt)
 
     def before(self, starts: Sequence[int]) -> EncodedPrompt:
         """The beginnings of all prompts: what is in slots below `starts`, one number per post."""
@@ -208,7 +292,8 @@ class EncodedPrompt:
         feature_index = torch.full_like(chosen, -1)
         feature_index[chosen >= 0] = torch.arange(wanted.numel(), device=chosen.device)
         positions = self.positions[..., views, slots] * filled.to(self.positions)
-        return EncodedPrompt(inputs, positions, feature_index)
+        embeddings = None if self.embeddings is None else self.embeddings[views, slots]
+        return EncodedPrompt(inputs, positions, feature_index, embeddings)
 
 
 def encode(model: nn.Module, prompt: dict[str, Any]) -> EncodedPrompt:
@@ -261,15 +346,44 @@ def dropping_unsupported_reason(model: nn.Module, length: int) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def embedded(model: nn.Module, embeddings: torch.Tensor | None) -> Iterator[None]:
+    """Within the block the model's first W tokens are embedded as given, (R, W, D); the others, and all for `None`, as ever."""
+    if embeddings is None:
+        yield
+        return
+
+    def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([embeddings.to(output.dtype), output[:, embeddings.shape[1] :]], dim=1)
+
+    handle = causal_lm_of(model).get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _pick(output: Any, wanted: torch.Tensor) -> BaseModelOutputWithPooling:
     """The given features of all images and tiles in a row, in the container the model expects."""
+    return _changed(output, lambda features: features[wanted])
 
-    def pick(features: Any) -> Any:
+
+def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> BaseModelOutputWithPooling:
+    """`change` of the features (N, D) of all images and tiles in a row, in the container the model expects."""
+
+    def changed(features: Any) -> Any:
         if isinstance(features, torch.Tensor):
-            return features.reshape(-1, features.shape[-1])[wanted]
-        return [torch.cat(list(features))[wanted]]
+            return change(features.reshape(-1, features.shape[-1]))
+        return [change(torch.cat(list(features)))]
 
     levels = getattr(output, "deepstack_features", None)  # Qwen3-VL adds features to deeper layers, too
     if levels is None:
-        return BaseModelOutputWithPooling(pooler_output=pick(output.pooler_output))
-    return type(output)(pooler_output=pick(output.pooler_output), deepstack_features=[pick(level) for level in levels])
+        return BaseModelOutputWithPooling(pooler_output=changed(output.pooler_output))
+    return type(output)(pooler_output=changed(output.pooler_output), deepstack_features=[changed(level) for level in levels])
+
+
+def _group_means(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """The mean of each group's rows, (N, D), at the row that names the group; other rows are zero."""
+    sums = torch.zeros_like(values).index_add(0, groups, values)
+    counts = groups.bincount(minlength=len(values)).clamp(min=1)
+    return sums / counts[:, None].to(sums)

@@ -22,12 +22,13 @@ from dynkp.mechanics import gradient_similarity
 from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients
 from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
 from dynkp.mechanics.modality_masking import (
+    Mask,
     dropping_unsupported_reason,
     image_token_counts,
     keep_mask,
+    pool,
     random_keep_mask,
 )
-from dynkp.mechanics.prompt_layout import PromptLayout
 from dynkp.mechanics.shared_prompt import Targets, targets_of
 from dynkp.mechanics.stride_schedule import StrideSchedule
 from dynkp.objectives.filtering import keep_variants, variant_weights
@@ -160,35 +161,31 @@ class AimKPTrainer(KeyphraseTrainer):
         score = self._scorer(prompt["input_ids"].device)
         if not self.batches_similarity:
             alone = inputs["alone"]
-            keeps = {
-                name: [
-                    self.keep_mask(single["layouts"], name, [stride], single)
-                    for single, stride in zip(alone, strides[name], strict=True)
-                ]
-                for name in strides
-            }
-            prompts = [single["prompt"] for single in alone]
-            return PlainPostGradients(model, count), PlainViews(model, prompts, keeps, score)
-        gradients = PostGradients(model, count, image_token_counts(model, prompt))
-        masks = {name: self.keep_mask(inputs["layouts"], name, strides[name], inputs) for name in strides}
-        length = prompt["input_ids"].shape[1] + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
-        if reason := dropping_unsupported_reason(model, length):
+            each = [{name: [strides[name][post]] for name in strides} for post in range(count)]
+            masks = [self.masks_of(single, stride) for single, stride in zip(alone, each, strict=True)]
+            return PlainPostGradients(model, count), PlainViews(model, [single["prompt"] for single in alone], masks, score)
+        width = prompt["input_ids"].shape[1]
+        longest = width + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
+        if reason := dropping_unsupported_reason(model, longest):
             self._announce(f"Masked tokens are masked, not left out, which costs more: {reason}.")
-        starts = [layout.text.start if layout.text else prompt["input_ids"].shape[1] - 1 for layout in inputs["layouts"]]
-        shares = self.shares_prompt and "text" in strides and not reason
+        starts = None
+        if self.shares_prompt and "text" in strides and not reason:
+            starts = [layout.text.start if layout.text else width - 1 for layout in inputs["layouts"]]
+        gradients = PostGradients(model, count, image_token_counts(model, prompt))
         with gradients.rows(range(count)):
-            return gradients, BatchedViews(model, prompt, masks, starts if shares else None, not reason, score)
+            return gradients, BatchedViews(model, prompt, self.masks_of(inputs, strides), starts, not reason, score)
 
-    def keep_mask(
-        self, layouts: Sequence[PromptLayout], modality: str, strides: Sequence[int], inputs: dict[str, Any]
-    ) -> torch.Tensor:
-        """The slots that stay of these posts when a modality is masked, (B, P) bool."""
-        width = inputs["prompt"]["input_ids"].shape[1]
-        if self.args.mask_pattern == "random":
-            epochs = [self.current_epoch] * len(layouts)
-            drawn = {"post_ids": inputs["id"], "visits": epochs, "seed": self.args.seed}
-            return random_keep_mask(layouts, modality, strides, width, **drawn)
-        return keep_mask(layouts, modality, strides, width)
+    def masks_of(self, inputs: dict[str, Any], strides: dict[str, list[int]]) -> dict[str, Mask]:
+        """What stays of a batch's posts, per modality (Eq. 2, or an ablation of it)."""
+        layouts, width, masks = inputs["layouts"], inputs["prompt"]["input_ids"].shape[1], {}
+        for name, of_posts in strides.items():
+            if self.args.mask_pattern == "random":
+                drawn = {"post_ids": inputs["id"], "visits": [self.current_epoch] * len(layouts), "seed": self.args.seed}
+                masks[name] = Mask(random_keep_mask(layouts, name, of_posts, width, **drawn))
+            else:
+                pooling = pool(layouts, name, of_posts, width) if self.args.mask_pattern == "pooled" else None
+                masks[name] = Mask(keep_mask(layouts, name, of_posts, width), pooling)
+        return masks
 
     def choose_targets(self, views: Views, inputs: dict[str, Any]) -> Targets:
         """What every view of a post is asked for: its keyphrases."""
