@@ -192,8 +192,10 @@ class PlainPostGradients(_VariantGradients):
         total = self._zeros()
         kept = self._gradients.get(other, {})
         for post, gradients in self._gradients.get(one, {}).items():
-            for name in gradients.keys() & kept.get(post, {}).keys():
-                total[post] += _wide(gradients[name].flatten()) @ _wide(kept[post][name].flatten())
+            others = kept.get(post, {})
+            for name in gradients:  # in the parameters' order: a set's changes from process to process, and with it rounding
+                if name in others:
+                    total[post] += _wide(gradients[name].flatten()) @ _wide(others[name].flatten())
         return total
 
     def _weighted_sum(self, name: str, weights: Mapping[str, list[float]]) -> torch.Tensor | None:
@@ -365,7 +367,7 @@ class PostGradients(_VariantGradients):
                 total += torch.linalg.vecdot(_wide(gradients.flatten(1)), _wide(others.flatten(1)))
         for name, by_post in self._factors.get(one, {}).items():
             matching = self._factors.get(other, {}).get(name, {})
-            for post in by_post.keys() & matching.keys():
+            for post in (post for post in by_post if post in matching):
                 total[post] += sum(_dot_of_products(a, b) for a in by_post[post] for b in matching[post])
         return total
 
