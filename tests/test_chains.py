@@ -40,7 +40,7 @@ def rows(shared) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def pairs(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Chains against other chains, and what models write: nothing, something short, a repetition, the reference itself."""
-    texts = [row["cot"].strip() for row in rows[:12]]
+    texts = [row["cot"].strip() for row in rows[:7]]
     odd = ["", "neutral", "a a a a a a", "It's 3.5%; isn't it?", texts[3]]
     return [*zip(texts[:-1], texts[1:], strict=True), *((text, texts[3]) for text in odd)]
 
@@ -97,7 +97,7 @@ def test_scores_are_the_libraries_own(pairs: list[tuple[str, str]], monkeypatch:
         assert found == pytest.approx(expected, abs=1e-6)
         assert found["bleu_4"] == pytest.approx(bleu_by_hand(chain, reference))
     assert scores[-1] == pytest.approx({**scores[-1], "bleu_4": 1, "rouge_l": 1, "cosine": 1})
-    assert scores[11]["bleu_4"] == scores[11]["rouge_l"] == scores[11]["meteor"] == scores[11]["distinct_1"] == 0
+    assert scores[6]["bleu_4"] == scores[11]["rouge_l"] == scores[11]["meteor"] == scores[11]["distinct_1"] == 0
     means = mean_scores(scores)
     for name in CHAIN_SCORES:
         assert means[name] == pytest.approx(np.mean([post[name] for post in scores]))

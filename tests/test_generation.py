@@ -5,7 +5,8 @@
 - tags survive decoding, control tokens do not, and nothing after the end of turn is read;
 - mode "think" begins with <think>, "direct" never does, whatever the model wants;
 - the model is left as it was: modes, gradient checkpointing, PEFT;
-- a predictions file is whole or not there.
+- a predictions file is whole or not there;
+- all of this holds for reasoning tasks too, whose prompts depend on the aspect besides.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from PIL import Image
 from tiny_models import FAMILIES, build
 
 from dynkp.data.collators import PairedTargetCollator, PromptRenderer
-from dynkp.generation import PostDialogue, TransformersGenerator, generate_keyphrases, write_predictions
+from dynkp.data.reasoning_renderer import ReasoningRenderer
+from dynkp.generation import (
+    PostDialogue,
+    ReasoningDialogue,
+    TransformersGenerator,
+    generate_keyphrases,
+    generate_reasoning,
+    write_predictions,
+)
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -351,3 +360,94 @@ def test_predictions_file_is_whole_or_absent(tmp_path):
         write_predictions(path, breaking())
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+# Reasoning tasks
+
+
+def reason(model, processor, rows, **options):
+    given = {"task": "masc", "max_new_tokens": 6, "progress": False, **options}
+    return list(generate_reasoning(model, processor, rows, **given))
+
+
+def aspect_posts(count: int = 5) -> list[dict]:
+    return [{**row, "aspect": f"dog {index}", "label": "neutral"} for index, row in enumerate(posts(count))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_does_not_depend_on_batch_or_gold(family):
+    model, processor = build(family)
+    rows = aspect_posts()
+    for prompt in ("label", "chain"):
+        one = reason(model, processor, rows, prompt=prompt, batch_size=1)
+        bare = [{name: row[name] for name in ("id", "text", "images", "aspect")} for row in rows]
+        assert reason(model, processor, bare, prompt=prompt, batch_size=4) == one
+        assert [row["id"] for row in one] == [row["id"] for row in rows]
+        assert all(row["prompt"] == prompt and row["modality"] == "both" for row in one)
+
+
+def test_reasoning_prompts_are_those_of_training(monkeypatch):
+    model, processor = build("qwen2_vl")
+    row = aspect_posts(2)[1]
+    for prompt in ("label", "chain"):
+        renderer = ReasoningRenderer(processor, "masc", prompt)
+        text = renderer.prompt(row, 1)
+        expected = processor(text=[text], images=[renderer.images(row)], add_special_tokens=False, return_tensors="pt")
+        generated = {}
+
+        def record(generated=generated, **inputs):
+            generated.update(inputs)
+            return inputs["input_ids"]
+
+        monkeypatch.setattr(model, "generate", record)
+        reason(model, processor, [row], prompt=prompt)
+        assert torch.equal(generated["input_ids"], expected["input_ids"])
+        assert torch.equal(generated["pixel_values"], expected["pixel_values"])
+
+
+def test_what_a_reasoning_output_says():
+    _, processor = build("llava")
+    tokenizer = processor.tokenizer
+    dialogue = ReasoningDialogue(processor, "masc", prompt="chain", modality="text")
+    output = '"Text_analysis": "a cheer"\n\n"Prediction": positive'
+    tokens = tokenizer(output, add_special_tokens=False)["input_ids"]
+    stops = dialogue.stop_ids(None)
+    assert stops == PostDialogue(processor).stop_ids(None)
+    found = dialogue.prediction("7", 11, [*tokens, min(stops), 5, 6], stops)
+    assert found == {
+        "id": "7",
+        "prediction": "positive",
+        "raw": output,
+        "output_tokens": len(tokens),
+        "prompt_tokens": 11,
+        "output_words": len(output.split()),
+        "prompt": "chain",
+        "modality": "text",
+    }
+    assert dialogue.cut_off == 0
+    assert dialogue.prediction("7", 11, tokens[:8], stops)["prediction"] is None and dialogue.cut_off == 1
+    keyphrases = ReasoningDialogue(processor, "keyphrases").read("7", '"Prediction": "dog; sea"', 9, 11)
+    assert (keyphrases["keyphrases"], keyphrases["prediction"]) == (["dog", "sea"], "dog; sea")
+
+
+def test_reasoning_looks_at_the_aspect_and_at_modalities():
+    model, processor = build("llava")
+    rows = aspect_posts(2)
+    other = [{**row, "aspect": "another aspect altogether"} for row in rows]
+    lengths = [[row["prompt_tokens"] for row in reason(model, processor, given)] for given in (rows, other)]
+    assert lengths[0] != lengths[1]
+    assert reason(model, processor, rows, task="msc") == reason(model, processor, other, task="msc")
+    pictureless = [{**row, "images": []} for row in rows]
+    assert [row["raw"] for row in reason(model, processor, rows, modality="text")] == [
+        row["raw"] for row in reason(model, processor, pictureless)
+    ]
+    with pytest.raises(ValueError, match=r"post 'post-0': aspect="):
+        reason(model, processor, posts(1))
+    for options, message in (
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"prompt": "both"}, "kind='both'"),
+        ({"modality": "sound"}, "modality='sound'"),
+        ({"task": "dynamic_cot"}, "task='dynamic_cot' is not known: use one of msc"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reason(model, processor, rows, **options)
