@@ -9,9 +9,12 @@ from typing import Any, cast
 from posts_for_tests import rows
 from trainers_for_tests import trainer_of
 
+from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 from dynkp.trainer.mulcot_rd_trainer import MulCoTRDTrainer
 
+# As the real tasks, but of few words: the tiny tokenizers spell them out.
+BRIEF = ReasoningTask("brief", "How?", {"Text_analysis": "the text", "Image_analysis": "the image"}, takes_aspect=True)
 LABELS = ("positive", "neutral", "negative")
 
 
@@ -28,9 +31,14 @@ def reasoning_rows(family: str, count: int = 4, images: bool = True) -> list[dic
 
 
 def reasoning_trainer(
-    family: str, output_dir: Path | str, posts: Any = None, assistant_model: Any = None, **options: Any
+    family: str,
+    output_dir: Path | str,
+    posts: Any = None,
+    assistant_model: Any = None,
+    **options: Any,
 ) -> MulCoTRDTrainer:
-    """The trainer; `posts` defaults to six of the family's, `options` go where `trainer_of` sends them."""
+    """The trainer; six posts of the family's and task BRIEF by default; `options` go where `trainer_of` sends them."""
     posts = reasoning_rows(family, 6) if posts is None else posts
-    trainer_class = cast(type, partial(MulCoTRDTrainer, assistant=assistant_model))
+    task = None if "task" in options else BRIEF
+    trainer_class = cast(type, partial(MulCoTRDTrainer, assistant=assistant_model, task=task))
     return trainer_of(family, output_dir, posts, classes=(trainer_class, MulCoTRDConfig), **options)

@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reasoning_trainers import reasoning_rows
+from reasoning_trainers import BRIEF, reasoning_rows
 from test_shared_prompt import TOLERANCE, double
 from tiny_models import build, exact_float64
 
-from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.data.two_task_collator import TwoTaskCollator
 from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches, everywhere_mask
 
 TASKS = ("label", "chain")
-# As the real tasks, but of few words: the tiny tokenizers spell them out.
-BRIEF = ReasoningTask("brief", "How?", {"Text_analysis": "the text", "Image_analysis": "the image"}, takes_aspect=True)
 
 
 def ramp(logits: torch.Tensor) -> torch.Tensor:

@@ -36,11 +36,11 @@ class MulCoTRDConfig(KeyphraseConfig):
             "'keyphrases'; each with a chain of reasons, and for the answer alone."
         },
     )
-    task_weights: dict[str, Any] | str = field(
-        default_factory=lambda: {"chain": 1.0, "label": 1.0},
+    task_weights: dict[str, Any] | str | None = field(
+        default=None,
         metadata={
-            "help": "'w_k': weight of each task's loss, as JSON (paper: {\"chain\": 1.0, \"label\": 1.0}). A post without a "
-            "chain learns its label alone."
+            "help": "'w_k': weight of each task's loss, as JSON. None (default) is the paper's {\"chain\": 1.0, \"label\": 1.0}. "
+            "A post without a chain learns its label alone."
         },
     )
     distillation_weight: float = field(
@@ -107,6 +107,8 @@ class MulCoTRDConfig(KeyphraseConfig):
 
     def weights(self) -> dict[str, float]:
         """w_k of each task."""
+        if self.task_weights is None:
+            return {"label": 1.0, "chain": 1.0}
         wanted = (
             f"`task_weights` is {self.task_weights!r}; give the weights of both tasks, finite and not negative, such as "
             '{"chain": 1.0, "label": 1.0}. The label\'s must be above 0: a post without a chain would teach nothing.'

@@ -7,7 +7,7 @@ Distillation", Findings of ACL 2026.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -82,8 +82,8 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         if self.cache is not None:
             if assistant is not None:
                 raise ValueError("`assistant` and `soft_labels` are both given; choose one: the cache needs no assistant.")
-            self.cache.check(self.task, args.temperature, self.model.config.get_text_config().vocab_size, args.assistant)
             check_vocabularies(tokenizer, self.cache.tokenizer())
+            self.cache.check(self.task, args.temperature, self.model.config.get_text_config().vocab_size, args.assistant)
             if args.distillation_weight and isinstance(self.train_dataset, Dataset):
                 self.cache.check_posts(self.train_dataset)
         if self.assistant is not None and self.assistant.tokenizer is not None:
@@ -198,8 +198,9 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         if not isinstance(self.task, KeyphraseReasoningTask):
             return label_metrics(model, processor, posts, task=self.task, **how)
 
-        def generate(*args: Any, task: Any, **kwargs: Any) -> Any:
-            return generate_reasoning(*args, task=self.task, **kwargs)
+        def generate(*args: Any, task: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+            for row in generate_reasoning(*args, task=self.task, **kwargs):
+                yield {**row, "reasoned": False}  # asked for the answer alone
 
         train_keyphrases, convention = keyphrases_of(self.train_dataset), self.args.eval_convention
         return generative_metrics(
