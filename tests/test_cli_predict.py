@@ -29,8 +29,9 @@ from peft import LoraConfig, get_peft_model
 from posts_for_tests import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dynkp import TASKS, cli, generate_keyphrases, load_posts
+from dynkp import TASKS, cli, generate_keyphrases, generate_reasoning, load_posts
 from dynkp.cli import predict
+from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.generation import PostDialogue, derived_seed, prompt_row
 from dynkp.prediction_run import PredictionRun, weights_fingerprint
 from dynkp.synthetic.tiny_model import build_tiny_vlm
@@ -564,3 +565,82 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["predict", "--help"])
     text = capsys.readouterr().out
     assert "accelerate launch -m dynkp.cli predict" in text and "--decodes 3" in text
+
+
+# Reasoning tasks
+
+
+@pytest.fixture
+def sentiment(folder: Path, tmp_path: Path) -> Path:
+    """The posts with aspects and labels, as TomBERT's file."""
+    path = tmp_path / "test.tsv"
+    lines = ["index\t#1 Label\t#2 ImageID\t#3 String\t#3 String"]
+    for index in range(6):
+        image = f"{index}.png" if index % 3 else ""
+        lines.append(f"{index}\t{index % 3}\t{image}\t{TEXTS[index % 3]} $T$\tfish")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_reasoning_tasks(folder: Path, sentiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    posts, _ = load_sentiment_posts(sentiment, image_dir=folder / "images", progress=False)
+    more = ["--posts", str(sentiment), "--task", "masc"]
+    for prompt in ("label", "chain"):
+        output = tmp_path / f"{prompt}.jsonl"
+        rows = run(folder, output, *more, "--prompt", prompt)
+        expected = generate_reasoning(model, processor, posts, task="masc", prompt=prompt, max_new_tokens=6, progress=False)
+        assert rows == list(expected) and [row["id"] for row in rows] == [f"test-{index}" for index in range(6)]
+        printed = capsys.readouterr().out
+        assert "6 predictions; " in printed and "100.0% unread" in printed
+    # What is predicted depends on no label, and what was begun goes on with the same prompt and aspects only.
+    text = sentiment.read_text()
+    sentiment.write_text("\n".join(line.replace("\t0\t", "\t1\t").replace("\t2\t", "\t1\t") for line in text.splitlines()))
+    assert run(folder, tmp_path / "label.jsonl", *more) == read(tmp_path / "label.jsonl")
+    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more, "--prompt", "chain")) == 1
+    assert "task was {'name': 'masc', 'prompt': 'label'" in capsys.readouterr().err
+    sentiment.write_text(text.replace("\tfish", "\tdog"))
+    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more)) == 1
+    assert "posts was '6 posts" in capsys.readouterr().err
+    # The two files are what `dynkp evaluate` takes.
+    sentiment.write_text(text)
+    scored = ["evaluate", "--task", "sentiment", "--posts", str(sentiment), "--predictions", str(tmp_path / "label.jsonl")]
+    assert cli.main([*scored, "--chains", str(tmp_path / "chain.jsonl")]) == 0
+    assert "| label  |     0.00 |" in capsys.readouterr().out
+
+
+def test_reasoning_about_keyphrases_is_scored_like_any(folder: Path, tmp_path: Path) -> None:
+    rows = run(folder, tmp_path / "p.jsonl", "--task", "keyphrases")
+    assert len(rows) == 14 and all(isinstance(row["keyphrases"], list) for row in rows)
+    posts = tmp_path / "posts.jsonl"
+    lines = (folder / "posts.jsonl").read_text().splitlines()
+    posts.write_text("".join(json.dumps({**json.loads(line), "keyphrases": ["fish"]}) + "\n" for line in lines))
+    assert cli.main(["evaluate", "--predictions", str(tmp_path / "p.jsonl"), "--posts", str(posts), "--resamples", "0"]) == 0
+
+
+def test_posts_without_aspect_are_named(
+    folder: Path, sentiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentiment.write_text(sentiment.read_text() + "6\t1\t\tno aspect $T$\t \n")
+    more = ["--posts", str(sentiment), "--task", "masc"]
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 1
+    assert "post 'test-6': no_aspect" in capsys.readouterr().err
+    assert len(run(folder, tmp_path / "p.jsonl", *more, "--on-invalid", "skip")) == 6
+    assert len(run(folder, tmp_path / "m.jsonl", "--posts", str(sentiment), "--task", "msc")) == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--task", "masc", "--mode", "think"], "--mode and --separator are not for --task masc; --prompt says"),
+        (["--task", "msc", "--separator", ","], "--mode and --separator are not for --task msc"),
+        (["--prompt", "chain"], "--prompt is not for --task dynamic_cot; --mode says"),
+    ],
+)
+def test_options_of_the_other_tasks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(arguments(folder, tmp_path / "p.jsonl", *more))
+    assert message in capsys.readouterr().err
