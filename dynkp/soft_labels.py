@@ -69,7 +69,7 @@ class SoftLabelWriter:
     Args:
         folder: made if it does not exist.
         settings: what the labels depend on besides the answers: `assistant`, `task`, `temperature`, `top_k`, `vocabulary`, ...
-        tokenizer: what the ids mean.
+        tokenizer: what the ids mean; a student is trained from labels that tell.
         rank: of this process among those that write to the folder.
 
     Raises:
@@ -83,7 +83,11 @@ class SoftLabelWriter:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rank: int = 0
+        self,
+        folder: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rank: int = 0,
     ):
         self.folder = Path(folder)
         self.rank = rank
@@ -93,7 +97,8 @@ class SoftLabelWriter:
         if (self.folder / _META).exists():
             _compare(self.folder, _settings(self.folder), settings)
         else:
-            tokenizer.save_pretrained(self.folder / _TOKENIZER)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self.folder / _TOKENIZER)
             write_json(self.folder / _META, {"settings": settings})
         self.places = _places(self.folder)
         self._pending: list[tuple[str, str, torch.Tensor, SoftLabels]] = []

@@ -39,7 +39,7 @@ def teacher_of(family: str, seed: int = 1) -> Any:
 # One optimizer step against ordinary forwards
 
 
-def ordinary_logits(model: Any, collator: TwoTaskCollator, post: dict[str, Any], task: str) -> tuple[torch.Tensor, torch.Tensor]:
+def ordinary_logits(model: Any, collator: TwoTaskCollator, post: Any, task: str) -> tuple[torch.Tensor, torch.Tensor]:
     """All logits of one post's prompt and answer but the last, and its answer's tokens."""
     renderer = collator.renderers[task]
     pictures = renderer.images(post)
@@ -432,7 +432,11 @@ def test_the_paper_s_plateau_can_be_overridden(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [({"label": "angry"}, "post 'post-2'.*'angry'"), ({"label": None}, "post 'post-2'"), ({"aspect": None}, "post 'post-2'.*aspect")],
+    [
+        ({"label": "angry"}, "post 'post-2'.*'angry'"),
+        ({"label": None}, "post 'post-2'"),
+        ({"aspect": None}, "post 'post-2'.*aspect"),
+    ],
 )
 def test_posts_without_answer_are_found_before_the_training(fault: dict[str, Any], message: str, tmp_path: Path) -> None:
     posts = reasoning_rows("llama", 4)

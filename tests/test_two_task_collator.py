@@ -83,7 +83,8 @@ class InstructionFirst(ReasoningTask):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama", "llama"])
 def test_prompts_that_do_not_begin_alike_stay_whole(family: str) -> None:
     _, processor = build(family)
-    collator, posts = TwoTaskCollator(processor, InstructionFirst("late", "How?", {"Text_analysis": "why"})), reasoning_rows(family)
+    task = InstructionFirst("late", "How?", {"Text_analysis": "why"})
+    collator, posts = TwoTaskCollator(processor, task), reasoning_rows(family)
     batch = collator(posts)
     assert set(batch["prompts"]["apart"]) == {"label", "chain"} and batch["prompts"]["shared"] == 0
     for kind in ("label", "chain"):

@@ -39,7 +39,7 @@ class MulCoTRDConfig(KeyphraseConfig):
     task_weights: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "'w_k': weight of each task's loss, as JSON. None (default) is the paper's {\"chain\": 1.0, \"label\": 1.0}. "
+            "help": "'w_k': weight of each task's loss, as JSON. None (default) is {\"chain\": 1.0, \"label\": 1.0}, the paper's. "
             "A post without a chain learns its label alone."
         },
     )
