@@ -8,8 +8,10 @@ import json
 import os
 
 import pytest
+from PIL import Image
 
 from dynkp import cli
+from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.data.sources import load_posts
 
 ROWS = [
@@ -62,3 +64,38 @@ def test_errors(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         convert(tmp_path, "x", "--to", "parquet", "--shard-size", "0")
     assert "give megabytes" in capsys.readouterr().err
+
+
+# Posts with a sentiment
+
+
+def test_sentiment(tmp_path, capsys):
+    folder = tmp_path / "MVSA"
+    (folder / "data").mkdir(parents=True)
+    (folder / "labelResultAll.txt").write_text("ID\ttext,image\n1\tpositive,neutral\n2\tpositive,negative\n")
+    for name in ("1", "2"):
+        (folder / "data" / f"{name}.txt").write_text(f"text {name}")
+        Image.new("RGB", (20, 20)).save(folder / "data" / f"{name}.jpg")
+    output = tmp_path / "posts.jsonl"
+    more = ["convert", "--task", "msc", "--posts", str(folder), "--output", str(output), "--no-progress"]
+    assert cli.main(more) == 1
+    assert "post '2' cannot be written as jsonl: contradictory_labels" in capsys.readouterr().err
+    listed = tmp_path / "left_out.jsonl"
+    assert cli.main([*more, "--on-invalid", "skip", "--report-file", str(listed)]) == 0
+    assert "1 posts with 1 images; 1 posts skipped, first '2'" in capsys.readouterr().out
+    assert json.loads(listed.read_text())["id"] == "2"
+    converted, _ = load_sentiment_posts(output, task="msc", image_dir=folder / "data", progress=False)
+    direct, _ = load_sentiment_posts(folder, task="msc", on_invalid="skip", progress=False)
+    assert converted.to_list() == direct.to_list() and direct["label"] == ["positive"]
+    assert cli.main([*more, "--on-invalid", "skip", "--to", "parquet", "--output", str(tmp_path / "posts.parquet")]) == 0
+    (post,), _ = load_sentiment_posts(tmp_path / "posts.parquet", task="msc", progress=False)
+    assert post["images"][0]["bytes"] and post["text"] == "text 1"
+    capsys.readouterr()
+    # Rows without ids get the file's; a file is not replaced by itself.
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "go cubs", "aspect": "cubs", "label": "Positive", "cot": "A cheer."}) + "\n")
+    assert cli.main(["convert", "--task", "masc", "--posts", str(rows), "--output", str(rows)]) == 1
+    assert "would replace the posts that are read" in capsys.readouterr().err
+    assert cli.main(["convert", "--task", "masc", "--posts", str(rows), "--output", str(output), "--no-progress"]) == 0
+    row = json.loads(output.read_text())
+    assert (row["id"], row["label"], row["rationale"]) == ("rows-0", "positive", "A cheer.")

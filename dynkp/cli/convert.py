@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,10 @@ examples:
       and back
   dynkp convert --posts train.jsonl --output train.json --join ocr attributes
       for LLaVA's trainer, with the words in the picture and its attributes behind the text
+  dynkp convert --task masc --posts twitter2015/train.tsv --output train.jsonl
+      TomBERT's file as rows of text, aspect and label
+  dynkp convert --task msc --posts MVSA_Single --output mvsa.jsonl --on-invalid skip --report-file left_out.jsonl
+      MVSA, without the posts whose text and image have opposite labels
 """
 
 
@@ -39,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what")
     what.add_argument("--posts", required=True, metavar="FILE", help="posts in any form that docs/data.md names")
+    what.add_argument(
+        "--task",
+        choices=["keyphrases", "msc", "masc"],
+        default="keyphrases",
+        help="what the posts are for: with msc and masc, posts with a sentiment (default: keyphrases)",
+    )
     what.add_argument("--split", default="train", help="of a folder or Hub dataset (default: train)")
     what.add_argument("--output", required=True, metavar="FILE", help="replaced if it exists; a folder must not exist")
     what.add_argument("--to", choices=["auto", "jsonl", "parquet", "llava", "cmkp"], default="auto", help="the output's form")
@@ -93,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("split", "image_dir", "images", "join", "drop")}
     try:
         report = convert_posts(
-            arguments.posts,
+            arguments.posts if arguments.task == "keyphrases" else _sentiment_rows(arguments, options),
             arguments.output,
             output_format=arguments.to,
             output_image_dir=arguments.output_image_dir,
@@ -110,6 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"{arguments.output}: {report.summary()}")
     return 0
+
+
+def _sentiment_rows(arguments: argparse.Namespace, options: dict[str, Any]) -> list[Any]:
+    """The posts' rows; `options` get the source's own folder of pictures if none is named."""
+    from dynkp.data.sentiment_posts import image_folder, read_sentiment_rows
+
+    if os.path.realpath(arguments.posts) == os.path.realpath(arguments.output):
+        raise ValueError(f"{arguments.output} would replace the posts that are read: name another output")
+    options["image_dir"] = options["image_dir"] or image_folder(arguments.posts)
+    rows = read_sentiment_rows(arguments.posts, task=arguments.task, split=arguments.split)
+    return [row if row.get("id") is not None else {**row, "id": fallback_id} for fallback_id, row in rows]
 
 
 def _size(text: str) -> int:

@@ -67,25 +67,51 @@ def read_sentiment_posts(
     Raises:
         FileNotFoundError, ValueError: as in `load_posts`.
     """
+    rows = read_sentiment_rows(source, task=task, split=split, format=format, need_labels=need_labels)
+    image_dir = image_dir if image_dir is not None else image_folder(source, format)
+    stem = file_stem(source) if isinstance(source, str | Path) else "post"
+    return normalise_rows(rows, {"image_dir": image_dir, "stem": stem, "local": True})
+
+
+def read_sentiment_rows(
+    source: Any,
+    *,
+    task: ReasoningTask | str = "masc",
+    split: str = "train",
+    format: str = "auto",
+    need_labels: bool = True,
+) -> Iterator[tuple[str, Any]]:
+    """Read rows for sentiment one at a time, images by the names they are written with.
+
+    Args:
+        source, task, split, format, need_labels: as in `read_sentiment_posts`.
+
+    Returns:
+        Pairs of the id that a row gets if it has none, and the row; its column `load_findings` says what is wrong with it.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_posts`.
+    """
     if format not in SENTIMENT_FORMATS:
         raise ValueError(f"format={format!r} is not known: use one of {', '.join(SENTIMENT_FORMATS)}")
     task = resolve_reasoning_task(task)
     path = os.fspath(source) if isinstance(source, str | Path) else None
-    if format == "auto":
-        format = _recognise(path)
-    stem = "post"
+    format = _recognise(path) if format == "auto" else format
     if format == "rows":
         is_json = path is not None and Path(path).suffix.lower() in (".json", ".jsonl", ".ndjson")
         rows: Iterable[tuple[str, Mapping[str, Any]]] = read_rows(source, split=split, format="json" if is_json else "auto")
+    elif path is None or not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file or folder {source!r}")
     else:
-        if path is None or not os.path.exists(path):
-            raise FileNotFoundError(f"there is no file or folder {source!r}")
-        stem = file_stem(path)
-        rows = _read_tombert(path, stem) if format == "tombert" else _read_mvsa(path)
-        if format == "mvsa" and image_dir is None:
-            image_dir = _mvsa_folder(path)
-    prepared = ((fallback_id, _prepared(row, task, need_labels)) for fallback_id, row in rows)
-    return normalise_rows(prepared, {"image_dir": image_dir, "stem": stem, "local": True})
+        rows = _read_tombert(path, file_stem(path)) if format == "tombert" else _read_mvsa(path)
+    return ((fallback_id, _prepared(row, task, need_labels)) for fallback_id, row in rows)
+
+
+def image_folder(source: Any, format: str = "auto") -> Path | None:
+    """Where a source keeps its pictures, if it is one that says so: MVSA's folder."""
+    path = os.fspath(source) if isinstance(source, str | Path) else None
+    is_mvsa = path is not None and (format == "mvsa" or (format == "auto" and _recognise(path) == "mvsa"))
+    return _mvsa_folder(str(path)) if is_mvsa else None
 
 
 def load_sentiment_posts(
