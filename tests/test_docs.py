@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY
 
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
@@ -17,6 +18,7 @@ from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md"))
+LAUNCHER_OPTIONS = set(launch_command_parser()._option_string_actions)
 
 
 def hook():
@@ -48,11 +50,17 @@ def test_python_blocks_compile_and_commands_name_files_that_exist(page: Path) ->
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, str(page), "exec")
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for word in shlex.split(block.replace("\\\n", " "), comments=True):
-            if word.startswith("examples/"):
-                assert (REPOSITORY / word).exists(), f"{page.name} names {word}, which does not exist"
-            if word.startswith("--") and "train.py" in block and "bench" not in block:
-                assert option_exists(word.partition("=")[0]), f"{page.name}: train.py has no option {word}"
+        for command in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(command, comments=True)
+            for word in words:
+                if word.startswith("examples/"):
+                    assert (REPOSITORY / word).exists(), f"{page.name} names {word}, which does not exist"
+            script = words.index("examples/train.py") if "examples/train.py" in words else len(words)
+            for option in (word.partition("=")[0] for word in words[script:] if word.startswith("--")):
+                assert option_exists(option), f"{page.name}: train.py has no option {option}"
+            if words[:2] == ["accelerate", "launch"] and script < len(words):
+                for option in (word for word in words[:script] if word.startswith("--")):
+                    assert option in LAUNCHER_OPTIONS, f"{page.name}: accelerate launch has no option {option}"
 
 
 def option_exists(option: str) -> bool:
