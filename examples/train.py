@@ -1,7 +1,8 @@
 """Train a model to predict keyphrases, predict the evaluation posts, score them.
 
---method chooses how: dynamic_cot (the default; --strategy direct is plain fine-tuning), aimkp, or dynamic_aimkp (both
-in one). `--method aimkp --help` shows that method's options.
+--method chooses how: dynamic_cot (the default; --strategy direct is plain fine-tuning), aimkp, dynamic_aimkp (both
+in one), or mulcot_rd (chains of reasons and sentiments; examples/mulcot_rd.sh has its whole pipeline).
+`--method aimkp --help` shows that method's options.
 
 Without arguments: the embedded default. Posts with pictures are drawn, a small LLaVA-shaped model is built and
 trained on them from scratch, once on direct answers and once with Dynamic CoT, and the two are compared. A few
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import drawn_posts
+import reasoning_posts
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
@@ -52,6 +54,8 @@ from dynkp import (
     DynamicCoTTrainer,
     KeyphraseConfig,
     KeyphraseTrainer,
+    MulCoTRDConfig,
+    MulCoTRDTrainer,
     generate_keyphrases,
     load_posts,
     write_predictions,
@@ -70,6 +74,7 @@ METHODS: dict[str, tuple[type[KeyphraseTrainer], type[KeyphraseConfig]]] = {
     "dynamic_cot": (DynamicCoTTrainer, DynamicCoTConfig),
     "aimkp": (AimKPTrainer, AimKPConfig),
     "dynamic_aimkp": (DynamicAimKPTrainer, DynamicAimKPConfig),
+    "mulcot_rd": (MulCoTRDTrainer, MulCoTRDConfig),
 }
 
 # A model of a million parameters from scratch wants other settings than a pretrained one; the command line overrides.
@@ -95,7 +100,8 @@ class DataArguments(PostMixtureConfig):
     """How to train, and what to train, evaluate and predict on."""
 
     method: str = field(
-        default="dynamic_cot", metadata={"help": "How to train: dynamic_cot (default), aimkp, or dynamic_aimkp (both in one)."}
+        default="dynamic_cot",
+        metadata={"help": "How to train: dynamic_cot (default), aimkp, dynamic_aimkp (both in one) or mulcot_rd."},
     )
     modality: str = field(
         default="both",
@@ -188,7 +194,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(args.output_dir)
-    if eval_posts is not None:
+    if eval_posts is None:
+        return
+    if isinstance(trainer, MulCoTRDTrainer):
+        reasoning_posts.evaluate(trainer, eval_posts, prediction.max_new_tokens, prediction.predict_batch_size)
+    else:
         evaluate(trainer, eval_posts, data, prediction)
 
 
@@ -227,13 +237,16 @@ def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | Ite
     train_posts, eval_posts = load_train_posts(data, args), None
     if data.eval_file:
         eval_image_dir = data.image_dir if data.eval_image_dir is None else data.eval_image_dir
-        eval_posts = load_posts(data.eval_file, image_dir=eval_image_dir, split="test")
+        if isinstance(args, MulCoTRDConfig):
+            eval_posts = reasoning_posts.load(data.eval_file, args, eval_image_dir, split="test")
+        else:
+            eval_posts = load_posts(data.eval_file, image_dir=eval_image_dir, split="test")
     elif data.eval_posts:
         if data.streaming:
             raise ValueError("`eval_posts` cannot hold out posts of a stream; give `eval_file`, or streaming=False.")
         split = train_posts.train_test_split(test_size=data.eval_posts, seed=args.seed)
         train_posts, eval_posts = split["train"], split["test"]
-    if eval_posts is not None and "keyphrases" not in eval_posts.column_names:
+    if eval_posts is not None and "keyphrases" not in eval_posts.column_names and not isinstance(args, MulCoTRDConfig):
         raise ValueError(
             "The evaluation posts have no column 'keyphrases', so nothing could be scored after the training. Give posts with "
             "`id`, `text` and `keyphrases`; rows of prompt and completion can be trained on only."
@@ -243,6 +256,10 @@ def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | Ite
 
 def load_train_posts(data: DataArguments, args: KeyphraseConfig) -> Dataset | IterableDataset:
     """One dataset of posts, or a mixture of several."""
+    if isinstance(args, MulCoTRDConfig):
+        if data.datasets or data.streaming:
+            raise ValueError("`method` is 'mulcot_rd', which reads one `train_file` whole: no `datasets`, no `streaming`.")
+        return reasoning_posts.load(data.train_file, args, data.image_dir)
     if data.datasets:
         separator = resolve_task(args.task).separator if args.separator is None else args.separator
         train_posts = load_mixture(data, on_invalid=args.on_invalid, separator=separator)
@@ -264,16 +281,13 @@ def load_model(
         return model_args.model_name_or_path, None
     if isinstance(train_posts, IterableDataset):
         raise ValueError("A model from scratch reads all training texts first; name one (--model_name_or_path) to stream.")
-    if "keyphrases" not in train_posts.column_names:
-        raise ValueError("A model from scratch needs posts; name one (--model_name_or_path) for prompts and completions.")
-    texts = train_posts.select_columns(["text", "keyphrases", "rationale"])
+    texts = reasoning_posts.texts(train_posts, args) if isinstance(args, MulCoTRDConfig) else texts_of(train_posts, args)
     dropout = tiny.tiny_attention_dropout
     if dropout is None:
         # Every view of a post would draw its own: gradients would differ by that rather than by what is masked.
-        dropout = 0.0 if any(texts["rationale"]) or isinstance(args, AimKPConfig) else 0.6
+        dropout = 0.0 if any(train_posts["rationale"]) or isinstance(args, AimKPConfig) else 0.6
     model, processor = build_tiny_vlm(
-        [resolve_task(args.task).instruction]
-        + [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in texts],
+        texts,
         word_level=False,
         vocab_size=tiny.tiny_vocab_size,
         hidden_size=tiny.tiny_hidden_size,
@@ -285,6 +299,15 @@ def load_model(
     )
     logger.info("No model named: one of %.1f M parameters is trained from scratch.", model.num_parameters() / 1e6)
     return model, processor
+
+
+def texts_of(train_posts: Dataset, args: KeyphraseConfig) -> list[str]:
+    """What a tokenizer made for these posts must know."""
+    if "keyphrases" not in train_posts.column_names:
+        raise ValueError("A model from scratch needs posts; name one (--model_name_or_path) for prompts and completions.")
+    rows = train_posts.select_columns(["text", "keyphrases", "rationale"])
+    texts = [" ".join([row["text"] or "", *row["keyphrases"], row["rationale"] or ""]) for row in rows]
+    return [resolve_task(args.task).instruction, *texts]
 
 
 def checkpoint_to_resume(args: KeyphraseConfig) -> str | bool | None:
