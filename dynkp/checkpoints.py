@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -69,16 +71,38 @@ def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     return Checkpoint(base, model)
 
 
-def load_processor_by_name(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin | PreTrainedTokenizerBase:
+def load_processor_by_name(
+    name: str, *, trust_remote_code: bool = False, **options: Any
+) -> ProcessorMixin | PreTrainedTokenizerBase:
     """`AutoProcessor.from_pretrained`, with one sentence where torchvision is missing."""
     try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except ImportError as error:
         if "torchvision" in str(error).lower():
             raise ImportError(
                 f"The processor of {name!r} needs torchvision, which is not installed: pip install 'dynkp[vision]'."
             ) from error
         raise
+
+
+def pad_images_to_squares(processor: Any) -> None:
+    """Let LLaVA's processor pad pictures to squares, as LLaVA-1.5 was trained, where the published one crops them.
+
+    Raises:
+        ValueError: for a processor of another family.
+    """
+    if not isinstance(processor, LlavaProcessor):
+        raise ValueError(
+            f"`pad_images_to_squares` is True, but {type(processor).__name__} has no such way of seeing pictures; only LLaVA's "
+            "has. Set it to False."
+        )
+    published = processor.image_processor
+    if type(published).__name__.endswith("Pil"):  # no torchvision
+        padding: Any = LlavaImageProcessorPil
+    else:
+        from transformers import LlavaImageProcessor as padding
+    options = {key: value for key, value in published.to_dict().items() if key not in ("image_processor_type", "do_pad")}
+    processor.image_processor = padding(**options, do_pad=True)
 
 
 def load_processor(checkpoint: Checkpoint) -> ProcessorMixin | PreTrainedTokenizerBase:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from trl import ModelConfig, TrlParser
+from peft import get_peft_model
+from tiny_models import build
+from trl import ModelConfig, TrlParser, get_peft_config
 
-from dynkp import DynamicCoTConfig
+from dynkp import AimKPConfig, DynamicAimKPConfig, DynamicCoTConfig
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
-from train import DataArguments, PredictionArguments, TinyModelArguments  # noqa: E402
+from train import METHODS, DataArguments, PredictionArguments, TinyModelArguments, method_of  # noqa: E402
 
 RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("mmkp_dynamic_cot_*.yaml"))
 
@@ -39,6 +41,50 @@ def test_recipe_has_the_papers_settings(recipe: Path) -> None:
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 1)
     assert args.freeze_vision_tower and "adamw" in args.optim.value and model_args.model_name_or_path
     assert args.max_length is None and args.answer_weight == 1.0
+
+
+def parse_masking(name: str) -> tuple[AimKPConfig, ModelConfig]:
+    arguments = ["--config", str(REPOSITORY / "examples" / "recipes" / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    config_class = METHODS[method_of(arguments)][1]
+    parser = TrlParser((DataArguments, config_class, ModelConfig, PredictionArguments, TinyModelArguments))
+    _, args, model_args, *_ = parser.parse_args_and_config(arguments)
+    return args, model_args
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("cmkp_aimkp_llava_1_5_7b", 4), ("cmkp_aimkp_qwen2_vl_7b", 6)])
+def test_aimkp_recipe_has_the_papers_settings(name: str, epochs: int) -> None:
+    args, model_args = parse_masking(name)
+    assert isinstance(args, AimKPConfig) and args.num_train_epochs == epochs and args.task == "aimkp"
+    assert (args.text_threshold, args.image_threshold, args.initial_stride, args.warmup_epochs) == (0.1, 0.4, 2, 1)
+    assert (args.learning_rate, args.projector_learning_rate, args.warmup_steps, args.weight_decay) == (2e-4, 2e-5, 0.03, 0.0)
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (128, 256, 0.05)
+    assert 4 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64, "on the paper's four GPUs"
+    assert args.metric_for_best_model == "composite" and args.eval_convention == "aimkp"
+    assert args.pad_images_to_squares == ("llava" in name)
+    if "qwen2_vl" in name:
+        assert args.processor_kwargs == {"min_pixels": 576 * 28 * 28, "max_pixels": 576 * 28 * 28}
+
+
+@pytest.mark.parametrize("recipe", ["cmkp_aimkp_llava_1_5_7b", "cmkp_aimkp_qwen2_vl_7b", "mmkp_dynamic_aimkp_qwen2_5_vl_3b"])
+def test_recipes_of_aimkp_train_the_language_model_and_the_projector(recipe: str, tmp_path: Path) -> None:
+    """What the recipe names must exist in the family: adapters in the language model alone, the projector in full."""
+    _, model_args = parse_masking(recipe)
+    model, _ = build("llava" if "llava" in recipe else "qwen2_vl" if "qwen2_vl" in recipe else "qwen2_5_vl")
+    adapted = get_peft_model(model, get_peft_config(model_args))
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    adapters = {name for name in trained if "lora_" in name}
+    projector = "multi_modal_projector" if "llava" in recipe else "merger"
+    assert adapters and all("language_model" in name for name in adapters)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapters} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert trained - adapters and all(projector in name for name in trained - adapters)
+
+
+def test_the_combined_recipe_has_both_methods_settings() -> None:
+    args, _ = parse_masking("mmkp_dynamic_aimkp_qwen2_5_vl_3b")
+    assert isinstance(args, DynamicAimKPConfig)
+    assert (args.strategy, args.gamma, args.text_threshold, args.image_threshold) == ("dynamic", "0.4", 0.1, 0.4)
 
 
 def test_the_command_line_overrides_a_recipe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -15,6 +16,8 @@ class KeyphraseConfig(SFTConfig):
 
     Options that `SFTConfig` already has keep their meaning; `max_length` and `remove_unused_columns` get another default.
     """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "processor_kwargs"]
 
     max_length: int | None = field(
         default=None,
@@ -50,6 +53,20 @@ class KeyphraseConfig(SFTConfig):
     unique_ids: bool = field(
         default=True,
         metadata={"help": "Whether two posts with the same id are an error. False for a mixture that repeats posts."},
+    )
+    processor_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the processor that is loaded with the model's name, as JSON; saved with the model. Qwen-VL's "
+            '{"min_pixels": 451584, "max_pixels": 451584} makes every picture about 576 tokens.'
+        },
+    )
+    pad_images_to_squares: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether pictures are padded to squares rather than cropped (LLaVA-1.5, as in its own training and in "
+            "AimKP); saved with the model."
+        },
     )
     loss_normalization: str = field(
         default="sample",

@@ -31,7 +31,7 @@ from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
-from dynkp.checkpoints import load_processor_by_name
+from dynkp.checkpoints import load_processor_by_name, pad_images_to_squares
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.prompts import KeyphraseTask, resolve_task
 from dynkp.mechanics.gradient_order import gradients_in_order
@@ -112,6 +112,8 @@ class KeyphraseTrainer(SFTTrainer):
         refuse_sharded_weights(args)
         if processing_class is None:
             processing_class = load_processor(model, args)
+        if args.pad_images_to_squares:
+            pad_images_to_squares(processing_class)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -587,7 +589,8 @@ def load_processor(
             "`processing_class` is None, and the model was not loaded by a name that its processor could be loaded by. Give "
             "the model's processor (for a text model, its tokenizer) as `processing_class`."
         )
-    return load_processor_by_name(name, trust_remote_code=args.trust_remote_code)
+    options = args.processor_kwargs or {}
+    return load_processor_by_name(name, trust_remote_code=args.trust_remote_code, **cast(dict[str, Any], options))
 
 
 def _not_yet_built(rows: list[dict[str, Any]]) -> dict[str, Any]:
