@@ -376,7 +376,7 @@ def test_a_killed_conversion_leaves_no_output(tmp_path, form):
     code = f"""
 import json, os, signal
 from dynkp.data import conversion, sources
-rows = [{{"id": str(n), "text": "t", "keyphrases": ["k"], "ocr": "o"}} for n in range(500)]
+rows = [{{"id": str(n), "text": "t", "keyphrases": ["k"], "ocr": "o"}} for n in range(1500)]
 if {form!r} != "shards":
     conversion.convert_posts(rows[:7], {str(tmp_path / form)!r})
 class Deadly(list):
@@ -384,7 +384,7 @@ class Deadly(list):
     def __iter__(self):
         type(self).passes += 1
         for n, row in enumerate(super().__iter__()):
-            if n == 400 and self.passes == {2 if form in ("x.parquet", "shards") else 1}:
+            if n == 1400 and self.passes == {2 if form in ("x.parquet", "shards") else 1}:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield row
 conversion.convert_posts(Deadly(rows), {str(tmp_path / form)!r}, **{options!r})
@@ -395,10 +395,10 @@ conversion.convert_posts(Deadly(rows), {str(tmp_path / form)!r}, **{options!r})
         assert not (tmp_path / form).exists()
     else:
         assert len(list(read_whole_posts(tmp_path / form))) == 7  # the older file, untouched
-    rows = [{"id": str(n), "text": "t", "keyphrases": ["k"], "ocr": "o"} for n in range(500)]
+    rows = [{"id": str(n), "text": "t", "keyphrases": ["k"], "ocr": "o"} for n in range(1500)]
     convert_posts(rows, tmp_path / form, **options)
     source = sorted((tmp_path / form).iterdir()) if form == "shards" else tmp_path / form
-    assert len(list(read_whole_posts(source))) == 500
+    assert len(list(read_whole_posts(source))) == 1500
     assert not any(name.startswith(".") for name in os.listdir(tmp_path))
 
 

@@ -31,8 +31,9 @@ from dynkp.data.whole_files import whole_files
 
 OUTPUT_FORMATS = ("jsonl", "parquet", "llava", "cmkp")
 JOIN_FORMAT = "{text}\n{column}: {value}"
-# A row group of Parquet is written at so many posts, or so many bytes of pictures; the Hub's viewer reads one at a time.
-_GROUP_POSTS, _GROUP_BYTES = 100, 32 << 20
+# A row group of Parquet is written at so many posts, or with pictures, or bytes. The Hub's viewer reads one at a time, and a
+# file's index, which is held in memory, has an entry for each.
+_GROUP_POSTS, _GROUP_WITH_PICTURES, _GROUP_BYTES = 1000, 100, 32 << 20
 # Posts whose extra columns are typed at once.
 _TYPED = 1000
 
@@ -486,7 +487,7 @@ class _Parquet:
         self.features = features
         self.shard_bytes = shard_bytes
         self.posts: list[dict[str, Any]] = []
-        self.bytes = self.written = self.shards = 0
+        self.bytes = self.pictures = self.written = self.shards = 0
         self.file: pq.ParquetWriter | None = None
 
     def write(self, post: dict[str, Any]) -> Iterable[str]:
@@ -497,7 +498,12 @@ class _Parquet:
                 row[name] = _dumped({name: row[name]})[len(json.dumps(name, ensure_ascii=False)) + 3 : -1]
         self.posts.append(row)
         self.bytes += sum(len(image["bytes"] or b"") for image in post["images"]) + len(post.get("text") or "")
-        if len(self.posts) >= _GROUP_POSTS or self.bytes >= _GROUP_BYTES:
+        self.pictures += any(image["bytes"] is not None for image in post["images"])
+        if (
+            len(self.posts) >= _GROUP_POSTS
+            or (self.pictures and len(self.posts) >= _GROUP_WITH_PICTURES)
+            or self.bytes >= _GROUP_BYTES
+        ):
             self.flush()
         return ()
 
@@ -512,7 +518,7 @@ class _Parquet:
             self.shards += 1
         self.file.write_table(table, row_group_size=len(self.posts))
         self.written += self.bytes
-        self.posts, self.bytes = [], 0
+        self.posts, self.bytes, self.pictures = [], 0, 0
         if self.shard_bytes is not None and self.written >= self.shard_bytes:
             self.close()
 
