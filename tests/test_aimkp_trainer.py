@@ -31,6 +31,7 @@ from tiny_models import build, exact_float64
 from trainers_for_tests import largest_difference, losses, trainer_of, weights
 
 from dynkp.data.collators import PairedTargetCollator
+from dynkp.data.sources import load_posts
 from dynkp.mechanics.modality_masking import MODALITIES, random_keep_mask
 from dynkp.mechanics.prompt_layout import locate
 from dynkp.mechanics.shared_prompt import prompt_positions
@@ -566,21 +567,32 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import conftest
-from test_aimkp_trainer import resumable
+from test_aimkp_trainer import killable
 from pathlib import Path
-resumable(Path(sys.argv[1]), max_steps=int(sys.argv[2]), save_steps=2).train(resume_from_checkpoint=len(sys.argv) > 3)
+killable(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])).train()
 """
 
 
-def test_a_killed_run_resumes(tmp_path: Path) -> None:
+def killable(kind: str, shared: Path, folder: Path) -> AimKPTrainer:
+    """Three epochs and a checkpoint every other step: of drawn posts, or of real photographs in all their aspect ratios."""
+    if kind == "drawn":
+        return resumable(folder, max_steps=16, save_steps=2)
+    masc = shared / "data/masc_t15"
+    posts = load_posts(masc / "test.jsonl", image_dir=masc / "images")
+    posts = posts.filter(bool, input_columns=["images"]).select(range(30))
+    options = {"per_device_train_batch_size": 5, "num_train_epochs": 3, "image_threshold": 0.5, "text_threshold": 0.5}
+    return resumable(folder, posts, family="qwen2_5_vl", max_steps=-1, save_steps=2, **options)
+
+
+@pytest.mark.parametrize("kind", ["drawn", "photographs"])
+def test_a_killed_run_resumes(kind: str, shared: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch; the resumed process ends like one that was left alone."""
-    steps = 16
     command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    straight = resumable(tmp_path / "straight", max_steps=steps, save_steps=2)
+    straight = killable(kind, shared, tmp_path / "straight")
     straight.train()
     folder = tmp_path / "killed"
-    process = subprocess.Popen([*command, folder, str(steps)], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, kind, shared, folder], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint-8/trainer_state.json").exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -588,11 +600,17 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    resumed = resumable(folder, max_steps=steps, save_steps=2)
+    resumed = killable(kind, shared, folder)
     resumed.train(resume_from_checkpoint=True)
     assert largest_difference(weights(resumed), weights(straight)) == 0
     assert resumed.schedule.state() == straight.schedule.state()
-    assert read_visits(folder) == read_visits(tmp_path / "straight")
+    visits = read_visits(folder)
+    assert visits == read_visits(tmp_path / "straight")
+    assert len({row["stride"] for row in visits}) > 1 and {row["kept"] for row in visits} == {True, False}
+    if kind == "photographs":
+        assert len(visits) == 2 * 2 * 30
+        grids = {grid for row in straight.train_dataset for grid in [straight.data_collator([row])["layouts"][0].grids[0]]}
+        assert len({(grid.height, grid.width) for grid in grids}) >= 5, "many aspect ratios"
 
 
 # (f) options and refusals
