@@ -69,7 +69,12 @@ def test_lengths() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [f'The "Post text" speaks of a dog. {GOOD}', f"{GOOD} “Keyphrases” are apt.", f"Keyphrases: beagle\n{GOOD}", f"**Image** {GOOD}"],
+    [
+        f'The "Post text" speaks of a dog. {GOOD}',
+        f"{GOOD} “Keyphrases” are apt.",
+        f"Keyphrases: beagle\n{GOOD}",
+        f"**Image** {GOOD}",
+    ],
 )
 def test_field_names(text: str) -> None:
     assert judged(text) == "field_names"

@@ -61,7 +61,14 @@ def write_posts(folder: Path, texts: list[str]) -> Path:
 
 
 def ask(
-    folder: Path, url: str, dialogue: Any = once, *, concurrency: int = 4, attempts: int = 2, settings: str = "s", **options: Any
+    folder: Path,
+    url: str,
+    dialogue: Any = once,
+    *,
+    concurrency: int = 4,
+    attempts: int = 2,
+    settings: str = "s",
+    **options: Any,
 ) -> tuple[Outcome, list[dict[str, Any] | None]]:
     """Run over `posts.jsonl`; the last answer of each post."""
     stream = PostStream(folder / "posts.jsonl")
@@ -127,8 +134,11 @@ def test_a_run_goes_on_wherever_the_last_one_was_reading(tmp_path: Path, cursor:
                 identity = {**whole.identity(), **({"size": 1} if cursor == "other file" else {})}
                 journal.set_cursor({"posts": identity, "offset": place.end, "index": place.index + 1})
         answers = tmp_path / "journal" / "answers-00001.jsonl"
-        kept = [line for line in answers.read_bytes().splitlines(keepends=True) if json.loads(line)["key"] not in
-                {key.hex() for key in lost if key}]
+        kept = [
+            line
+            for line in answers.read_bytes().splitlines(keepends=True)
+            if json.loads(line)["key"] not in {key.hex() for key in lost if key}
+        ]
         answers.write_bytes(b"".join(kept))
         (tmp_path / "journal" / "answers.index").unlink()
         outcome, rows = ask(tmp_path, url)
@@ -163,7 +173,9 @@ def test_a_post_that_fails_again_is_asked_once_more_only(tmp_path: Path) -> None
         assert (outcome.failed, len(server.bodies)) == (2, 2)  # one request, two attempts
 
 
-@pytest.mark.parametrize(("texts", "reason"), [("cursed", "10 posts in a row failed"), ("post", "the server refuses: status 401")])
+@pytest.mark.parametrize(
+    ("texts", "reason"), [("cursed", "10 posts in a row failed"), ("post", "the server refuses: status 401")]
+)
 def test_a_server_that_fails_everyone_ends_the_run(tmp_path: Path, texts: str, reason: str) -> None:
     class Refusing(ChatServer):
         async def answer(self, writer: Any, body: Any) -> bool:

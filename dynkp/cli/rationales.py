@@ -177,7 +177,17 @@ def _run(arguments: argparse.Namespace) -> Any:
     same = (
         *("posts", "output", "model", "base_url", "image_dir", "task", "template", "max_side", "allow_image_urls"),
         *("max_tokens", "temperature", "top_p", "seed", "extra_body", "shard", "limit", "concurrency", "timeout"),
-        *("max_attempts", "retry_pause", "retry_failed", "prices", "max_cost", "min_words", "max_words", "max_similarity", "keep_all"),
+        *(
+            "max_attempts",
+            "retry_pause",
+            "retry_failed",
+            "prices",
+            "max_cost",
+            "min_words",
+            "max_words",
+            "max_similarity",
+            "keep_all",
+        ),
         "preview",
     )
     return RationaleRun(

@@ -162,6 +162,14 @@ class PostStream:
         number, shards = self.shard
         return max(0, (total - number) // shards + 1)
 
+    def index_of(self, place: int) -> int:
+        """The number in the file of the shard's post at a place, both from 0."""
+        return place * self.shard[1] + self.shard[0] - 1
+
+    def place_of(self, index: int) -> int:
+        """The place in the shard of the post with this number in the file."""
+        return index // self.shard[1]
+
     def __iter__(self) -> Iterator[SourcePost]:
         return self.read()
 

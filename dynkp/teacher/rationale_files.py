@@ -152,8 +152,12 @@ def _reason(
         finish_reason=row["finish_reason"],
     )
     if reason is None and place in copies:
-        return "near_copy", f"{FILTERS['near_copy']}: that of post number {copies[place]}"
+        return "near_copy", _copy_of(source.stream.index_of(copies[place]))
     return reason, FILTERS.get(reason or "", "")
+
+
+def _copy_of(index: int) -> str:
+    return f"{FILTERS['near_copy']}: that of post number {index}"
 
 
 def _report(counts: Mapping[str, int]) -> dict[str, Any]:
@@ -293,8 +297,7 @@ def merge_shards(
                 writer.error(*(error[name] for name in ("index", "id", "reason", "error", "rationale")))
             elif row is not None and place in copies:
                 counts["near_copy"] += 1
-                message = f"{FILTERS['near_copy']}: that of post number {copies[place]}"
-                writer.error(place, row["id"], "near_copy", message, row["rationale"])
+                writer.error(place, row["id"], "near_copy", _copy_of(copies[place]), row["rationale"])
                 row = {**row, **dict.fromkeys(_COLUMNS)} if keep_all else None
             else:
                 counts["written"] += 1

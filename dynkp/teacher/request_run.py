@@ -82,7 +82,8 @@ class RequestRun:
         journal: the answers so far.
         settings: what a dialogue depends on besides the post, as JSON text: with other settings no post is settled.
         prices: model -> price, for the running cost.
-        max_cost: no request is begun that would take the cost above this.
+        max_cost: no request is begun that would take the cost above this, should it cost as much as the dearest so far;
+            needs the price of the model.
         retry_failed: whether to ask again about posts that failed in an earlier run.
         label: of the progress bar.
         progress: whether to show it.
@@ -120,6 +121,7 @@ class RequestRun:
         self._failed_now: set[bytes] = set()
         self._in_flight: dict[bytes, asyncio.Future[None]] = {}
         self._highest_cost = 0.0
+        self._begun = 0
 
     # --- without a server ---
 
@@ -195,7 +197,7 @@ class RequestRun:
     def _count(self, source: SourcePost, key: bytes) -> None:
         self._settled += 1
         self._failed += self.journal.has_failed(key)
-        self.keys.set(source.index // self.posts.shard[1], key)
+        self.keys.set(self.posts.place_of(source.index), key)
 
     # --- with a server ---
 
@@ -212,6 +214,7 @@ class RequestRun:
 
     async def _ask(self, make_client: Callable[[], ChatClient], concurrency: int) -> Outcome:
         self._stop = asyncio.Event()
+        self._first_price = asyncio.Lock()
         self._client = make_client()
         # A few posts more than slots are under way, so that one is ready, picture and all, when a slot becomes free.
         workers = concurrency + max(4, concurrency // 4)
@@ -318,10 +321,9 @@ class RequestRun:
         done = asyncio.get_running_loop().create_future()
         self._in_flight[key] = done
         try:
-            self._check_cost()
             row = {"id": post_id, "stage": request.stage, "model": request.settings["model"], "time": int(time.time())}
             try:
-                answer = await self._client.ask(request, self._stop)
+                answer = await self._ask_within_cost(request)
             except (RequestFailed, ImageError) as error:
                 row |= {"failed": True, "error": str(error)}
                 if isinstance(error, ImageError):
@@ -332,8 +334,6 @@ class RequestRun:
                 return None
             self.journal.append(key, row | asdict(answer))
             self._failures_in_a_row = 0
-            if price := self.prices.get(row["model"]):
-                self._highest_cost = max(self._highest_cost, price.cost(answer.prompt_tokens, answer.completion_tokens))
             return answer
         finally:
             del self._in_flight[key]
@@ -347,14 +347,29 @@ class RequestRun:
         if self._failures_in_a_row >= limit:
             self._end("server", f"{self._failures_in_a_row} posts in a row failed, the last: {error}")
 
-    def _check_cost(self) -> None:
-        """Begin no request that could take the cost above the limit, given what requests have cost so far."""
-        cost = self.cost()
-        if self.max_cost is None or cost is None:
-            return
-        if cost + len(self._in_flight) * self._highest_cost > self.max_cost:
-            self._end("max_cost", f"{cost:.2f} spent of {self.max_cost:.2f}")
+    async def _ask_within_cost(self, request: ChatRequest) -> ChatAnswer:
+        """Begin no request that would take the cost above the limit, should it cost as much as the dearest so far."""
+        if self.max_cost is None:
+            return await self._client.ask(request, self._stop)
+        if not self._highest_cost:
+            async with self._first_price:  # until one has been answered nobody knows
+                if not self._highest_cost:
+                    return await self._ask_and_count(request)
+        return await self._ask_and_count(request)
+
+    async def _ask_and_count(self, request: ChatRequest) -> ChatAnswer:
+        cost, limit = self.cost() or 0.0, self.max_cost or 0.0
+        if cost + (self._begun + 1) * self._highest_cost > limit or cost >= limit:
+            self._end("max_cost", f"{cost:.2f} spent of {limit:.2f}")
             raise RunStopped
+        self._begun += 1
+        try:
+            answer = await self._client.ask(request, self._stop)
+        finally:
+            self._begun -= 1
+        price = self.prices[request.settings["model"]]
+        self._highest_cost = max(self._highest_cost, price.cost(answer.prompt_tokens, answer.completion_tokens))
+        return answer
 
     def cost(self) -> float | None:
         """Of all answers in the journal; None where no price is known."""
