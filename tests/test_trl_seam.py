@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +127,9 @@ def test_trainer_methods_have_the_signatures_we_override() -> None:
     assert parameters_of(Trainer.prediction_step)[1:] == ["model", "inputs", "prediction_loss_only", "ignore_keys"]
     assert parameters_of(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
     assert parameters_of(Trainer._load_best_model) == ["self"]
+    assert parameters_of(SFTTrainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters_of(Trainer._save_rng_state) == ["self", "output_dir"]
+    assert "_tr_loss" in Trainer._finalize_training.__code__.co_names
     assert parameters_of(Trainer.train)[:2] == ["self", "resume_from_checkpoint"]
     assert "metric_key_prefix" in parameters_of(Trainer.evaluate)
     assert parameters_of(Trainer.floating_point_ops) == ["self", "inputs"]
@@ -178,6 +182,16 @@ def test_our_callback_runs_before_logging_and_saving(tmp_path: Any) -> None:
     trainer.add_callback(Listener())
     trainer.train()
     assert events[:4] == ["before", "optimizer", "end", "log"]
+
+
+def test_the_random_states_are_the_last_thing_saved_before_the_trainers_state(tmp_path: Any) -> None:
+    """Where ranks wait for each other, so that the trainer's state marks a checkpoint as complete."""
+    trainer = trainer_of("llama", tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    files: list[set[str]] = []
+    save = trainer._save_rng_state
+    trainer._save_rng_state = lambda folder: (save(folder), files.append({path.name for path in Path(folder).iterdir()}))
+    trainer.train()
+    assert {path.name for path in (tmp_path / "checkpoint-1").iterdir()} - files[0] == {TRAINER_STATE_NAME}
 
 
 def test_the_end_of_an_epoch_is_known_when_its_last_batch_is_handed_out(tmp_path: Any) -> None:
