@@ -425,7 +425,7 @@ def test_pictures_are_scaled_here_and_after_saving(tmp_path: Path) -> None:
         ({"task": "dynamic_cot"}, "`task` is 'dynamic_cot'"),
         ({"kd_positions": "prompt"}, "`kd_positions` is 'prompt'"),
         ({"kd_positions": "all", "soft_labels": "x"}, "`kd_positions` is 'all', but `soft_labels`"),
-        ({"image_side": 0}, "`image_side` is 0"),
+        ({"image_side": -1}, "`image_side` is -1"),
         ({"separator": ", "}, "`separator` is ', '"),
         ({"assistant_dtype": "int8"}, "`assistant_dtype` is 'int8'"),
         ({"task_weights": {"chain": 1.0}}, "`task_weights` is"),

@@ -183,7 +183,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         return keep_answerable(posts, name, self.task, args.on_invalid)
 
     def build_collator(self) -> Any:
-        if self.args.image_side is not None:
+        if self.args.image_side:
             scale_pictures(self.processing_class, self.args.image_side)
         return TwoTaskCollator(self.processing_class, self.task, max_length=self.args.max_length)
 
@@ -230,7 +230,7 @@ def scale_pictures(processor: Any, side: int) -> None:
     if image_processor is None or not hasattr(image_processor, "merge_size"):
         raise ValueError(
             f"`image_side` is {side}, but {type(processor).__name__} has pictures of a size that its vision tower fixes, or "
-            "none. Leave image_side at None."
+            "none. Leave image_side at 0."
         )
     image_processor.size = {"shortest_edge": side**2, "longest_edge": side**2}
 
