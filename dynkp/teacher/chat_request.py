@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from dynkp.data.images import IMAGE_FORMATS, ImageError, open_image
+from dynkp.data.images import IMAGE_FORMATS, ImageError, check_image, open_image
 
 KEY_BYTES = 16
 # Sent as they are, if small enough; every server reads these.
@@ -90,11 +90,13 @@ def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
         ImageError: as `dynkp.data.images.open_image`.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    image = open_image(data)  # checked and decoded, however it is then sent
+    if (error := check_image(data)) is not None:
+        raise error
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as original:
         upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
         if upright and original.format in _SENT_AS_IS and max(original.size) <= max_side:
             return _SENT_AS_IS[original.format], data
+    image = open_image(data)
     if max(image.size) > max_side:
         image = ImageOps.contain(image, (max_side, max_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
