@@ -32,6 +32,7 @@ _EXPORTS = {
     "generate_reasoning": "dynkp.generation",
     "load_metric": "dynkp.mmkp_f1.mmkp_f1",
     "load_posts": "dynkp.data.sources",
+    "load_sentiment_posts": "dynkp.data.sentiment_posts",
     "mix_posts": "dynkp.data.mixing",
     "parse_answer": "dynkp.data.prompts",
     "score_keyphrases": "dynkp.mmkp_f1.scoring",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.data.prompts import parse_answer as parse_answer
     from dynkp.data.reasoning_tasks import REASONING_TASKS as REASONING_TASKS
     from dynkp.data.reasoning_tasks import ReasoningTask as ReasoningTask
+    from dynkp.data.sentiment_posts import load_sentiment_posts as load_sentiment_posts
     from dynkp.data.sources import load_posts as load_posts
     from dynkp.generation import generate_keyphrases as generate_keyphrases
     from dynkp.generation import generate_reasoning as generate_reasoning

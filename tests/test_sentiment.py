@@ -138,13 +138,22 @@ def test_a_post_without_chain_partner_has_no_floor() -> None:
     assert evaluation.tables()[1][-1][1:] == ["-"] * 8
 
 
-def test_embeddings_are_those_given() -> None:
+def test_texts_are_embedded_once() -> None:
+    embedded: list[str] = []
+
     class Lengths:
         def encode(self, texts: list[str], **_: Any) -> list[list[float]]:
-            return [[len(text), 1.0] for text in texts]
+            embedded.extend(texts)
+            return [[len(text), 50.0] for text in texts]
 
-    scores = evaluated(embedding_model=Lengths()).report()
-    assert 0 < scores["systems"]["mine"]["chains"]["cosine"] < 1 and 0 < scores["floor"]["cosine"] <= 1
+    evaluation = evaluated(embedding_model=Lengths())
+    evaluation.add("other", ANSWERS, CHAINS)
+    scores = evaluation.report()
+    assert len(embedded) == len(set(embedded)) == 6  # three references, three chains
+    references = [post["rationale"] for post in POSTS[:3]]
+    expected = chain_scores([row["raw"] for row in CHAINS[:3]], references, embedding_model=Lengths())
+    assert scores["systems"]["other"]["chains"]["cosine"] == pytest.approx(mean_scores(expected)["cosine"])
+    assert 0 < scores["floor"]["cosine"] <= 1
 
 
 def test_matching() -> None:

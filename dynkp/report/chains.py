@@ -122,6 +122,24 @@ def floor_partners(labels: Sequence[str], groups: Sequence[Hashable], seed: int 
     return partners
 
 
+class EmbeddedOnce:
+    """A model that embeds a text once, however often it is asked: references come back for every system and as the floor.
+
+    Args:
+        model: as `embedding_model` of `chain_scores`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.vectors: dict[str, Any] = {}
+
+    def encode(self, texts: Sequence[str], **options: Any) -> Any:
+        """The texts' embeddings, (N, D), of length 1."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self.vectors]:
+            self.vectors.update(zip(new, embed_texts(new, self.model), strict=True))
+        return np.stack([self.vectors[text] for text in texts])
+
+
 def wordnet_reader() -> Any:
     """NLTK's WordNet, or None where its data is not installed."""
     from nltk.corpus import wordnet

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynkp.data.reasoning_tasks import SENTIMENTS, ReasoningTask, resolve_reasoning_task
-from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, chain_scores, floor_partners, mean_scores
+from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, EmbeddedOnce, chain_scores, floor_partners, mean_scores
 from dynkp.report.evaluation import listed, match_predictions, percent
 
 # What scikit-learn is told of an output that predicts nothing: none of the labels.
@@ -120,7 +120,7 @@ class SentimentEvaluation:
         self.gold = gold
         self.classes = resolve_reasoning_task(task).labels
         self.task = resolve_reasoning_task(task)
-        self.embedding_model = embedding_model
+        self.embedding_model = None if embedding_model is None else EmbeddedOnce(embedding_model)
         self.seed = seed
         self.systems: dict[str, dict[str, Any]] = {}
         self.post_scores: dict[str, list[dict[str, Any]]] = {}
@@ -243,7 +243,9 @@ class SentimentEvaluation:
             for count, what in ((system["missing"], "predictions"), (system.get("missing_chains", 0), "chains")):
                 if count:
                     parts.append(f"{name}: {count:,} missing {what} count as unread or empty.")
-        if self._has_chains():
+        if self._has_chains() and not self.explained:
+            parts.append("No post has a rationale to compare chains with: their accuracy is all that can be said of them.")
+        elif self._has_chains():
             floor = self.floor()
             parts.append(
                 f"Chains: means over {len(self.explained):,} posts with a rationale; last the floor, the rationale of "
