@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dynkp.data.masking_collator import MaskingCollator
 from dynkp.mechanics import gradient_similarity
@@ -89,11 +88,6 @@ class AimKPTrainer(KeyphraseTrainer):
         self._masked_visits: list[dict[str, Any]] = []  # of the current optimizer step
         self._announced: set[str] = set()
         super().__init__(model, args, **kwargs)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "The parameters are sharded over ranks (FSDP or ZeRO-3), so no rank has a post's whole gradient. Use DDP or "
-                "DeepSpeed ZeRO-2 (examples/accelerate/zero2.yaml)."
-            )
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 "`train_dataset` is a stream, but AimKP keeps a stride for every post and must know them beforehand. Load the "
