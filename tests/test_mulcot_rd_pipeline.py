@@ -31,7 +31,7 @@ SCRIPT = REPOSITORY / "examples/mulcot_rd.sh"
 QUICK = (
     "--use_peft false --bf16 false --activation_checkpointing false --freeze_vision_tower false --disable_tqdm true --use_cpu true "
     "--per_device_train_batch_size 6 --gradient_accumulation_steps 1 --per_device_eval_batch_size 6 --learning_rate 0.003 "
-    "--image_side 0 --num_train_epochs 3 --eval_max_new_tokens 12 --max_new_tokens 24 --predict_batch_size 8"
+    "--processor_kwargs {} --num_train_epochs 3 --eval_max_new_tokens 12 --max_new_tokens 24 --predict_batch_size 8"
 )
 
 

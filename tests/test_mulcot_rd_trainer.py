@@ -399,21 +399,6 @@ def test_keyphrases_are_a_task_too(tmp_path: Path) -> None:
     assert {"eval_f1@1", "eval_map@5", "eval_generated_posts"} <= trainer.evaluate().keys()
 
 
-def test_pictures_are_scaled_here_and_after_saving(tmp_path: Path) -> None:
-    """A picture of 56x42 pixels gets about the area of a square of 84, in patches of 7."""
-    from transformers import AutoProcessor
-
-    trainer = reasoning_trainer("qwen2_5_vl", tmp_path, image_side=84, max_steps=1)
-    batch = trainer.data_collator(trainer.train_dataset.select([0]))
-    grid = batch["prompts"]["prompt"]["image_grid_thw"].tolist()
-    assert 49 * grid[0][1] * grid[0][2] == pytest.approx(84**2, rel=0.2)
-    trainer.save_model(str(tmp_path / "saved"))
-    again = TwoTaskCollator(AutoProcessor.from_pretrained(tmp_path / "saved"), BRIEF)(trainer.train_dataset.select([0]))
-    assert again["prompts"]["prompt"]["image_grid_thw"].tolist() == grid
-    with pytest.raises(ValueError, match="`image_side` is 28, but LlavaProcessor"):
-        reasoning_trainer("llava", tmp_path, image_side=28)
-
-
 # What is refused
 
 
@@ -425,7 +410,6 @@ def test_pictures_are_scaled_here_and_after_saving(tmp_path: Path) -> None:
         ({"task": "dynamic_cot"}, "`task` is 'dynamic_cot'"),
         ({"kd_positions": "prompt"}, "`kd_positions` is 'prompt'"),
         ({"kd_positions": "all", "soft_labels": "x"}, "`kd_positions` is 'all', but `soft_labels`"),
-        ({"image_side": -1}, "`image_side` is -1"),
         ({"separator": ", "}, "`separator` is ', '"),
         ({"assistant_dtype": "int8"}, "`assistant_dtype` is 'int8'"),
         ({"task_weights": {"chain": 1.0}}, "`task_weights` is"),

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tiny_models import build
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from dynkp import AimKPConfig, DynamicAimKPConfig, DynamicCoTConfig
+from dynkp import AimKPConfig, DynamicAimKPConfig, DynamicCoTConfig, MulCoTRDConfig
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 from train import METHODS, DataArguments, PredictionArguments, TinyModelArguments, method_of  # noqa: E402
@@ -85,6 +85,29 @@ def test_the_combined_recipe_has_both_methods_settings() -> None:
     args, _ = parse_masking("mmkp_dynamic_aimkp_qwen2_5_vl_3b")
     assert isinstance(args, DynamicAimKPConfig)
     assert (args.strategy, args.gamma, args.text_threshold, args.image_threshold) == ("dynamic", "0.4", 0.1, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout"),
+    [("masc_mulcot_rd_assistant_qwen2_5_vl_7b", 0.2), ("masc_mulcot_rd_student_qwen2_5_vl_3b", 0.05)],
+)
+def test_mulcot_rd_recipes_have_the_papers_settings(name: str, dropout: float) -> None:
+    parser = TrlParser((DataArguments, MulCoTRDConfig, ModelConfig, PredictionArguments, TinyModelArguments))
+    given = ["--config", str(REPOSITORY / f"examples/recipes/{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    data, args, model_args, *_ = parser.parse_args_and_config(given)
+    assert data.method == "mulcot_rd" and args.task == "masc" and args.weights() == {"label": 1.0, "chain": 1.0}
+    assert (args.distillation_weight, args.temperature, args.kd_positions) == (0.3, 2.0, "answer")
+    assert (args.assistant, args.soft_labels) == (None, None), "the student's recipe says where they go; λ is 0 until then"
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, dropout)
+    assert args.learning_rate == 3e-4 and args.per_device_train_batch_size * args.gradient_accumulation_steps == 40
+    assert args.lr_scheduler_type == "reduce_lr_on_plateau"
+    assert args.lr_scheduler_kwargs == {"mode": "max", "factor": 0.5, "patience": 2}
+    assert args.metric_for_best_model == "accuracy" and args.load_best_model_at_end and args.greater_is_better
+    assert args.processor_kwargs == {"min_pixels": 280 * 280, "max_pixels": 280 * 280}
+    model, _ = build("qwen2_5_vl")
+    adapted = get_peft_model(model, get_peft_config(model_args))
+    trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
+    assert trained and all("language_model" in name and "lora_" in name for name in trained)
 
 
 def test_the_command_line_overrides_a_recipe() -> None:

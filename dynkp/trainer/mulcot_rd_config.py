@@ -21,6 +21,8 @@ class MulCoTRDConfig(KeyphraseConfig):
     Without `assistant` and `soft_labels` there is nobody to learn from but the labels: that is the assistant's own training.
     """
 
+    _VALID_DICT_FIELDS = [*KeyphraseConfig._VALID_DICT_FIELDS, "task_weights"]
+
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -80,14 +82,6 @@ class MulCoTRDConfig(KeyphraseConfig):
         metadata={"help": "Folder that `dynkp distill cache` wrote: the assistant's soft labels, so that it is not loaded."},
     )
 
-    image_side: int = field(
-        default=0,
-        metadata={
-            "help": "For Qwen-VL, whose pictures may have any size: scale them to about the area of a square of this side, in "
-            "pixels, aspect kept (paper: 280, 100 tokens). Saved with the processor. 0 (default): the processor's own."
-        },
-    )
-
     def __post_init__(self) -> None:
         plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"
         self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or (dict(PLATEAU) if plateau else None)
@@ -101,8 +95,6 @@ class MulCoTRDConfig(KeyphraseConfig):
             raise ValueError(f"`distillation_weight` is {self.distillation_weight}; it is a share between 0 and 1.")
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` is {self.temperature}; it must be above 0 and finite.")
-        if self.image_side < 0:
-            raise ValueError(f"`image_side` is {self.image_side}; it is a number of pixels, or 0.")
         if self.kd_positions not in POSITIONS:
             raise ValueError(f"`kd_positions` is {self.kd_positions!r}; choose one of {', '.join(map(repr, POSITIONS))}.")
         if self.kd_positions == "all" and self.soft_labels is not None:

@@ -183,8 +183,6 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         return keep_answerable(posts, name, self.task, args.on_invalid)
 
     def build_collator(self) -> Any:
-        if self.args.image_side:
-            scale_pictures(self.processing_class, self.args.image_side)
         return TwoTaskCollator(self.processing_class, self.task, max_length=self.args.max_length)
 
     def get_train_dataloader(self) -> Any:
@@ -222,17 +220,6 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         tokens = sum(part["input_ids"].numel() for part in parts)
         tokens += branches["prompt"]["input_ids"].shape[0] * branches["shared"]
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
-
-
-def scale_pictures(processor: Any, side: int) -> None:
-    """Have a Qwen-VL processor scale pictures to the area of a square of `side` pixels, here and wherever it is loaded."""
-    image_processor = getattr(processor, "image_processor", None)
-    if image_processor is None or not hasattr(image_processor, "merge_size"):
-        raise ValueError(
-            f"`image_side` is {side}, but {type(processor).__name__} has pictures of a size that its vision tower fixes, or "
-            "none. Leave image_side at 0."
-        )
-    image_processor.size = {"shortest_edge": side**2, "longest_edge": side**2}
 
 
 class WithSoftLabels:
