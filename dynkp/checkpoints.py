@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlavaImageProcessorPil,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -97,10 +97,9 @@ def pad_images_to_squares(processor: Any) -> None:
             "has. Set it to False."
         )
     published = processor.image_processor
-    if type(published).__name__.endswith("Pil"):  # no torchvision
-        padding: Any = LlavaImageProcessorPil
-    else:
-        from transformers import LlavaImageProcessor as padding
+    # Without torchvision this name gives the Pil class, with a warning that need not be heard where there is no choice.
+    name = "LlavaImageProcessorPil" if type(published).__name__.endswith("Pil") else "LlavaImageProcessor"
+    padding = getattr(transformers, name)
     options = {key: value for key, value in published.to_dict().items() if key not in ("image_processor_type", "do_pad")}
     processor.image_processor = padding(**options, do_pad=True)
 
