@@ -30,7 +30,14 @@ from dynkp.bench.measure import Setting, Step, environment, median_seconds, peak
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.mechanics.branched_prompt import Branches, PlainBranches, SharedBranches
 from dynkp.mechanics.shared_prompt import Targets
-from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss, multitask_loss, soft_label_divergence, truncate
+from dynkp.objectives.distillation import (
+    SoftLabels,
+    distilled,
+    hard_label_loss,
+    multitask_loss,
+    soft_label_divergence,
+    truncate,
+)
 from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.soft_labels import SoftLabelCache, SoftLabelWriter
 
@@ -59,7 +66,7 @@ class Scenario(NamedTuple):
         return f"top {self.top_k}" + ", gradient checkpointing" * self.checkpointing
 
 
-SCENARIOS = (Scenario(16), Scenario(64), Scenario(256), Scenario(64, checkpointing=True))
+SCENARIOS = (Scenario(64), Scenario(256), Scenario(64, checkpointing=True))
 
 
 class Batch(NamedTuple):
@@ -150,8 +157,10 @@ def twice(model: nn.Module, batch: Batch) -> torch.Tensor:
 def cached(model: nn.Module, batch: Batch) -> torch.Tensor:
     device = batch.branches["prompt"]["input_ids"].device
     labels = batch.cache.of_batch(batch.ids, {task: _on_host(answers) for task, answers in batch.answers.items()})
-    says: dict[str, Any] = {
-        task: SoftLabels(**{name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in parts.items()})
+    says = {
+        task: SoftLabels(
+            parts["ids"].to(device), parts["log_probs"].to(device), parts["rest"].to(device), parts["vocabulary"]
+        )
         for task, parts in labels.items()
     }
     return _step(model, SharedBranches, batch, says)
@@ -173,9 +182,9 @@ def _step(model: nn.Module, backend: Any, batch: Batch, says: dict[str, Any]) ->
             loss = distilled(loss, _per_post(soft_label_divergence(logits, says[task], TEMPERATURE), answers), WEIGHT)
         losses.append(loss)
     total, weight = multitask_loss(losses, [1.0] * len(losses))
-    loss = total.sum() / weight.sum()
-    loss.backward()
-    return loss.detach()
+    mean = total.sum() / weight.sum()
+    mean.backward()
+    return mean.detach()
 
 
 def _per_post(values: torch.Tensor, answers: Targets) -> TargetLoss:
@@ -237,9 +246,10 @@ def draw_batch(assistant: Assistant, sizes: Sizes, folder: str, top_k: int) -> B
     writer = SoftLabelWriter(folder, {"task": REASONING_TASKS["masc"].name, "vocabulary": sizes.vocabulary})
     for task, logits in assistant.logits(branches, answers).items():
         labels = truncate(logits.float(), top_k, TEMPERATURE)
-        parts = zip(*(part.split(answers[task]["lengths"]) for part in (labels.ids, labels.log_probs, labels.rest)), strict=True)
-        for row, (post_id, own) in enumerate(zip(post_ids, parts, strict=True)):
-            writer.add(post_id, task, answers[task]["input_ids"][row], SoftLabels(*own, vocabulary=labels.vocabulary))
+        parts = [part.split(answers[task]["lengths"]) for part in (labels.ids, labels.log_probs, labels.rest)]
+        for row, post_id in enumerate(post_ids):
+            own = SoftLabels(parts[0][row], parts[1][row], parts[2][row], labels.vocabulary)
+            writer.add(post_id, task, answers[task]["input_ids"][row], own)
     writer.close()
     return Batch(post_ids, branches, answers, SoftLabelCache(folder))
 

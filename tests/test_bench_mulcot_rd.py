@@ -1,0 +1,51 @@
+"""`dynkp bench --suite mulcot_rd` measures ways that compute the same, and says so in every row.
+
+Holds at the quick size: online and a whole cache agree, whatever is computed twice or once; one that computes something
+else stops the suite. Times are never asserted: the machine is shared.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynkp import cli
+from dynkp.bench import mulcot_rd
+from dynkp.bench.dynamic_cot import QUICK, build_model
+from dynkp.bench.measure import Setting
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    file = tmp_path_factory.mktemp("bench") / "rows.json"
+    threads = torch.get_num_threads()
+    arguments = ["--suite", "mulcot_rd", "--quick", "--repeats", "1", "--device", "cpu", "--json", str(file)]
+    assert cli.main(["bench", *arguments]) == 0
+    torch.set_num_threads(threads)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_a_row_per_scenario_that_says_how_it_was_made(rows: list[dict]) -> None:
+    assert [(row["top_k"], row["checkpointing"]) for row in rows] == [tuple(scenario) for scenario in mulcot_rd.SCENARIOS]
+    for row in rows:
+        assert row["suite"] == "mulcot_rd" and row["quick"] and row["versions"]["torch"] == torch.__version__
+        assert row["cached_over_plain"] == pytest.approx(row["cached_s"] / row["plain_s"])
+        assert row["online_over_plain_and_assistant"] == pytest.approx(row["online_s"] / (row["plain_s"] + row["assistant_s"]))
+        assert all(row[f"{name}_mib"] > 0 for name in ("plain", "cached", "online"))
+        assert row["largest_disagreement"] <= mulcot_rd.AGREEMENT and row["assistant_parameters"] > row["parameters"]
+
+
+def test_once_and_twice_compute_the_same(tmp_path: Path) -> None:
+    assistant = mulcot_rd.build_assistant(QUICK, torch.device("cpu"))
+    model, batch = build_model(QUICK), mulcot_rd.draw_batch(assistant, QUICK, str(tmp_path), top_k=8)
+    assert float(mulcot_rd.plain(model, batch)) == pytest.approx(float(mulcot_rd.twice(model, batch)), rel=1e-5)
+    assert float(mulcot_rd.cached(model, batch)) != pytest.approx(float(mulcot_rd.plain(model, batch)), rel=1e-3)
+
+
+def test_ways_that_disagree_stop_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mulcot_rd, "cached", mulcot_rd.plain)
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        next(mulcot_rd.run(Setting(torch.device("cpu"), threads=1, repeats=1, quick=True)))
