@@ -24,7 +24,6 @@ from transformers import AutoModelForImageTextToText, EarlyStoppingCallback
 
 from dynkp import cli, generate_keyphrases, load_posts, score_keyphrases
 from dynkp.data.sources import write_posts_jsonl
-from dynkp.trainer import generative_evaluation
 from dynkp.trainer.generative_evaluation import generative_metrics, gold_keyphrases
 
 LEARNS: dict[str, Any] = {
@@ -100,7 +99,7 @@ def test_a_stream_is_evaluated_alike(learned: Any) -> None:
     assert {name: whole[name] for name in whole if "@" in name} == {name: streamed[name] for name in whole if "@" in name}
 
 
-def test_posts_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_posts_are_not_kept() -> None:
     """Of a stream no more posts are alive than one window of batches, whatever their number."""
     alive: list[int] = []
 
@@ -119,9 +118,8 @@ def test_posts_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             counts = {"reasoned": False, "output_words": 1, "output_tokens": 1}
             yield {"id": row["id"], "keyphrases": ["dogs"], **counts}
 
-    monkeypatch.setattr(generative_evaluation, "generate_keyphrases", predict)
     options: dict[str, Any] = {"task": None, "train_keyphrases": None, "limit": None, "batch_size": 1, "max_new_tokens": 1}
-    options |= {"convention": "cmkp", "rank": 0, "ranks": 1, "gather": list, "progress": False}
+    options |= {"convention": "cmkp", "rank": 0, "ranks": 1, "gather": list, "progress": False, "generate": predict}
     for count in (10, 3000):
         peak: list[int] = []
         metrics = generative_metrics(None, None, posts(count), **options)
