@@ -90,7 +90,7 @@ def run(setting: Setting) -> Iterator[dict[str, Any]]:
     Raises:
         RuntimeError: if online training and training from a whole cache disagree, so that their times could not be compared.
     """
-    sizes = QUICK if setting.quick else Sizes()
+    sizes = QUICK if setting.quick else Sizes(batch=2)
     student = build_model(sizes).to(setting.device)
     assistant = build_assistant(sizes, setting.device)
     with tempfile.TemporaryDirectory(prefix="dynkp-bench-") as folder:
