@@ -70,11 +70,28 @@ def test_the_threshold() -> None:
 
 
 def test_boilerplate_costs_no_square() -> None:
-    texts = [f"social media users might use this hashtag for a post like this to reach others number {n}" for n in range(5000)]
+    # Half of each text's runs are the same in all, so that nearly all share a bucket, and none is a near-copy.
+    texts = [f"number {n} {n} is why they might use this tag" for n in range(20_000)]
+    read = []
+    copies = NearCopies()
+    for one in texts:
+        copies.add(one)
     start = time.process_time()
-    copies = find(texts, 1.0)
-    assert copies == {}
+    assert copies.find(lambda number: read.append(number) or texts[number]) == {}
+    assert len(read) < 5 * len(texts)
     assert time.process_time() - start < 20
+
+
+def test_texts_may_come_after_a_search() -> None:
+    texts = [text(seed) for seed in range(5000)]
+    copies = NearCopies()
+    for one in texts:
+        copies.add(one)
+    assert copies.find(texts.__getitem__) == {}
+    for one in (texts[7], text(9999), texts[4999]):
+        texts.append(one)
+        copies.add(one)
+    assert copies.find(texts.__getitem__) == {5000: 7, 5002: 4999}
 
 
 def test_real_chains(shared: Path) -> None:

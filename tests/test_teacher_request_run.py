@@ -268,15 +268,15 @@ def test_without_a_server_answers_are_taken_stock_of(tmp_path: Path) -> None:
 
 
 def test_nine_tenths_of_a_server_are_used(tmp_path: Path) -> None:
-    write_posts(tmp_path, [f"post {n}" for n in range(1600)])
+    write_posts(tmp_path, [f"post {n}" for n in range(1200)])
     rates = []
     with serve_in_process(tmp_path / "log", latency=0.2, slots=32) as url:
-        for attempt in range(3):  # other work on the machine is not the client's fault
+        for attempt in range(5):  # other work on the machine is not the client's fault
             start = time.monotonic()
             # A quarter more than the slots, so that one is always waiting at the server.
             outcome, _ = ask(tmp_path, url, settings=str(attempt), concurrency=40)
-            rates.append(1600 / (time.monotonic() - start))
-            assert outcome.requests == 1600
+            rates.append(1200 / (time.monotonic() - start))
+            assert outcome.requests == 1200
             if rates[-1] >= 0.9 * 160:
                 break
             for file in (tmp_path / "journal").iterdir():

@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,7 @@ class RequestRun:
         self.label, self.progress = label, progress
         self.keys = _KeyTable()
         self._settled = self._failed = self._settled_by_asking = 0
+        self._counting = threading.Lock()
         self._client: Any = None
         self._stopped: str | None = None
         self._reason = ""
@@ -155,21 +157,25 @@ class RequestRun:
         """Settle a post by answers that are there, or give the first request that has none."""
         try:
             steps, request = self._opened(source)
-            while request.key in self.journal:
-                row = self.journal.read(request.key)
-                if row["failed"] and self.retry_failed:
-                    return request
-                if row["failed"]:
-                    break
-                try:
-                    request = steps.send(_answer(row))
-                except StopIteration:
-                    break
-            else:
-                return request
-            self._settle(source, request.key)
         except ValueError as error:
             self._refuse(source, error)
+            return None
+        while request.key in self.journal:
+            row = self.journal.read(request.key)
+            if row["failed"]:
+                if self.retry_failed:
+                    return request
+                break
+            try:
+                request = steps.send(_answer(row))
+            except StopIteration:
+                break
+            except ValueError as error:
+                self._refuse(source, error)
+                return None
+        else:
+            return request
+        self._settle(source, request.key)
         return None
 
     def _begin(self, source: SourcePost) -> Generator[ChatRequest, ChatAnswer, None]:
@@ -195,9 +201,10 @@ class RequestRun:
         self._count(source, key)
 
     def _count(self, source: SourcePost, key: bytes) -> None:
-        self._settled += 1
-        self._failed += self.journal.has_failed(key)
-        self.keys.set(self.posts.place_of(source.index), key)
+        with self._counting:  # the scan's thread counts, too
+            self._settled += 1
+            self._failed += self.journal.has_failed(key)
+            self.keys.set(self.posts.place_of(source.index), key)
 
     # --- with a server ---
 
@@ -290,20 +297,19 @@ class RequestRun:
 
     async def _converse(self, source: SourcePost) -> None:
         """One post's dialogue. Pictures are read, and prompts written, in a thread."""
-        run = asyncio.get_running_loop().run_in_executor
         try:
-            steps, request = await run(None, self._opened, source)
-            while True:
-                answer = await self._answered(request, source.id)
-                if answer is None:
-                    break
-                try:
-                    request = steps.send(answer)
-                except StopIteration:
-                    break
+            steps, request = await asyncio.get_running_loop().run_in_executor(None, self._opened, source)
         except ValueError as error:  # the post's own: no keyphrases, a broken picture
             self._refuse(source, error)
             return
+        while (answer := await self._answered(request, source.id)) is not None:
+            try:
+                request = steps.send(answer)
+            except StopIteration:
+                break
+            except ValueError as error:
+                self._refuse(source, error)
+                return
         self._settle(source, request.key)
         self._settled_by_asking += 1
 
