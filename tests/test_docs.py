@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md"))
@@ -28,9 +29,12 @@ def hook():
     return module
 
 
-@pytest.mark.parametrize("config", [KeyphraseConfig, DynamicCoTConfig])
-def test_every_own_option_is_in_the_page_with_its_help(config: type) -> None:
-    page = hook().on_page_markdown((DOCS / "methods" / "dynamic_cot.md").read_text())
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(KeyphraseConfig, "dynamic_cot"), (DynamicCoTConfig, "dynamic_cot"), (MulCoTRDConfig, "mulcot_rd")],
+)
+def test_every_own_option_is_in_the_page_with_its_help(config: type, name: str) -> None:
+    page = hook().on_page_markdown((DOCS / "methods" / f"{name}.md").read_text())
     assert "<!-- options" not in page
     for field in dataclasses.fields(config):
         if field.name in config.__annotations__:
@@ -66,5 +70,6 @@ def test_python_blocks_compile_and_commands_name_files_that_exist(page: Path) ->
 def option_exists(option: str) -> bool:
     sources = [REPOSITORY / "examples" / "train.py", REPOSITORY / "dynkp" / "data" / "mixing.py"]
     named = re.compile(rf"\b{option.lstrip('-').replace('-', '_')}\b")
-    fields = {field.name for field in dataclasses.fields(DynamicCoTConfig)} | {"model_name_or_path", "config"}
+    configs = (DynamicCoTConfig, MulCoTRDConfig)
+    fields = {field.name for config in configs for field in dataclasses.fields(config)} | {"model_name_or_path", "config"}
     return option.lstrip("-").replace("-", "_") in fields or any(named.search(path.read_text()) for path in sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 from typing import Any
@@ -18,9 +19,11 @@ def command_reference() -> str:
     with mock.patch.dict(os.environ, COLUMNS="100"):
         for name, (module_name, summary) in COMMANDS.items():
             module = importlib.import_module(module_name)
-            parser = getattr(module, "parser", None) or module._parser
+            parser = (getattr(module, "parser", None) or module._parser)()
             text = f"## dynkp {name}\n\n{summary[:1].upper()}{summary[1:]}.\n\n"
-            sections.append(f"{text}```text\n{parser().format_help().rstrip()}\n```")
+            own = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+            parts = [parser, *(part for action in own for part in action.choices.values())]
+            sections.append(text + "\n\n".join(f"```text\n{part.format_help().rstrip()}\n```" for part in parts))
     return "\n\n".join(sections)
 
 

@@ -30,7 +30,7 @@ class MulCoTRDConfig(KeyphraseConfig):
             "factor 0.5, patience 2, on `metric_for_best_model` (paper: accuracy)."
         },
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW (paper: 3e-4)."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW (paper: 3e-4), for adapters."})
     task: str = field(
         default="masc",
         metadata={
