@@ -116,6 +116,23 @@ def test_one_question_follows_another(tmp_path: Path) -> None:
         assert again.requests == 0 and same == answers
 
 
+def test_a_post_may_need_no_question(tmp_path: Path) -> None:
+    def dialogue(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
+        if post["text"] != "known":
+            yield question(post["text"])
+
+    write_posts(tmp_path, ["a", "known", "b", "known"])
+    with serve() as (url, _):
+        for requests in (2, 0):
+            outcome, answers = ask(tmp_path, url, dialogue)
+            assert outcome == Outcome(settled=4, failed=0, open=0, requests=requests)
+            assert ["text" in row for row in answers if row] == [True, False, True, False]
+    with AnswerJournal(tmp_path / "other") as journal:
+        assert (
+            RequestRun(PostStream(tmp_path / "posts.jsonl"), dialogue, journal, settings="s", progress=False).replay().open == 2
+        )
+
+
 @pytest.mark.parametrize("cursor", [None, "middle", "end", "other file"])
 def test_a_run_goes_on_wherever_the_last_one_was_reading(tmp_path: Path, cursor: str | None) -> None:
     path = write_posts(tmp_path, [f"post {n}" for n in range(40)])

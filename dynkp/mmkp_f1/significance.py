@@ -83,11 +83,11 @@ def bootstrap_intervals(
     _check(scores, confidence, resamples)
     names = scores.measures() if measures is None else list(measures)
     columns = sorted({column for name in names for column in scores.recipe(name)[0]})
-    means = dict(zip(columns, _resampled_means(_table(scores, columns), resamples, seed).T, strict=True))
+    means = dict(zip(columns, resampled_means(_table(scores, columns), resamples, seed).T, strict=True))
     intervals = {}
     for name in names:
         inputs, combine = scores.recipe(name)
-        low, high = _quantiles(combine(*(means[column] for column in inputs)), confidence)
+        low, high = quantiles(combine(*(means[column] for column in inputs)), confidence)
         score = scores.score(name)
         assert score is not None
         intervals[name] = Interval(score, low, high)
@@ -118,9 +118,9 @@ def paired_bootstrap(
     inputs, combine = _paired(first, second, measure)
     _check(first, confidence, resamples)
     table = np.hstack([_table(first, inputs), _table(second, inputs)])
-    means = _resampled_means(table, resamples, seed).T
+    means = resampled_means(table, resamples, seed).T
     differences = combine(*means[len(inputs) :]) - combine(*means[: len(inputs)])
-    low, high = _quantiles(differences, confidence)
+    low, high = quantiles(differences, confidence)
     # Rounding makes equal systems differ in the last digits.
     tail = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
     return Difference(_difference(first, second, measure), low, high, min(1.0, 2 * (1 + int(tail)) / (1 + resamples)))
@@ -162,8 +162,17 @@ def paired_permutation(
     return PermutationTest(observed, (1 + extreme) / (1 + permutations))
 
 
-def _resampled_means(table: _Array, resamples: int, seed: int) -> _Array:
-    """(resamples, columns): the columns' means over posts drawn with replacement."""
+def resampled_means(table: _Array, resamples: int, seed: int) -> _Array:
+    """The columns' means over posts drawn with replacement.
+
+    Args:
+        table: (posts, columns), a value of each post.
+        resamples: how many times to draw as many posts as there are.
+        seed: of the draws.
+
+    Returns:
+        (resamples, columns).
+    """
     posts = len(table)
     generator = np.random.default_rng(seed)
     means = []
@@ -184,7 +193,8 @@ def _table(scores: PostScores, columns: Sequence[str]) -> _Array:
     return np.stack([scores.columns[column] for column in columns], axis=1)
 
 
-def _quantiles(values: _Array, confidence: float) -> tuple[float, float]:
+def quantiles(values: _Array, confidence: float) -> tuple[float, float]:
+    """The ends of the percentile interval of resampled values."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -76,6 +76,20 @@ class RequestImage:
         return self.digest if not self.max_side else _encoded(self)
 
 
+def post_images(post: Mapping[str, Any], max_side: int) -> list[RequestImage]:
+    """A post's pictures: its files, then its `image_urls`; one that it has twice is sent once.
+
+    Args:
+        post: a post of `dynkp.teacher.post_stream`.
+        max_side: as in `RequestImage`.
+
+    Raises:
+        ImageError: if a file cannot be read.
+    """
+    images = [RequestImage.of(image["bytes"] or image["path"], max_side) for image in post.get("images") or []]
+    return list(dict.fromkeys([*images, *map(RequestImage.at, post.get("image_urls") or [])]))
+
+
 def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
     """Make of a picture what is sent: upright, in a format that every server reads, no side longer than asked.
 

@@ -79,7 +79,7 @@ def write_preview(path: str | os.PathLike[str], title: str, summary: str, posts:
 
 
 def _article(post: PreviewPost) -> str:
-    pictures = "\n".join(_picture(image, post.id) for image in post.images) or '<p class="note">no picture</p>'
+    pictures = "\n".join(picture_element(image, post.id) for image in post.images) or '<p class="note">no picture</p>'
     tags = "".join(f"<li>{html.escape(phrase)}</li>" for phrase in post.keyphrases)
     rationale = '<p class="note">no rationale</p>' if post.rationale is None else f"<p>{html.escape(post.rationale)}</p>"
     note = f'<p class="note">{html.escape(post.note)}</p>' if post.note else ""
@@ -90,12 +90,19 @@ def _article(post: PreviewPost) -> str:
     )
 
 
-def _picture(image: Any, post_id: str) -> str:
+def picture_element(image: Any, post_id: str, max_side: int = _THUMBNAIL) -> str:
+    """A picture as an HTML element that holds it; a note where it cannot be read.
+
+    Args:
+        image: as in `dynkp.data.images.open_image`.
+        post_id: for readers who do not see it.
+        max_side: longest side in pixels; a larger one is shrunk.
+    """
     try:
         picture = open_image(image)
     except ImageError as error:
         return f'<p class="note">{html.escape(str(error))}</p>'
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    picture.thumbnail((max_side, max_side))
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=80)
     alt = html.escape(f"picture of post {post_id}", quote=True)

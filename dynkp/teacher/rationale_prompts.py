@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dynkp.data.reasoning_tasks import REASONING_TASKS, ReasoningTask
-from dynkp.teacher.chat_request import ChatAnswer, ChatRequest, RequestImage
+from dynkp.teacher.chat_request import ChatAnswer, ChatRequest, RequestImage, post_images
 
 PREDICT, EXPLAIN = "predict", "explain"
 DYNAMIC_COT = "dynamic_cot"
@@ -169,9 +169,7 @@ class RationaleDialogue:
         """
         if not (post.get("text") or "").strip() and not post.get("images") and not post.get("image_urls"):
             raise ValueError(f"post {post['id']!r} has neither text nor image")
-        images = [RequestImage.of(image["bytes"] or image["path"], self.max_side) for image in post.get("images") or []]
-        images += map(RequestImage.at, post.get("image_urls") or [])
-        images = list(dict.fromkeys(images))  # a picture that the post has twice is sent once
+        images = post_images(post, self.max_side)
         if self.reasoning_task is not None:
             yield from self._chain(self.reasoning_task, post, images)
             return

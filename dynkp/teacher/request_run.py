@@ -6,7 +6,7 @@ Holds   an answer is in the journal before its slot is free again, and an answer
         that was killed repeats at most the requests that were under way; posts in memory are as many as requests at once
         and a few more; the run stops, and fails no posts, where the server refuses everyone.
 
-A dialogue is a generator: it yields requests, one at least, is sent their answers, and ends when the post needs no more:
+A dialogue is a generator: it yields requests, is sent their answers, and ends when the post needs no more:
 
     def dialogue(post):
         answer = yield ChatRequest(...)
@@ -160,6 +160,9 @@ class RequestRun:
         except ValueError as error:
             self._refuse(source, error)
             return None
+        if request is None:
+            self._settle_unasked(source, {"failed": False})
+            return None
         while request.key in self.journal:
             row = self.journal.read(request.key)
             if row["failed"]:
@@ -183,17 +186,21 @@ class RequestRun:
             raise ValueError("; ".join(findings))
         return self.dialogue(source.post)
 
-    def _opened(self, source: SourcePost) -> tuple[Generator[ChatRequest, ChatAnswer, None], ChatRequest]:
-        """A post's dialogue and its first request, with the key."""
+    def _opened(self, source: SourcePost) -> tuple[Generator[ChatRequest, ChatAnswer, None], ChatRequest | None]:
+        """A post's dialogue and its first request, with the key; None where there is nothing to ask."""
         steps = self._begin(source)
-        request = next(steps)
-        request.key  # noqa: B018 (computed here, in a thread)
+        request = next(steps, None)
+        if request is not None:
+            request.key  # noqa: B018 (computed here, in a thread)
         return steps, request
 
     def _refuse(self, source: SourcePost, error: Exception) -> None:
         """A post that cannot be asked about: a failure without request."""
+        self._settle_unasked(source, {"failed": True, "invalid": True, "error": str(error)})
+
+    def _settle_unasked(self, source: SourcePost, row: Mapping[str, Any]) -> None:
         key = hashlib.blake2b(source.fingerprint(self.settings) + b"post", digest_size=KEY_BYTES).digest()
-        self.journal.append(key, {"failed": True, "id": source.id, "invalid": True, "error": str(error)})
+        self.journal.append(key, {"id": source.id, **row})
         self._settle(source, key)
 
     def _settle(self, source: SourcePost, key: bytes) -> None:
@@ -301,6 +308,9 @@ class RequestRun:
             steps, request = await asyncio.get_running_loop().run_in_executor(None, self._opened, source)
         except ValueError as error:  # the post's own: no keyphrases, a broken picture
             self._refuse(source, error)
+            return
+        if request is None:
+            self._settle_unasked(source, {"failed": False})
             return
         while (answer := await self._answered(request, source.id)) is not None:
             try:
