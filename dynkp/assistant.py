@@ -8,9 +8,7 @@ Holds   it is in evaluation mode, has no gradient and its weights do not move; i
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynkp.checkpoints import find_checkpoint, load_model, load_processor
 from dynkp.mechanics.branched_prompt import Branches, PlainBranches, SharedBranches
-from dynkp.mechanics.shared_prompt import Targets, unsupported_reason
-
-logger = logging.getLogger(__name__)
+from dynkp.mechanics.shared_prompt import Targets, causal_lm_of, unsupported_reason
 
 
 class Assistant:
@@ -55,7 +51,7 @@ class Assistant:
     @property
     def vocabulary(self) -> int:
         """Number of ids its probabilities are spread over."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        return causal_lm_of(self.model).get_output_embeddings().weight.shape[0]
 
     @torch.no_grad()
     def logits(self, branches: Branches, targets: Mapping[str, Targets], everywhere: bool = False) -> dict[str, torch.Tensor]:
@@ -69,7 +65,7 @@ class Assistant:
         Returns:
             Per task (N, V), on the targets' device; a task that no post of the batch has is left out.
         """
-        with _without_autocast(self.model.device.type):
+        with torch.autocast(self.model.device.type, enabled=False):  # its own type, whatever the student's
             own = self._placed(branches)
             plain = everywhere or branches["apart"] or not self.shares_prompt
             prompts = PlainBranches(self.model, own, everywhere) if plain else SharedBranches(self.model, own)
@@ -86,12 +82,6 @@ class Assistant:
             return value
         # Pictures come in the student's type, or in float32.
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
-
-
-@contextmanager
-def _without_autocast(device_type: str) -> Iterator[None]:
-    with torch.autocast(device_type, enabled=False):
-        yield
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, assistant: PreTrainedTokenizerBase) -> None:

@@ -73,7 +73,8 @@ def test_several_processes_share_the_posts(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("RANK", rank)
         assert main(arguments("cache", tmp_path, model=model)) == 0
     assert len(SoftLabelCache(tmp_path / "out").places) == 7
-    assert {file.name for file in (tmp_path / "out").glob("labels-*")} == {f"labels-{rank}-00000.safetensors" for rank in (0, 1)}
+    files = {file.name for file in (tmp_path / "out").glob("labels-*")}
+    assert files == {f"labels-{rank}-00000.safetensors" for rank in (0, 1)}
 
 
 def test_a_student_with_other_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,8 @@ from dynkp.synthetic.tiny_model import build_tiny_vlm  # noqa: E402
 
 SCRIPT = REPOSITORY / "examples/mulcot_rd.sh"
 QUICK = (
-    "--use_peft false --bf16 false --activation_checkpointing false --freeze_vision_tower false --disable_tqdm true --use_cpu true "
+    "--use_peft false --bf16 false --activation_checkpointing false --freeze_vision_tower false --disable_tqdm true "
+    "--use_cpu true "
     "--per_device_train_batch_size 6 --gradient_accumulation_steps 1 --per_device_eval_batch_size 6 --learning_rate 0.003 "
     "--processor_kwargs {} --num_train_epochs 3 --eval_max_new_tokens 12 --max_new_tokens 24 --predict_batch_size 8"
 )
@@ -143,3 +144,19 @@ def test_started_again_nothing_is_lost(pipeline: tuple[Path, list[list[str]]]) -
     execute(script[-3])
     assert weights_fingerprint(str(out / "assistant")) == fingerprint
     assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_keyphrases_from_scratch(shared: Path, tmp_path: Path) -> None:
+    """The same method with the third task, without a model named: what train.py predicts is scored as keyphrases."""
+    lines = (shared / "data/cmkp/train_tiny.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) | {"rationale": "People would look for it."} for line in lines[:12]]
+    for name, part in (("train", rows[:9]), ("test", rows[9:])):
+        text = "".join(json.dumps({key: value for key, value in row.items() if "image" not in key}) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    options = "--task keyphrases --max_steps 2 --tiny_hidden_size 32 --tiny_vocab_size 512 --max_new_tokens 8 --use_cpu true"
+    files = ["--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "test.jsonl")]
+    train.main(["--method", "mulcot_rd", *files, *options.split(), "--output_dir", str(tmp_path / "out")])
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["method"] == "mulcot_rd" and metrics["systems"]["mulcot_rd"]["posts"] == 3
+    assert {"keyphrases", "prediction"} <= read(tmp_path / "out/predictions.jsonl")[0].keys()
+    assert read(tmp_path / "out/chains.jsonl")[0]["prompt"] == "chain"

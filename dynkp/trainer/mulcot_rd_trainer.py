@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,8 +50,8 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     (`kd_positions`); there is no factor T².
 
     Args:
-        assistant ([`~dynkp.assistant.Assistant`] or model, *optional*): in place of `args.assistant`; a bare model is
-            taken to have the student's tokenizer.
+        assistant ([`~dynkp.assistant.Assistant`], model or `str`, *optional*): in place of `args.assistant`; a bare model
+            is taken to have the student's tokenizer.
         **kwargs: what [`KeyphraseTrainer`] takes. Posts have `label` (and `aspect`) or `keyphrases`, and `rationale`.
 
     Logged per window, in nats per token: `label_loss`, `chain_loss` (CE), `label_divergence`, `chain_divergence` (KL).
@@ -73,7 +74,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     task: ReasoningTask  # type: ignore[assignment]
 
     def __init__(
-        self, model: Any, args: MulCoTRDConfig, assistant: Assistant | PreTrainedModel | None = None, **kwargs: Any
+        self, model: Any, args: MulCoTRDConfig, assistant: Assistant | PreTrainedModel | str | None = None, **kwargs: Any
     ):
         self.cache = None if args.soft_labels is None else SoftLabelCache(args.soft_labels)
         super().__init__(model, args, **kwargs)
@@ -89,18 +90,19 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         if self.assistant is not None and self.assistant.tokenizer is not None:
             check_vocabularies(tokenizer, self.assistant.tokenizer)
 
-    def _assistant(self, given: Assistant | PreTrainedModel | None) -> Assistant | None:
+    def _assistant(self, given: Assistant | PreTrainedModel | str | None) -> Assistant | None:
         args = self.args
         if not args.distillation_weight or self.cache is not None:
             return None
         if given is None and args.assistant is None:
             logger.info("No assistant and no soft labels: the tasks are learned from their hard labels alone (λ = 0).")
             return None
+        if given is not None and args.assistant is not None:
+            raise ValueError(f"`assistant` is given twice: as {args.assistant!r} in the options, and to the trainer.")
         device = torch.device(args.assistant_device or self.accelerator.device)
-        if args.assistant is not None:
-            if given is not None:
-                raise ValueError(f"`assistant` is given twice: as {args.assistant!r} in the options, and as a model.")
-            given = Assistant.load(args.assistant, dtype=args.assistant_dtype, device=device)
+        given = args.assistant if given is None else given
+        if isinstance(given, str):
+            given = Assistant.load(given, dtype=args.assistant_dtype, device=device)
         elif not isinstance(given, Assistant):
             given = Assistant(given)
         given.model.to(device)
@@ -193,6 +195,12 @@ class MulCoTRDTrainer(KeyphraseTrainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator  # evaluation needs no soft labels, and its posts have none
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if "soft_labels" in inputs:  # under DeepSpeed, Trainer turns floats into the model's type: too coarse for these
+            prepared["soft_labels"] = send_to_device(inputs["soft_labels"], self.args.device)
+        return prepared
 
     def generative_metrics(self, model: Any, processor: Any, posts: Any, **how: Any) -> dict[str, float]:
         if not isinstance(self.task, KeyphraseReasoningTask):
