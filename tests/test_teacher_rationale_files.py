@@ -19,8 +19,9 @@ from posts_for_tests import picture
 from teacher_server import last_text, serve
 
 from dynkp.data.sources import load_posts
-from dynkp.teacher.rationale_files import RationalePaths, merge_shards, summarise
+from dynkp.teacher.rationale_files import merge_shards, summarise
 from dynkp.teacher.rationale_run import RationaleRun, RationaleSettings
+from dynkp.teacher.run_settings import RunPaths
 
 PLAIN = "The author shows number {0} and {0} again, so people who look for {0} would find the post by this tag {0} times."
 ANSWERS = {
@@ -81,7 +82,7 @@ def test_every_post_is_in_one_of_the_files(tmp_path: Path) -> None:
     write_posts(tmp_path, KINDS)
     with serve(reply=reply, cursed="cursed") as (url, _):
         report = run(tmp_path, url, preview=5)
-    paths = RationalePaths(tmp_path / "r.jsonl")
+    paths = RunPaths(tmp_path / "r.jsonl")
     rows, errors = read(paths.output), read(paths.errors)
     assert [row["id"] for row in rows] == ["p0", "p1", "p3", "p4", "p9", "p11"]
     assert list(rows[0]) == [

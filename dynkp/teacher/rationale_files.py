@@ -31,6 +31,7 @@ from dynkp.teacher.near_copies import NearCopies
 from dynkp.teacher.post_stream import PostStream, SourcePost
 from dynkp.teacher.preview import PreviewPost, write_preview
 from dynkp.teacher.rationale_filters import FILTERS, RationaleFilter
+from dynkp.teacher.run_settings import RunPaths
 
 logger = logging.getLogger(__name__)
 
@@ -38,36 +39,11 @@ INVALID, FAILED = "invalid_post", "request_failed"
 _COLUMNS = ("rationale", "rationale_model", "rationale_stage", "reasoning_content")
 
 
-class RationalePaths:
-    """The files of a run, named after its output.
-
-    Args:
-        output: the JSON Lines file of posts with rationales.
-
-    Example:
-        >>> RationalePaths("out/r.jsonl").errors
-        PosixPath('out/r.errors.jsonl')
-    """
-
-    def __init__(self, output: str | os.PathLike[str]):
-        self.output = Path(output)
-        stem = self.output.name.removesuffix(".jsonl")
-        self.errors = self.output.with_name(f"{stem}.errors.jsonl")
-        self.report = self.output.with_name(f"{stem}.report.json")
-        self.preview = self.output.with_name(f"{stem}.preview.html")
-        self.journal = self.output.with_name(f"{stem}.journal")
-
-    def of_shard(self, number: int, count: int) -> RationalePaths:
-        """The files of one of several machines: `r.2-of-4.jsonl` and so on."""
-        stem = self.output.name.removesuffix(".jsonl")
-        return RationalePaths(self.output.with_name(f"{stem}.{number}-of-{count}.jsonl"))
-
-
 def write_rationales(
     posts: PostStream,
     key_of: Callable[[int], bytes | None],
     journal: AnswerJournal,
-    paths: RationalePaths,
+    paths: RunPaths,
     judge: RationaleFilter,
     *,
     max_similarity: float = 0.8,
@@ -191,7 +167,7 @@ def summarise(report: Mapping[str, Any]) -> str:
 class _Writer:
     """Output and errors, which appear when both are complete."""
 
-    def __init__(self, paths: RationalePaths):
+    def __init__(self, paths: RunPaths):
         self.paths = paths
 
     def __enter__(self) -> _Writer:
@@ -277,7 +253,7 @@ def merge_shards(
         FileNotFoundError: if there is no shard, or one is missing.
         ValueError: if a shard is not finished, or was made with other settings.
     """
-    paths = RationalePaths(output)
+    paths = RunPaths(output)
     shards = _shards(paths)
     reports = [json.loads(shard.report.read_text(encoding="utf-8")) for shard in shards]
     for shard, report in zip(shards, reports, strict=True):
@@ -311,7 +287,7 @@ def merge_shards(
     return report
 
 
-def _shards(paths: RationalePaths) -> list[RationalePaths]:
+def _shards(paths: RunPaths) -> list[RunPaths]:
     stem = paths.output.name.removesuffix(".jsonl")
     named = re.compile(rf"{re.escape(stem)}\.(\d+)-of-(\d+)\.report\.json")
     beside = paths.output.parent.iterdir() if paths.output.parent.is_dir() else iter(())
@@ -332,7 +308,7 @@ def _rows(path: Path, files: contextlib.ExitStack) -> Iterator[dict[str, Any]]:
 
 
 def _interleaved(
-    shards: Sequence[RationalePaths], keep_all: bool
+    shards: Sequence[RunPaths], keep_all: bool
 ) -> Iterator[tuple[int, dict[str, Any] | None, dict[str, Any] | None]]:
     """Each post's number, its row in the output and its row among the errors, in the posts' order."""
     with contextlib.ExitStack() as files:
@@ -354,7 +330,7 @@ def _interleaved(
             place += 1
 
 
-def _copies_across(shards: Sequence[RationalePaths], threshold: float, keep_all: bool, progress: bool) -> dict[int, int]:
+def _copies_across(shards: Sequence[RunPaths], threshold: float, keep_all: bool, progress: bool) -> dict[int, int]:
     finder = NearCopies(threshold)
     places: list[int] = []
     offsets: list[tuple[int, int]] = []  # where each rationale's row lies
