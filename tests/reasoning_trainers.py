@@ -35,10 +35,11 @@ def reasoning_trainer(
     output_dir: Path | str,
     posts: Any = None,
     assistant_model: Any = None,
+    given_task: ReasoningTask = BRIEF,
     **options: Any,
 ) -> MulCoTRDTrainer:
     """The trainer; six posts of the family's and task BRIEF by default; `options` go where `trainer_of` sends them."""
     posts = reasoning_rows(family, 6) if posts is None else posts
-    task = None if "task" in options else BRIEF
+    task = None if "task" in options else given_task
     trainer_class = cast(type, partial(MulCoTRDTrainer, assistant=assistant_model, task=task))
     return trainer_of(family, output_dir, posts, classes=(trainer_class, MulCoTRDConfig), **options)

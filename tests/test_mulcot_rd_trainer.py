@@ -302,6 +302,29 @@ def test_adapters_are_trained_alike_on_both_backends(tmp_path: Path) -> None:
         assert losses(trainer) == pytest.approx(losses(runs[0]), rel=1e-4)
 
 
+def test_prompts_that_do_not_begin_alike_are_trained_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each by itself, and this is said once; a batch of one post still equals one of two."""
+    from test_two_task_collator import InstructionFirst
+
+    late = InstructionFirst("late", "How?", {"Text_analysis": "why"})
+    runs = []
+    for batch_size in (2, 1):
+        caplog.clear()
+        trainer = reasoning_trainer(
+            "qwen2_5_vl",
+            tmp_path,
+            assistant_model=teacher_of("qwen2_5_vl"),
+            given_task=late,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2 // batch_size,
+        )
+        trainer.train()
+        runs.append(trainer)
+        assert caplog.text.count("do not begin alike") == 1
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+    assert largest_difference(*map(weights, runs)) < 2e-6
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps"}
     options |= {"assistant": save(tmp_path / "assistant", "llava"), "save_steps": 2}

@@ -260,7 +260,7 @@ class KeyphraseTrainer(SFTTrainer):
             weight -= sum(compress(self.post_weights(last), last["repeated"].tolist()))
         return batches, self.accelerator.gather(torch.tensor(weight, device=device)).sum()
 
-    def post_weights(self, batch: dict[str, Any]) -> Sequence[int]:
+    def post_weights(self, batch: dict[str, Any]) -> Sequence[float]:
         """What each post weighs in the optimizer step's mean: its number of tokens, or 1; also 1 while that is not known."""
         if self.normalizes_over_tokens and self.knows_targets:
             return batch["direct"]["lengths"]

@@ -77,6 +77,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         self, model: Any, args: MulCoTRDConfig, assistant: Assistant | PreTrainedModel | str | None = None, **kwargs: Any
     ):
         self.cache = None if args.soft_labels is None else SoftLabelCache(args.soft_labels)
+        self._announced = False
         super().__init__(model, args, **kwargs)
         self.assistant = self._assistant(assistant)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -135,6 +136,9 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         """Both tasks' prompts, their common beginning computed once where prompts and model allow it."""
         if self.shares_prompt and not branches["apart"] and not self._compares_everywhere:
             return SharedBranches(model, branches)
+        if branches["apart"] and not self._announced:
+            self._announced = True
+            logger.warning("The task's two prompts do not begin alike: each is computed by itself, pictures included.")
         return PlainBranches(model, branches, everywhere=self._compares_everywhere)
 
     @property
@@ -178,6 +182,16 @@ class MulCoTRDTrainer(KeyphraseTrainer):
 
     def task_of(self, args: Any, task: Any) -> Any:
         return resolve_reasoning_task(args.task if task is None else task)
+
+    # Every post is taught both tasks, or its label alone where it has no chain: nothing depends on losses.
+    knows_targets = True
+
+    def post_weights(self, batch: dict[str, Any]) -> Sequence[float]:
+        if not self.normalizes_over_tokens:
+            return [1] * len(batch["id"])
+        weights = self.args.weights()
+        lengths = zip(*(batch[task]["lengths"] for task in self.target_kinds), strict=True)
+        return [sum(weights[task] * n for task, n in zip(self.target_kinds, of_post, strict=True)) for of_post in lengths]
 
     def prepare(self, dataset: Any, name: str, args: Any, takes_images: bool) -> Dataset | IterableDataset:
         need_keyphrases = isinstance(self.task, KeyphraseReasoningTask)
