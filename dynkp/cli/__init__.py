@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": ("dynkp.cli.convert", "write posts in another file form"),
     "distill": ("dynkp.cli.distill", "prepare a student's training with an assistant: soft labels, chains"),
     "rationales": ("dynkp.cli.rationales", "ask a large model why posts have their keyphrases, for training to reason"),
+    "judge": ("dynkp.cli.judge", "have systems' predictions ranked, by a large model or by people"),
     "clusters": ("dynkp.cli.clusters", "draw the posts of the most frequent keyphrases as clusters of their embeddings"),
     "plot": ("dynkp.cli.plot", "draw what AimKP's filter did in a run: the paper's Figures 3 and 7"),
     "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/performance.md)"),

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dynkp.cli.chat_options import (
+    COST_REACHED,
+    DONE,
+    ERROR,
+    INTERRUPTED,
+    SOME_FAILED,
+    add_sampling_options,
+    add_server_options,
+    common_settings,
+    positive,
+    refuse_key,
+    share,
+)
 
 ACTIONS = ("ask", "export", "import", "write", "merge")
 # Tasks and filters are named here too, so that the help does not load what they need; the tests hold the lists together.
@@ -26,7 +39,6 @@ FILTERS = (
     "near_copy",
 )
 DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "no_gold_phrase")
-DONE, ERROR, SOME_FAILED, COST_REACHED, INTERRUPTED = 0, 1, 3, 4, 130
 
 DESCRIPTION = """\
 Ask a large vision-language model why people would tag posts as they did, through any server with OpenAI's chat interface
@@ -79,29 +91,11 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--posts", metavar="FILE", help="JSON Lines file of posts (dynkp convert makes one)")
     what.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
     what.add_argument("--output", required=True, metavar="FILE", help="JSON Lines file of posts with rationales")
-    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N posts of the file")
+    what.add_argument("--limit", type=positive, metavar="N", help="only the first N posts of the file")
     what.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th post from the I-th on")
     what.add_argument("--allow-image-urls", action="store_true", help="let pictures be addresses, which the server fetches")
 
-    server = parser.add_argument_group("server")
-    server.add_argument("--base-url", default="", metavar="URL", help="the server's address up to /v1")
-    server.add_argument("--model", metavar="NAME", help="as the server calls it")
-    server.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"
-    )
-    server.add_argument("--concurrency", type=_positive, default=32, metavar="N", help="most requests at once (default: 32)")
-    server.add_argument(
-        "--timeout", type=_above_zero, default=120.0, metavar="SECONDS", help="longest wait for an answer (default: 120)"
-    )
-    server.add_argument(
-        "--max-attempts", type=_positive, default=6, metavar="N", help="how often to send a request before its post fails (6)"
-    )
-    server.add_argument(
-        "--retry-pause", type=_above_zero, default=0.5, metavar="SECONDS", help="before the second attempt, then doubled (0.5)"
-    )
-    server.add_argument("--retry-failed", action="store_true", help="ask again about posts that failed in an earlier run")
-    server.add_argument("--prices", metavar="FILE", help="JSON or YAML: model -> input and output, per million tokens")
-    server.add_argument("--max-cost", type=_above_zero, metavar="COST", help="stop before all answers cost more than this")
+    add_server_options(parser)
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
@@ -111,16 +105,7 @@ def parser() -> argparse.ArgumentParser:
         help="dynamic_cot: why these keyphrases (the default). msc, masc, keyphrases: MulCoT-RD's chains of five fields",
     )
     prompt.add_argument("--template", metavar="FILE", help="YAML with prompts of your own (docs/teacher.md)")
-    prompt.add_argument(
-        "--max-side", type=_positive, default=1024, metavar="PIXELS", help="larger pictures are shrunk to this (default: 1024)"
-    )
-    prompt.add_argument("--max-tokens", type=_positive, default=1024, metavar="N", help="longest answer (default: 1024)")
-    prompt.add_argument("--temperature", type=_from_zero, metavar="T", help="of sampling (default: the server's)")
-    prompt.add_argument("--top-p", type=_share, metavar="P", help="of sampling (default: the server's)")
-    prompt.add_argument("--seed", type=int, help="of sampling, for servers that take one")
-    prompt.add_argument(
-        "--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of requests, such as '{\"top_k\": 20}'"
-    )
+    add_sampling_options(prompt)
 
     after = parser.add_argument_group("filters and output")
     after.add_argument(
@@ -135,13 +120,13 @@ def parser() -> argparse.ArgumentParser:
     after.add_argument("--max-words", type=int, default=600, metavar="N", help="more are too_long (default: 600)")
     after.add_argument(
         "--max-similarity",
-        type=_share,
+        type=share,
         default=0.8,
         metavar="S",
         help="two rationales that share this much of their runs of three words are near_copy (default: 0.8)",
     )
     after.add_argument("--keep-all", action="store_true", help="write posts without rationale to the output too, with null")
-    after.add_argument("--preview", type=_positive, default=0, metavar="N", help="an HTML page of N posts: R.preview.html")
+    after.add_argument("--preview", type=positive, default=0, metavar="N", help="an HTML page of N posts: R.preview.html")
     after.add_argument("--batch-dir", metavar="DIR", help="export: the folder for the files")
     after.add_argument("--results", nargs="+", default=[], metavar="FILE", help="import: files of results")
     after.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -174,28 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> Any:
     from dynkp.teacher.rationale_run import RationaleRun, RationaleSettings
 
-    same = (
-        *("posts", "output", "model", "base_url", "image_dir", "task", "template", "max_side", "allow_image_urls"),
-        *("max_tokens", "temperature", "top_p", "seed", "extra_body", "shard", "limit", "concurrency", "timeout"),
-        *(
-            "max_attempts",
-            "retry_pause",
-            "retry_failed",
-            "prices",
-            "max_cost",
-            "min_words",
-            "max_words",
-            "max_similarity",
-            "keep_all",
-        ),
-        "preview",
-    )
+    own = ("task", "template", "shard", "min_words", "max_words", "max_similarity", "keep_all", "preview")
     return RationaleRun(
         RationaleSettings(
-            **{name: getattr(arguments, name) for name in same},
-            key_variable=arguments.api_key_env,
+            **common_settings(arguments),
+            **{name: getattr(arguments, name) for name in own},
             filters=tuple(arguments.filters),
-            progress=not arguments.no_progress,
         )
     )
 
@@ -275,10 +244,7 @@ _ACTIONS = {"ask": _ask, "export": _export, "import": _import, "write": _write_o
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
-    # A key on the command line is seen by every user of the machine, and would end up in the report.
-    key = os.environ.get(arguments.api_key_env, "")
-    if len(key) >= 8 and any(key in str(value) for value in vars(arguments).values()):
-        parser.error(f"an argument holds the API key; it belongs into the environment alone ({arguments.api_key_env})")
+    refuse_key(parser, arguments)
     needed = {
         "ask": ("posts", "model", "base_url"),
         "export": ("posts", "model", "batch_dir"),
@@ -295,46 +261,8 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
     return arguments
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def _from_zero(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return number
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return number
-
-
 def _shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text} is not of the form I/N, with I from 1 to N")
     return int(number), int(count)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return value

@@ -60,6 +60,14 @@ class Judgement:
         rows = [_resolved(self.ranks[name], sizes, ties) for name in CRITERIA]
         return np.array([*rows, np.mean(rows, axis=0)])
 
+    def row(self, ties: str = "dense") -> dict[str, Any]:
+        """The judgement as a JSON row: `ranks` as criterion -> system -> rank."""
+        by_system = {
+            name: {system: float(rank) for systems, rank in zip(self.order, ranks, strict=True) for system in systems}
+            for name, ranks in zip(CRITERIA, self.candidate_ranks(ties), strict=False)  # the last row is their mean
+        }
+        return {"id": self.post, "judge": self.judge, "ranks": by_system, "order": [list(systems) for systems in self.order]}
+
 
 def _resolved(ranks: Sequence[float], sizes: Sequence[int], ties: str) -> list[float]:
     if ties == "dense":

@@ -1,32 +1,25 @@
 """What a judge is asked about a post, and what counts as an answer.
 
-Given   a post with its gold keyphrases, and the keyphrases that systems predicted for it.
-Gives   candidates in an order drawn by the post's id, the dialogue of `dynkp.teacher.request_run`, and ranks from an answer.
-Holds   a judge sees letters, never systems; predictions that are the same are one candidate, and a post with one candidate
-        is not asked about; whatever the post and the predictions say stands in the prompt as JSON strings, one a line, so that
-        it cannot pass for a part of it; an answer counts only if it ranks every candidate by every criterion, else the judge
-        is told what was wrong and asked again.
+Given   a post with its gold keyphrases, and the candidates (`dynkp.teacher.candidates`) in the order to be shown.
+Gives   the dialogue of `dynkp.teacher.request_run`, and ranks from an answer.
+Holds   a judge sees letters, never systems; a post with one candidate is not asked about; whatever the post and the
+        predictions say stands in the prompt as JSON strings, one a line, so that it cannot pass for a part of it; an answer
+        counts only if it ranks every candidate by every criterion, else the judge is told what was wrong and asked again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import random
-import string
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from dynkp.data.rows import fold_keyphrase
 from dynkp.report.ranks import CRITERIA
+from dynkp.teacher.candidates import LABELS, Candidate
 from dynkp.teacher.chat_request import ChatAnswer, ChatRequest, post_images
 from dynkp.teacher.rationale_prompts import Template
 
-LABELS = string.ascii_uppercase
-# A system that repeats itself without end must not crowd out the others.
-_MOST_PHRASES, _LONGEST_PHRASE, _LONGEST_REPLY = 50, 200, 2000
+_LONGEST_REPLY = 2000  # characters of an answer that could not be read, which are sent back
 
 TABLE_8 = Template(
     "You judge keyphrases that several systems predicted as hashtags of a social media post. You are given the post's "
@@ -42,50 +35,6 @@ TABLE_8 = Template(
     "1 to {count} by each criterion. Reply with one JSON object and nothing else, in this form:\n{form}",
 )
 _CORRECTION = "This could not be read: {problem}. Reply with one JSON object and nothing else, in this form:\n{form}"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A prediction, and the systems that made it.
-
-    Attributes:
-        keyphrases: as they are shown.
-        systems: by name.
-    """
-
-    keyphrases: tuple[str, ...]
-    systems: tuple[str, ...]
-
-
-def draw_candidates(post_id: str, predictions: Mapping[str, Sequence[str]], *, seed: int = 0) -> list[Candidate]:
-    """A post's candidates in the order to be shown.
-
-    The order depends on seed, id and predictions alone: not on the systems' names or order.
-
-    Args:
-        post_id: the post's id.
-        predictions: system -> keyphrases.
-        seed: of the order.
-
-    Returns:
-        Candidates; predictions that differ in case, blanks and "#" only are one.
-
-    Example:
-        >>> [candidate.systems for candidate in draw_candidates("7", {"a": ["NBA"], "b": ["#nba"], "c": []})]
-        [('a', 'b'), ('c',)]
-    """
-    groups: dict[tuple[str, ...], list[str]] = {}
-    shown: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for system, keyphrases in predictions.items():
-        kept = tuple(" ".join(phrase.split())[:_LONGEST_PHRASE] for phrase in keyphrases[:_MOST_PHRASES])
-        folded = tuple(map(fold_keyphrase, kept))
-        groups.setdefault(folded, []).append(system)
-        # Of two spellings the first in the alphabet, whoever predicted it.
-        shown[folded] = min(shown.get(folded, kept), kept)
-    order = sorted(groups)
-    # Not `hash`, which differs from process to process.
-    random.Random(hashlib.blake2b(f"{seed}\t{post_id}".encode("utf-8", "surrogatepass")).digest()).shuffle(order)
-    return [Candidate(shown[folded], tuple(groups[folded])) for folded in order]
 
 
 def ranks_schema(count: int) -> dict[str, Any]:

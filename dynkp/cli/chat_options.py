@@ -1,0 +1,112 @@
+"""Options of the commands that ask a chat server (`dynkp rationales`, `dynkp judge`), and how their words are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+DONE, ERROR, SOME_FAILED, COST_REACHED, INTERRUPTED = 0, 1, 3, 4, 130
+# Options that go into `dynkp.teacher.run_settings.RunSettings` under their own names.
+COMMON = (
+    *("posts", "output", "model", "base_url", "image_dir", "max_side", "allow_image_urls", "max_tokens", "temperature"),
+    *("top_p", "seed", "extra_body", "limit", "concurrency", "timeout", "max_attempts", "retry_pause", "retry_failed"),
+    *("prices", "max_cost"),
+)
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the group `server`."""
+    server = parser.add_argument_group("server")
+    server.add_argument("--base-url", default="", metavar="URL", help="the server's address up to /v1")
+    server.add_argument("--model", metavar="NAME", help="as the server calls it")
+    server.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"
+    )
+    server.add_argument("--concurrency", type=positive, default=32, metavar="N", help="most requests at once (default: 32)")
+    server.add_argument(
+        "--timeout", type=above_zero, default=120.0, metavar="SECONDS", help="longest wait for an answer (default: 120)"
+    )
+    server.add_argument(
+        "--max-attempts", type=positive, default=6, metavar="N", help="how often to send a request before its post fails (6)"
+    )
+    server.add_argument(
+        "--retry-pause", type=above_zero, default=0.5, metavar="SECONDS", help="before the second attempt, then doubled (0.5)"
+    )
+    server.add_argument("--retry-failed", action="store_true", help="ask again about posts that failed in an earlier run")
+    server.add_argument("--prices", metavar="FILE", help="JSON or YAML: model -> input and output, per million tokens")
+    server.add_argument("--max-cost", type=above_zero, metavar="COST", help="stop before all answers cost more than this")
+
+
+def add_sampling_options(group: Any) -> None:
+    """Add to a group what shapes a request besides the prompt."""
+    group.add_argument(
+        "--max-side", type=positive, default=1024, metavar="PIXELS", help="larger pictures are shrunk to this (default: 1024)"
+    )
+    group.add_argument("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer (default: 1024)")
+    group.add_argument("--temperature", type=from_zero, metavar="T", help="of sampling (default: the server's)")
+    group.add_argument("--top-p", type=share, metavar="P", help="of sampling (default: the server's)")
+    group.add_argument("--seed", type=int, help="of sampling, for servers that take one")
+    group.add_argument(
+        "--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of requests, such as '{\"top_k\": 20}'"
+    )
+
+
+def common_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `RunSettings` that the options give."""
+    return {
+        **{name: getattr(arguments, name) for name in COMMON},
+        "key_variable": arguments.api_key_env,
+        "progress": not arguments.no_progress,
+    }
+
+
+def refuse_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with an error if an argument holds the API key: every user of the machine sees it, and the report would have it."""
+    key = os.environ.get(arguments.api_key_env, "")
+    if len(key) >= 8 and any(key in str(value) for value in vars(arguments).values()):
+        parser.error(f"an argument holds the API key; it belongs into the environment alone ({arguments.api_key_env})")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def from_zero(text: str) -> float:
+    """A number from 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return number
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    return value

@@ -1,0 +1,241 @@
+"""The command `dynkp judge`: systems' predictions ranked by a large model, or by people."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynkp.cli.chat_options import (
+    COST_REACHED,
+    DONE,
+    ERROR,
+    INTERRUPTED,
+    SOME_FAILED,
+    add_sampling_options,
+    add_server_options,
+    common_settings,
+    positive,
+    refuse_key,
+    share,
+)
+
+# Named here too, so that the help does not load what they need; the tests hold the lists together.
+ANSWER_FORMATS = ("auto", "json_schema", "text")
+TIES = ("dense", "min", "average")
+
+DESCRIPTION = """\
+Rank what several systems predicted for each post, 1 for the best, by correctness, relevance and usefulness (the Dynamic CoT
+paper's Table 8): by a large vision-language model behind any server with OpenAI's chat interface, or by people.
+
+The judge sees the post, its author's keyphrases and the predictions under letters, in an order drawn for each post. Equal
+predictions share a letter, and posts on which all systems agree are not asked about. For --output R.jsonl there will be
+
+  R.jsonl          each post's ranks, and the order shown
+  R.errors.jsonl   the posts without ranks, each with the reason
+  R.report.json    mean ranks with intervals, the test of position bias, counts, settings, cost
+  R.report.md      the same as tables, which are printed too
+  R.journal/       every answer, from the moment it came
+
+Stop the command, or have it killed, and start it again: it goes on where it was, and asks nothing twice. The API key is
+read from the environment (OPENAI_API_KEY).
+
+With --human, write a form for annotators instead, and its key; with --read-human, read their answers."""
+
+EPILOG = """\
+examples:
+  dynkp judge --posts test.jsonl --image-dir images --predictions direct.jsonl cot.jsonl dynamic.jsonl \\
+      --base-url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-VL-72B-Instruct --temperature 0 --output ranks.jsonl
+      three systems, ranked by a model; again with --ties average: the same answers, other ranks
+  dynkp judge --posts test.jsonl --image-dir images --predictions direct.jsonl dynamic.jsonl --human form.html --sample 20
+      a form of 20 posts to send to annotators, and form.key.json to keep
+  dynkp judge --read-human answers-ann.json answers-ben.json --key form.key.json --output human.jsonl
+      mean ranks, and how far the annotators agree
+
+exit status: 0 every post is ranked, 1 the run could not be made, 2 the command line is wrong, 3 some posts failed,
+4 --max-cost was reached, 130 interrupted
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is made of its help."""
+    parser = argparse.ArgumentParser(
+        prog="dynkp judge", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--posts", metavar="FILE", help="JSON Lines file of posts (dynkp convert makes one)")
+    what.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
+    what.add_argument("--predictions", nargs="+", default=[], metavar="FILE", help="one JSONL file per system")
+    what.add_argument("--names", nargs="+", metavar="NAME", help="of the systems (default: the files' names)")
+    what.add_argument("--output", metavar="FILE", help="JSON Lines file of ranks")
+    what.add_argument("--limit", type=positive, metavar="N", help="only the first N posts of the file")
+    what.add_argument("--top", type=positive, metavar="K", help="only each system's first K keyphrases (default: all)")
+    what.add_argument("--allow-missing", action="store_true", help="a post without prediction counts as predicted empty")
+    what.add_argument("--allow-image-urls", action="store_true", help="let pictures be addresses, which the server fetches")
+    add_server_options(parser)
+
+    asking = parser.add_argument_group("asking")
+    asking.add_argument(
+        "--answer-format",
+        choices=ANSWER_FORMATS,
+        default="auto",
+        help="json_schema holds the server to valid ranks (response_format), text does not; auto (the default) asks a small "
+        "question first, to see what the server takes",
+    )
+    asking.add_argument(
+        "--max-replies", type=positive, default=3, metavar="N", help="answers to ask for until one is a ranking (default: 3)"
+    )
+    add_sampling_options(asking)
+
+    people = parser.add_argument_group("people")
+    people.add_argument("--human", metavar="FILE", help="write a form for annotators, FILE.html, and FILE.key.json beside it")
+    people.add_argument("--sample", type=positive, metavar="N", help="of --human: draw N posts (default: all)")
+    people.add_argument("--read-human", nargs="+", metavar="FILE", help="read what annotators exported, one file each")
+    people.add_argument("--key", nargs="+", metavar="FILE", help="of --read-human: the keys of their forms")
+
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--shuffle-seed", type=int, default=0, metavar="N", help="of the orders shown, --sample and resampling (default: 0)"
+    )
+    results.add_argument(
+        "--ties",
+        choices=TIES,
+        default="dense",
+        help="ranks after a tie: dense 1, 1, 2 (the default), min 1, 1, 3, average 1.5, 1.5, 3",
+    )
+    results.add_argument("--confidence", type=share, default=0.95, metavar="C", help="of the intervals (default: 0.95)")
+    results.add_argument("--resamples", type=positive, default=10_000, metavar="N", help="of the intervals (default: 10000)")
+    results.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dynkp judge`.
+
+    Args:
+        argv: the arguments after `dynkp judge`; those of the process if None.
+
+    Returns:
+        0 if every post is ranked, 1 where the run could not be made, 3 where posts failed, 4 where the cost was reached,
+        130 where it was interrupted.
+    """
+    arguments = _parsed(parser(), argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dynkp").setLevel(logging.INFO)
+    action = _read_human if arguments.read_human else _human if arguments.human else _ask
+    try:
+        return action(arguments)
+    except KeyboardInterrupt:
+        print(f"\ndynkp judge: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dynkp judge: error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    arguments = parser.parse_args(argv)
+    refuse_key(parser, arguments)
+    if arguments.human and arguments.read_human:
+        parser.error("--human writes a form and --read-human reads answers: give one of them")
+    if arguments.read_human:
+        what, needed = "--read-human", ["key"]
+    elif arguments.human:
+        what, needed = "--human", ["posts", "predictions"]
+    else:
+        what, needed = "a model's judgement", ["posts", "predictions", "base_url", "model", "output"]
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if not getattr(arguments, name)]:
+        parser.error(f"{what} needs {', '.join(missing)}")
+    if arguments.output and Path(arguments.output).is_dir():
+        parser.error(f"--output {arguments.output} is a folder; name a file")
+    given = [arguments.posts, *arguments.predictions, *(arguments.read_human or []), *(arguments.key or [])]
+    for option in ("output", "human"):
+        path = getattr(arguments, option)
+        if path and Path(path).resolve() in {Path(file).resolve() for file in given if file}:
+            parser.error(f"--{option} {path} is one of the files to read; name another")
+    return arguments
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from dynkp.teacher.candidates import name_systems
+    from dynkp.teacher.judge_run import JudgeRun, JudgeSettings
+
+    own = ("allow_missing", "top", "shuffle_seed", "answer_format", "max_replies", "ties", "confidence", "resamples")
+    settings = JudgeSettings(
+        **common_settings(arguments),
+        **{name: getattr(arguments, name) for name in own},
+        predictions=name_systems(arguments.predictions, arguments.names),
+    )
+    with JudgeRun(settings) as run:
+        outcome = run.ask()
+        if outcome.stopped == "interrupted":
+            print(f"dynkp judge: interrupted, {outcome.open:,} posts are open; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
+        failed = _written(run)
+    if outcome.stopped == "server":
+        print(f"dynkp judge: error: {outcome.reason}\nThe same command goes on.", file=sys.stderr)
+        return ERROR
+    if outcome.stopped == "max_cost":
+        print(f"dynkp judge: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
+        return COST_REACHED
+    if failed:
+        print(f"dynkp judge: {failed:,} posts have no ranks, see {run.paths.errors}", file=sys.stderr)
+        return SOME_FAILED
+    return DONE
+
+
+def _written(run: Any) -> int:
+    """Write and print the results; how many posts failed."""
+    from dynkp.report.ranks import rank_tables
+    from dynkp.teacher.judge_run import FAILED, INVALID, UNREADABLE, summarise
+
+    report = run.write()
+    if report["ranked"]:
+        print(rank_tables(report) + "\n")
+    cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
+    print(f"{run.paths.output}: {summarise(report)}; {run.outcome.requests:,} requests{cost}")
+    return report[FAILED] + report[INVALID] + report[UNREADABLE]
+
+
+def _human(arguments: argparse.Namespace) -> int:
+    from dynkp.teacher.candidates import load_candidates, name_systems
+    from dynkp.teacher.human_judging import key_path, write_form
+    from dynkp.teacher.post_stream import PostStream
+
+    posts = PostStream(arguments.posts, arguments.image_dir, limit=arguments.limit)
+    systems = name_systems(arguments.predictions, arguments.names)
+    candidates, _ = load_candidates(
+        posts, systems, seed=arguments.shuffle_seed, top=arguments.top, allow_missing=arguments.allow_missing
+    )
+    counts = write_form(arguments.human, posts, candidates, sample=arguments.sample, seed=arguments.shuffle_seed)
+    alike = counts["drawn"] - counts["shown"]
+    print(
+        f"{arguments.human}: {counts['shown']:,} posts to rank; on {alike:,} more all systems agree; "
+        f"{counts['left_out']:,} posts cannot be judged\n{key_path(arguments.human)}: which system is which, not for annotators"
+    )
+    return DONE
+
+
+def _read_human(arguments: argparse.Namespace) -> int:
+    from dynkp.report.ranks import agreement, rank_report, rank_tables
+    from dynkp.teacher.human_judging import read_answers, write_judgements
+
+    answers = read_answers(arguments.read_human, arguments.key)
+    report = rank_report(
+        answers.judgements,
+        answers.systems,
+        ties=arguments.ties,
+        confidence=arguments.confidence,
+        resamples=arguments.resamples,
+        seed=arguments.shuffle_seed,
+    )
+    report |= {"alpha": agreement(answers.judgements, ties=arguments.ties)}
+    report |= {"annotators": answers.annotators, "unfinished": answers.unfinished}
+    print(rank_tables(report) + "\n")
+    print(f"{len(answers.annotators)} annotators, {answers.unfinished:,} posts that one of them did not finish are not counted")
+    if arguments.output:
+        write_judgements(arguments.output, answers.judgements, report, ties=arguments.ties)
+    return DONE
