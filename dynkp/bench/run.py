@@ -13,6 +13,7 @@ from typing import Any
 # Suite -> (module with `run(setting)`, `HEADINGS` and `cells(row)`, one line of help).
 SUITES = {
     "dynamic_cot": ("dynkp.bench.dynamic_cot", "one step of Dynamic CoT, against an oracle and against two passes"),
+    "aimkp": ("dynkp.bench.aimkp", "one step of AimKP, against plain fine-tuning and against the published way"),
     "mulcot_rd": ("dynkp.bench.mulcot_rd", "one step of MulCoT-RD's student, against plain training on both tasks"),
     "scoring": ("dynkp.bench.scoring", "the metric, cold and warm, from CMKP's test set to a million posts"),
 }
