@@ -56,7 +56,7 @@ def test_command_lines_are_understood(page: Path) -> None:
         parser_of(command).parse_args(words)
 
 
-@pytest.mark.parametrize("command", ["predict", "rationales", "distill", "evaluate", "stats"])
+@pytest.mark.parametrize("command", ["predict", "rationales", "judge", "distill", "evaluate", "stats"])
 def test_examples_in_the_help_are_understood(command: str) -> None:
     parser = parser_of(command)
     lines = re.sub(r"\\\n\s*", "", parser.epilog).splitlines()

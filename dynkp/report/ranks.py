@@ -313,8 +313,8 @@ def rank_tables(report: Mapping[str, Any]) -> str:
         rows.append([system, *(_with_interval(measures[name]) for name in MEASURES)])
     parts = [
         markdown_table(rows),
-        f"1 is best, {report['confidence']:.0%} intervals over {report['judged']:,} posts, ties {report['ties']}; in "
-        f"{report['judged_alike']:,} posts all systems predicted the same.",
+        f"1 is best, {report['confidence']:.0%} intervals over {report['judged']:,} posts, ties {report['ties']}; on "
+        f"{report['judged_alike']:,} of them all systems agree.",
     ]
     bias = report["position_bias"]
     if bias[OVERALL]["positions"]:

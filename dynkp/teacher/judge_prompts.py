@@ -30,7 +30,7 @@ TABLE_8 = Template(
     "- correctness: do they match the author's keyphrases, or could they stand in their place?\n"
     "- relevance: do they belong to what the post says and shows?\n"
     "- usefulness: as hashtags, would they help the post to be spread, or to be found and sorted?\n"
-    "Predictions that are equally good get the same rank, and those next to them the next number.",
+    "Predictions that are equally good get the same rank, and the next best the number after it: 1, 1, 2.",
     "{images}Text: {text}\nAuthor's keyphrases: {keyphrases}\nPredictions:\n{candidates}\n\nGive each of {labels} a rank from "
     "1 to {count} by each criterion. Reply with one JSON object and nothing else, in this form:\n{form}",
 )
