@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dynkp import cli
-from dynkp.bench import dynamic_cot, run
+from dynkp.bench import dynamic_cot, measure, run
 from dynkp.bench.measure import Setting, median_seconds, peak_bytes
 
 CPU = Setting(torch.device("cpu"), threads=1, repeats=1, quick=True)
@@ -120,3 +120,20 @@ def test_arguments_out_of_range_are_refused(arguments: list[str], capsys: pytest
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_all_is_every_suite_but_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    pretend = type(math)("pretend_suite")
+    pretend.HEADINGS, pretend.cells = ("a",), lambda row: ("b",)
+
+    def one_row(name: str) -> Any:
+        ran.append(name)
+        pretend.run = lambda setting: [{"device": "cpu", **measure.environment(setting)}]
+        return pretend
+
+    monkeypatch.setattr(run.importlib, "import_module", one_row)
+    threads = torch.get_num_threads()
+    assert run.main(["--quick", "--device", "cpu"]) == 0
+    torch.set_num_threads(threads)
+    assert ran == [module for name, (module, _) in run.SUITES.items() if name != "gpu"]

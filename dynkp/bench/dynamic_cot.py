@@ -26,7 +26,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dynkp.bench.measure import Setting, Step, environment, median_seconds, peak_bytes
-from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, Targets, select
+from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, Targets, mixed_targets, score_targets, select
 from dynkp.objectives.switching import below_threshold, mixed_loss
 from dynkp.objectives.token_loss import target_loss
 from dynkp.trainer.dynamic_cot_trainer import loss_of
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
     prompt: dict[str, torch.Tensor]
     direct: Targets
     reasoning: Targets
-    gamma: float
+    gamma: Any  # a number, or one per post
     easy: list[bool]
 
 
@@ -176,21 +176,21 @@ def oracle(model: nn.Module, batch: Batch) -> torch.Tensor:
     return torch.stack(losses).sum()
 
 
-def naive(model: nn.Module, batch: Batch) -> torch.Tensor:
+def naive(model: nn.Module, batch: Batch, score: Scorer = score_targets) -> torch.Tensor:
     """A pass to decide, a pass to learn."""
     model.zero_grad()
     with torch.no_grad():
-        direct = loss_of(PlainPrompt(model, batch.prompt), batch.direct, None)
-    targets = _mixed_targets(batch, below_threshold(direct.mean, batch.gamma))
-    loss = loss_of(PlainPrompt(model, batch.prompt), targets, None).mean.mean()
+        direct = loss_of(PlainPrompt(model, batch.prompt, score), batch.direct, None)
+    targets = mixed_targets(batch.direct, batch.reasoning, below_threshold(direct.mean, batch.gamma))
+    loss = loss_of(PlainPrompt(model, batch.prompt, score), targets, None).mean.mean()
     loss.backward()
     return loss.detach()
 
 
-def ours(model: nn.Module, batch: Batch) -> torch.Tensor:
+def ours(model: nn.Module, batch: Batch, score: Scorer = score_targets) -> torch.Tensor:
     """`DynamicCoTTrainer.compute_post_losses` and the mean over posts."""
     model.zero_grad()
-    prompt = SharedPrompt(model, batch.prompt)
+    prompt = SharedPrompt(model, batch.prompt, score)
     direct = loss_of(prompt, batch.direct, None)
     chosen = below_threshold(direct.mean.detach(), batch.gamma)
     if chosen.all():
@@ -322,24 +322,3 @@ def _threshold(losses: list[float], easy: int) -> float:
 def _rows(targets: Targets, rows: list[int], length: int) -> Targets:
     ids, mask, weights = (select(targets[key], rows)[:, :length] for key in ("input_ids", "mask", "weights"))
     return Targets(input_ids=ids, mask=mask, weights=weights, lengths=[length] * len(rows))
-
-
-def _mixed_targets(batch: Batch, easy: torch.Tensor) -> Targets:
-    """Every post's chosen target, in one right-padded batch."""
-    lengths = [
-        (batch.reasoning if chosen else batch.direct)["lengths"][row] for row, chosen in enumerate(easy.tolist())
-    ]
-    width = max(lengths)
-
-    def chosen_of(direct: torch.Tensor, reasoning: torch.Tensor) -> torch.Tensor:
-        widest = max(direct.shape[1], reasoning.shape[1])
-        direct, reasoning = (nn.functional.pad(part, (0, widest - part.shape[1])) for part in (direct, reasoning))
-        return torch.where(easy[:, None], reasoning, direct)[:, :width]
-
-    return Targets(
-        input_ids=chosen_of(batch.direct["input_ids"], batch.reasoning["input_ids"]),
-        mask=chosen_of(batch.direct["mask"], batch.reasoning["mask"]),
-        weights=chosen_of(batch.direct["weights"], batch.reasoning["weights"]),
-        lengths=lengths,
-    )
-

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import dynkp
+
 Step = Callable[[], Any]
 
 
@@ -122,7 +124,8 @@ def environment(setting: Setting) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("dynkp", "torch", "transformers", "peft")},
+            "dynkp": dynkp.__version__,  # it may run from a checkout that is not installed
+            **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         },
     }
 

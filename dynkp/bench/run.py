@@ -16,6 +16,9 @@ SUITES = {
     "aimkp": ("dynkp.bench.aimkp", "one step of AimKP, against plain fine-tuning and against the published way"),
     "mulcot_rd": ("dynkp.bench.mulcot_rd", "one step of MulCoT-RD's student, against plain training on both tasks"),
     "scoring": ("dynkp.bench.scoring", "the metric, cold and warm, from CMKP's test set to a million posts"),
+    "collation": ("dynkp.bench.collation", "posts become batches: posts per second, by size of pictures and workers"),
+    # Not part of `all`.
+    "gpu": ("dynkp.bench.gpu", "Dynamic CoT and AimKP at real shapes (3B to 8B, bf16) on one GPU, under ten minutes"),
 }
 
 DESCRIPTION = """\
@@ -27,10 +30,11 @@ and says how to read it."""
 
 EPILOG = """\
 examples:
-  dynkp bench                                      every suite, as docs/performance.md reports it
+  dynkp bench                                      every suite but gpu, as docs/performance.md reports it
   dynkp bench --suite dynamic_cot --json rows.json one suite; its rows go to a file as well
   dynkp bench --quick --repeats 1                  does it run here? Seconds, and times that mean nothing
   dynkp bench --device cuda --repeats 20           on a GPU; a round is short there, so take many
+  dynkp bench --suite gpu --repeats 5 --json gpu.json   the papers' models, under ten minutes on one H100 or H200
 """
 
 
@@ -54,11 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("dynkp bench: `--device` is cuda, but torch finds no CUDA device here; take --device cpu.")
     device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else arguments.device
     device = torch.device("cpu" if device == "auto" else device)
+    if arguments.suite == "gpu" and device.type == "cpu" and not arguments.quick:
+        raise SystemExit("dynkp bench: the suite gpu has models of 3 to 8 billion parameters and no GPU here; add --quick.")
     torch.set_num_threads(arguments.threads)
     setting = Setting(device, arguments.threads, arguments.repeats, arguments.quick)
 
     rows: list[dict[str, Any]] = []
-    for name in SUITES if arguments.suite == "all" else [arguments.suite]:
+    for name in [name for name in SUITES if name != "gpu"] if arguments.suite == "all" else [arguments.suite]:
         suite = importlib.import_module(SUITES[name][0])
         print(f"{name}: {SUITES[name][1]}\n\n{_line(suite.HEADINGS)}\n{_line(['---'] * len(suite.HEADINGS))}", flush=True)
         began = time.perf_counter()
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="dynkp bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     suites = "; ".join(f"{name}: {text}" for name, (_, text) in SUITES.items())
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help=f"{suites} (default: all)")
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all", help=f"{suites} (default: all, but gpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as one JSON array")
     parser.add_argument(
         "--repeats", type=_positive, default=3, metavar="N", help="timed rounds per row; the median counts (default: 3)"

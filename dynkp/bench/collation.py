@@ -1,0 +1,121 @@
+"""Collation alone: what a batch of posts costs before it reaches the model, and what of it the training process pays.
+
+Given   drawn posts in a JSON Lines file, their pictures as JPEGs of one size on the disk.
+Gives   one row per size of pictures and number of dataloader workers: posts per second, and the training process's CPU time.
+Holds   the way is the trainers': `load_posts`, a `DataLoader`, `PairedTargetCollator` with a processor of LLaVA-1.5's shape
+        (336 pixels, 576 image tokens); a pass begins with no worker running and ends with the last batch.
+
+Pictures are of smoothed noise, about 0.25 bytes a pixel, as photographs are in JPEG.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dynkp.bench.measure import Setting, environment
+from dynkp.data.collators import PairedTargetCollator
+from dynkp.data.sources import load_posts
+from dynkp.synthetic.tiny_model import build_tiny_vlm
+
+HEADINGS = ("pictures", "workers", "posts/s", "ms per post of the training process's CPU", "KiB per picture")
+# Width and height; None is a post of text only.
+SIZES: tuple[tuple[int, int] | None, ...] = (None, (336, 336), (640, 480), (1280, 960), (2560, 1920))
+WORKERS = (0, 1, 2)
+POSTS, BATCH = 256, 8
+# As many different pictures per size: drawing one takes longer than reading it.
+_PICTURES = 16
+
+
+def run(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Measure every size with every number of workers.
+
+    Args:
+        setting: `repeats` passes over the posts, behind one that is not timed.
+
+    Yields:
+        Rows with `posts_per_s` and `main_cpu_ms` (per post): medians over the passes. Wall time, whatever the setting.
+    """
+    posts, sizes = (32, (None, (64, 48))) if setting.quick else (POSTS, SIZES)
+    texts = [_words(random.Random(post), 27) for post in range(posts)]
+    _, processor = build_tiny_vlm(texts, image_size=336, patch_size=14)
+    collator = PairedTargetCollator(processor)
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="dynkp-bench-") as folder:
+            file, kib = write_posts(Path(folder), texts, size)
+            dataset = load_posts(file, image_dir=folder)
+            for workers in WORKERS:
+                passes = [_pass(dataset, collator, workers) for _ in range(setting.repeats + 1)][1:]
+                yield {
+                    "suite": "collation",
+                    "width": size and size[0],
+                    "height": size and size[1],
+                    "workers": workers,
+                    "posts": posts,
+                    "batch": BATCH,
+                    "posts_per_s": posts / statistics.median(seconds for seconds, _ in passes),
+                    "main_cpu_ms": 1000 * statistics.median(cpu for _, cpu in passes) / posts,
+                    "kib_per_picture": kib,
+                    "quick": setting.quick,
+                    **environment(setting),
+                    "device": "cpu",
+                    "clock": "wall time",
+                }
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as the table shows it."""
+    picture = "none" if row["width"] is None else f"{row['width']} x {row['height']}"
+    numbers = f"{row['posts_per_s']:.0f}", f"{row['main_cpu_ms']:.2f}", f"{row['kib_per_picture']:.0f}"
+    return picture, str(row["workers"]), *numbers
+
+
+def write_posts(folder: Path, texts: list[str], size: tuple[int, int] | None) -> tuple[Path, float]:
+    """Posts with these texts, a rationale of 157 words and, for a size, a picture each.
+
+    Returns:
+        The file, and the mean KiB of a picture.
+    """
+    pictures = []
+    for number in range(_PICTURES if size else 0):
+        assert size is not None
+        coarse = np.random.default_rng(number).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+        pictures.append(folder / f"{number}.jpg")
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(pictures[-1], quality=90)
+    rows = [
+        {
+            "id": str(number),
+            "text": text,
+            "keyphrases": text.split()[:2],
+            "rationale": _words(random.Random(-number), 157),
+            **({"image": pictures[number % len(pictures)].name} if pictures else {}),
+        }
+        for number, text in enumerate(texts)
+    ]
+    file = folder / "posts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file, statistics.mean(picture.stat().st_size for picture in pictures) / 1024 if pictures else 0.0
+
+
+def _pass(dataset: Any, collator: PairedTargetCollator, workers: int) -> tuple[float, float]:
+    """Seconds of one pass, and of this process's CPU in it."""
+    loader = DataLoader(dataset, batch_size=BATCH, collate_fn=collator, num_workers=workers)
+    began, cpu = time.perf_counter(), time.process_time()
+    seen = sum(len(batch["id"]) for batch in loader)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    assert seen == len(dataset)
+    return seconds, cpu
+
+
+def _words(draw: random.Random, count: int) -> str:
+    return " ".join("".join(draw.choices("bcdfghklmnprstvwaeiou", k=draw.randint(2, 9))) for _ in range(count))

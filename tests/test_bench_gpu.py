@@ -1,0 +1,142 @@
+"""The suite `gpu`: the same code on a CPU at tiny shapes; times are never asserted.
+
+Holds: the shapes are the published models'; every case asked for is there; AimKP as published and ours give the same loss
+and gradients, and Dynamic CoT's ways the losses of plain fine-tuning; a way that fails leaves the others and the next cases
+alone, and its row says why; without time, rows say so.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dynkp import cli
+from dynkp.bench import gpu, run
+from dynkp.bench.measure import Setting
+from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, build_model, config_of, draw_posts
+
+CPU = torch.device("cpu")
+QUICK = Setting(CPU, threads=1, repeats=1, quick=True)
+
+
+@pytest.mark.parametrize(("name", "billions"), [(SHAPES[0], 3.75), (SHAPES[1], 7.06), (SHAPES[2], 7.94)])
+def test_shapes_are_the_published_ones(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config_of(name, tiny=False))
+    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.01)
+    assert Lengths().side ** 2 == 576
+
+
+def test_every_case_is_there() -> None:
+    found = gpu.cases("lora", ["sdpa"])
+    assert len(found) == len(set(found))
+    assert {(case.share, case.checkpointing) for case in found if case.method == "dynamic_cot"} == set(
+        product((0.0, 0.25, 0.5, 0.75, 1.0), (False, True))
+    )
+    assert {(case.batch, case.checkpointing) for case in found if case.method == "aimkp"} == set(
+        product((1, 4, 8, 16), (False, True))
+    )
+    assert {case.method for case in gpu.cases("full", ["sdpa"])} == {"dynamic_cot"}
+    flash = [case for case in gpu.cases("lora", ["sdpa", "flash_attention_2"]) if case.attention != "sdpa"]
+    assert {case.method for case in flash} == {"dynamic_cot", "aimkp"}
+    assert set(gpu.CONFIGURATIONS) == {*((name, "lora") for name in SHAPES), (SHAPES[0], "full")}
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two configurations of one family, and of each kind of case one or two."""
+    monkeypatch.setattr(gpu, "CONFIGURATIONS", ((SHAPES[1], "lora"), (SHAPES[0], "full")))
+    every = gpu.cases
+
+    def chosen(trained: str, attentions: Any) -> list[gpu.Case]:
+        wanted = [case for case in every(trained, ["sdpa"]) if case.share in (None, 0.5) and case.batch in (1, 4)]
+        return [case for case in wanted if case.share or not case.checkpointing or case.batch == 1]
+
+    monkeypatch.setattr(gpu, "cases", chosen)
+
+
+def test_rows(few: None, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    threads = torch.get_num_threads()
+    arguments = ["--suite", "gpu", "--quick", "--repeats", "1", "--device", "cpu", "--json", str(file)]
+    assert cli.main(["bench", *arguments]) == 0
+    torch.set_num_threads(threads)
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert len(rows) == 2 * 2 + 3 * 3  # Dynamic CoT with and without checkpointing, twice; AimKP's cases, by stride
+    for row in rows:
+        assert row["failed"] == {} and row["quick"] and row["clock"].endswith("bf16") and row["versions"]["trl"]
+        assert row["sft_s"] > 0 and row["other_s"] > 0 and row["ours_s"] > 0
+        assert row["ours_over_sft"] == pytest.approx(row["ours_s"] / row["sft_s"])
+        assert row["ours_tokens_per_s"] == pytest.approx(row["tokens"] / row["ours_s"])
+        assert row["ours_loss"] == pytest.approx(row["sft_loss"], rel=0.02)
+        assert row["ours_utilisation"] is None  # of a CPU no peak is known
+        assert len(gpu.cells(row)) == len(gpu.HEADINGS)
+    shared = [row for row in rows if row["method"] == "aimkp" and row["batch"] == 4]
+    assert [row["stride"] for row in shared] == [2, 4, 8]
+    assert shared[0]["ours_flops"] > shared[1]["ours_flops"] > shared[2]["ours_flops"] > shared[0]["sft_flops"] > 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_aimkp_s_ways_agree(name: str) -> None:
+    model = build_model(name, trained="lora", attention="sdpa", tiny=True, device=CPU).float()
+    posts = draw_posts(name, model, 3, TINY)
+    posts.prompt["pixel_values"] = posts.prompt["pixel_values"].float()
+    losses, gradients = {}, {}
+    for way in (gpu.published, gpu.masked_views):
+        losses[way.__name__] = float(way(model, posts, 2))
+        gradients[way.__name__] = torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
+    assert losses["masked_views"] == pytest.approx(losses["published"], rel=1e-5)
+    torch.testing.assert_close(gradients["masked_views"], gradients["published"], rtol=1e-3, atol=1e-6)
+    assert gradients["published"].abs().max() > 0
+
+
+def test_a_way_that_fails_leaves_the_others_alone(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CONFIGURATIONS", ((SHAPES[1], "lora"),))
+
+    def too_large(model: Any, posts: Any, stride: int, score: Any) -> torch.Tensor:
+        if stride == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return gpu.published(model, posts, stride, score)
+
+    monkeypatch.setattr(gpu, "masked_views", too_large)
+    rows = [row for row in gpu.run(QUICK) if row["method"] == "aimkp"]
+    for row in rows:
+        assert row["sft_s"] > 0 and row["other_s"] > 0
+        if row["stride"] == 4:
+            assert row["failed"] == {"ours_4": "out of memory"} and row["ours_s"] is None
+            assert "out of memory" in gpu.cells(row)[1]
+        else:
+            assert row["failed"] == {} and row["ours_s"] > 0
+
+
+def test_a_model_that_does_not_fit_leaves_the_next_alone(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = gpu.build_model
+
+    def fails(name: str, **options: Any) -> Any:
+        if name == SHAPES[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return build(name, **options)
+
+    monkeypatch.setattr(gpu, "build_model", fails)
+    rows = list(gpu.run(QUICK))
+    assert {tuple(row["failed"].items()) for row in rows if row["model"] == SHAPES[1]} == {(("model", "out of memory"),)}
+    assert all(row["ours_s"] > 0 for row in rows if row["model"] == SHAPES[0])
+
+
+def test_without_time_rows_say_so(few: None) -> None:
+    rows = list(gpu.run(QUICK, seconds=0.0))
+    assert len(rows) == 13
+    for row in rows:
+        assert row["failed"] == {"all": "not measured, no time left"} and row["ours_s"] is None
+        assert "no time left" in gpu.cells(row)[1]
+
+
+def test_real_shapes_are_refused_on_a_cpu() -> None:
+    with pytest.raises(SystemExit, match="--quick"):
+        run.main(["--suite", "gpu", "--device", "cpu"])
