@@ -23,13 +23,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     file = tmp_path_factory.mktemp("bench") / "rows.json"
     threads = torch.get_num_threads()
     arguments = ["--suite", "mulcot_rd", "--quick", "--repeats", "1", "--device", "cpu", "--json", str(file)]
-    assert cli.main(["bench", *arguments]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mulcot_rd, "SCENARIOS", (mulcot_rd.SCENARIOS[0], mulcot_rd.SCENARIOS[-1]))  # to take half as long
+        assert cli.main(["bench", *arguments]) == 0
     torch.set_num_threads(threads)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_a_row_per_scenario_that_says_how_it_was_made(rows: list[dict]) -> None:
-    assert [(row["top_k"], row["checkpointing"]) for row in rows] == [tuple(scenario) for scenario in mulcot_rd.SCENARIOS]
+    assert [(row["top_k"], row["checkpointing"]) for row in rows] == [(64, False), (64, True)]
     for row in rows:
         assert row["suite"] == "mulcot_rd" and row["quick"] and row["versions"]["torch"] == torch.__version__
         assert row["cached_over_plain"] == pytest.approx(row["cached_s"] / row["plain_s"])
