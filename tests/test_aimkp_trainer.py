@@ -9,6 +9,7 @@ are an error; what cannot be right is refused.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -29,10 +31,11 @@ from posts_for_tests import picture, rows
 from test_dynamic_cot_trainer import Gradients, ReportedLoss, StopAt, history
 from tiny_models import build, exact_float64
 from trainers_for_tests import largest_difference, losses, trainer_of, weights
+from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.sources import load_posts
-from dynkp.mechanics.modality_masking import MODALITIES, random_keep_mask
+from dynkp.mechanics.modality_masking import MODALITIES, dropping_unsupported_reason, random_keep_mask
 from dynkp.mechanics.prompt_layout import locate
 from dynkp.mechanics.shared_prompt import prompt_positions
 from dynkp.objectives.switching import below_threshold
@@ -66,7 +69,9 @@ def aimkp(family: str, folder: Path, posts: Any = None, classes: Any = AIMKP, **
 def force_strides(trainer: AimKPTrainer, strides: dict[str, dict[str, int]]) -> None:
     """As if the posts' earlier visits had led to these strides."""
     visited = {name: {post: [stride, stride, -1, 0] for post, stride in strides[name].items()} for name in MODALITIES}
-    trainer.schedule.load_state({**trainer.schedule.state(), "visited": visited})
+    schedule = trainer.new_schedule()
+    schedule.load_state({**schedule.state(), "visited": visited})
+    trainer.new_schedule = lambda: schedule  # type: ignore[method-assign]  # what training begins with
 
 
 def read_visits(folder: Path) -> list[dict[str, Any]]:
@@ -287,9 +292,7 @@ def test_step_equals_the_reference_at_every_stride(family: str, first: int, tmp_
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "gemma3"])
 def test_step_equals_the_reference_for_families(family: str, tmp_path: Path) -> None:
-    """All trainable weights but embeddings and head, which no batch can tell apart: the plain way takes those."""
-    options = {"adapters": family in PROJECTOR} if family in PROJECTOR else {"peft_config": lora(family)}
-    assert_step(family, tmp_path, image_threshold=0.5, **options)
+    assert_step(family, tmp_path, image_threshold=0.5, peft_config=lora(family))
 
 
 ABLATIONS: list[dict[str, Any]] = [
@@ -438,9 +441,8 @@ def test_bf16_stays_close_to_float32(tmp_path: Path) -> None:
 
 def test_mllama_masks_text_and_refuses_pictures(tmp_path: Path) -> None:
     assert_step("mllama", tmp_path, mask_image=False, peft_config=lora("mllama"))
-    trainer = aimkp("mllama", tmp_path, rows("mllama", 4), peft_config=lora("mllama"), max_steps=1)
     with pytest.raises(ValueError, match="mask_image=False"):
-        trainer.train()
+        aimkp("mllama", tmp_path, rows("mllama", 4), peft_config=lora("mllama"), max_steps=1)
 
 
 def test_a_text_model_masks_text(tmp_path: Path) -> None:
@@ -613,7 +615,53 @@ def test_a_killed_run_resumes(kind: str, shared: Path, tmp_path: Path) -> None:
         assert len({(grid.height, grid.width) for grid in grids}) >= 5, "many aspect ratios"
 
 
-# (f) options and refusals
+# (f) what a run leaves behind
+
+
+class LiveTensors(TrainerCallback):
+    """Counts the tensors that exist after each step, circles collected."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gc.collect()
+        self.counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+
+
+@pytest.mark.parametrize("backend", ["batched", "plain"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+def test_a_step_leaves_nothing_behind(checkpointing: bool, backend: str, tmp_path: Path) -> None:
+    """Graphs, gradients of single posts and cached keys go with the step: as many tensors at step 12 as at step 4."""
+    live = LiveTensors()
+    aimkp(
+        "llava", tmp_path, rows("llava", 4), max_steps=12, callbacks=[live], similarity_backend=backend,
+        gradient_checkpointing=checkpointing, per_device_train_batch_size=4,
+    ).train()  # fmt: skip
+    assert live.counts[-1] <= live.counts[3] + 2, live.counts
+
+
+def test_a_fresh_run_moves_an_earlier_log_aside(tmp_path: Path) -> None:
+    """Also where the first rows come after the warm-up, which writes none."""
+    for warmup in (0, 1, 1):
+        aimkp("llava", tmp_path, max_steps=5, log_visits=True, warmup_epochs=warmup).train()
+    steps = [sorted({row["step"] for row in read_visits(tmp_path)})]
+    for number in (1, 2):
+        lines = (tmp_path / f"visits.{number}.jsonl").read_text().splitlines()
+        steps.append(sorted({json.loads(line)["step"] for line in lines}))
+    assert steps == [[4, 5], [1, 2, 3, 4, 5], [4, 5]]
+
+
+def test_training_twice_begins_twice(tmp_path: Path) -> None:
+    trainer = aimkp("llava", tmp_path, max_steps=6, image_threshold=-1.0, text_threshold=-1.0, log_visits=True)
+    used = []
+    for _ in range(2):
+        trainer.train()
+        used.append([(row["step"], row["modality"], row["stride"]) for row in read_visits(tmp_path)])
+    assert sorted(used[0]) == sorted(used[1]) and {stride for _, _, stride in used[0]} == {2, 4}
+
+
+# (g) options and refusals
 
 
 def test_the_projector_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
@@ -638,6 +686,35 @@ def test_a_model_that_needs_the_plain_way_gets_it_and_says_so(tmp_path: Path, ca
     assert [record.getMessage() for record in caplog.records if "one post at a time" in record.getMessage()]
     with pytest.raises(ValueError, match="similarity_backend"):
         aimkp("llava", tmp_path, adapters=False, similarity_backend="batched")
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "IA3", "AdaLoRA", "VeRA", "parameters", "tokens"])
+def test_adapters_without_layers_of_their_own_take_the_plain_way(kind: str, tmp_path: Path) -> None:
+    """Found when the trainer is built, not after an epoch of warm-up."""
+    config = {
+        "embeddings": LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+        "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "AdaLoRA": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4),
+        "VeRA": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+        "parameters": LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"]),
+        "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    }[kind]
+    trainer = aimkp("llama", tmp_path, peft_config=config, max_steps=1)
+    assert not trainer.batches_similarity
+    trainer.train()
+    assert losses(trainer, "text_cosine")
+
+
+def test_a_window_nobody_names_layers_of_is_a_window_of_all() -> None:
+    """Mistral, Phi-3, Starcoder2: `sliding_window` without `layer_types`."""
+    config = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        sliding_window=24,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert "24 tokens back" in str(dropping_unsupported_reason(model, 25)) and dropping_unsupported_reason(model, 24) is None
+    config.sliding_window = None
+    assert dropping_unsupported_reason(model, 10**6) is None
 
 
 def test_a_window_shorter_than_the_prompt_is_masked_not_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -673,5 +750,14 @@ def test_streams_and_foreign_collators_are_refused(tmp_path: Path) -> None:
         aimkp("llama", tmp_path, stream, peft_config=lora("llama"))
     with pytest.raises(ValueError, match="MaskingCollator"):
         aimkp("llava", tmp_path, data_collator=PairedTargetCollator(build("llava")[1]))
+    nameless = [{key: value for key, value in post.items() if key != "id"} for post in rows("llava", 2)]
+    for posts in (nameless, [rows("llava", 1)[0], {**nameless[1], "id": None}]):
+        with pytest.raises(ValueError, match="no `id`"):
+            aimkp("llava", tmp_path, posts)
+    asked = [{"id": "1", "prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "dog"}]}]
+    with pytest.raises(ValueError, match="mask_text=False"):
+        aimkp("llama", tmp_path, asked, peft_config=lora("llama"))
+    with pytest.raises(ValueError, match="group_by_length"):
+        aimkp("llava", tmp_path, train_sampling_strategy="group_by_length")
     with pytest.raises(ValueError, match="multitask"):
         DynamicAimKPConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, strategy="multitask")

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dynkp.mechanics.shared_prompt import REENTRANT, causal_lm_of, checkpointed_layers
 from dynkp.objectives.filtering import gradient_cosine
@@ -406,6 +407,11 @@ def unsupported_reason(model: nn.Module) -> str | None:
     for module in model.modules():
         if getattr(module, "lora_variant", None):
             return f"its {type(module).__name__} layers use a variant of LoRA (DoRA or the like)"
+        bare = isinstance(module, (nn.ParameterDict, nn.ParameterList))
+        if bare and any(weight.requires_grad for weight in module.parameters()):
+            return "some of its trained parameters are in no layer of their own (AdaLoRA, IA3, VeRA, adapters of embeddings)"
+        if parametrize.is_parametrized(module) or type(module).__name__ == "ParamWrapper":
+            return f"some of its {type(module).__name__} layers compute their weights from trained parameters"
     for module in _followed_modules(model):
         if not _is_linear(module) and any(isinstance(part, nn.Dropout) and part.p for part in module.modules()):
             return f"its {type(module).__name__} is trained and draws dropout, which would be drawn anew per post"
@@ -474,7 +480,8 @@ class _FollowedLinear(torch.autograd.Function):
         with torch.autocast(gradient.device.type, enabled=False):
             spans = recorder.spans(ctx.frame, module, inputs)
             if ctx.needs_input_grad[1]:
-                recorder.keep_product(module.weight, spans, inputs, gradient)
+                # Detached: a view of a tensor that has a graph would keep it, and the graph this recorder, for ever.
+                recorder.keep_product(module.weight, spans, inputs.detach(), gradient.detach())
             if ctx.needs_input_grad[2]:
                 sums = [gradient[start:stop].flatten(0, -2).sum(dim=0) for _, start, stop in spans]
                 recorder.keep(module.bias, [post for post, _, _ in spans], torch.stack(sums))

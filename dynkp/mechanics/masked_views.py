@@ -88,10 +88,13 @@ class BatchedViews:
         tokens = {key: value for key, value in rest.inputs.items() if key in CONTINUED_INPUTS}
         with embedded(self.model, rest.embeddings):
             positions = positions[..., -tokens["input_ids"].shape[1] :]  # the views end alike
-            log_probs = self.prefix.log_probs(tokens, positions, targets, posts)
-        if view == "text":  # the last to use it: what is masked next need not find it in memory
+            return self.prefix.log_probs(tokens, positions, targets, posts)
+
+    def done(self, view: str) -> None:
+        """Say that this view ran backward: what no other one needs is given free."""
+        if view == "text" and self.prefix is not None:  # the last one to begin with it
+            self.prefix.close()
             self.prefix = None
-        return log_probs
 
 
 class PlainViews:
@@ -130,6 +133,9 @@ class PlainViews:
                 row = PlainPrompt(self.model, seen, self.score, prompt_positions(self.model, prompt)).log_probs(target)
             rows.append(nn.functional.pad(row, (0, length - row.shape[1])))
         return torch.cat(rows) if rows else torch.zeros(0, length)
+
+    def done(self, view: str) -> None:
+        """As [`BatchedViews.done`]; nothing is kept here."""
 
 
 def _positions(model: nn.Module, seen: EncodedPrompt, pooling: Pooling | None, posts: Sequence[int]) -> torch.Tensor:

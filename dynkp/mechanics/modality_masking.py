@@ -335,8 +335,10 @@ def dropping_unsupported_reason(model: nn.Module, length: int) -> str | None:
         length (`int`): tokens of the longest unmasked prompt and target.
     """
     config = causal_lm_of(model).config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None)
+    # Mistral, Phi-3, Starcoder2: a window, and no word about which layers have it.
+    everywhere = window is not None and getattr(config, "use_sliding_window", True)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if everywhere else "full_attention"]
     if "sliding_attention" in kinds and window is not None and window < length:
         return f"some layers see {window} tokens back, counted in the kept ones, and the batch has {length}"
     if unknown := set(kinds) - {"full_attention", "sliding_attention", "cross_attention"}:

@@ -114,6 +114,16 @@ class SharedPrefix:
             )
         self._layers = cache.layers
 
+    def close(self) -> None:
+        """Let go of the keys and values, once all continuations ran backward.
+
+        A checkpointed layer keeps the cache it was called with, and the cache the layer's graph: with a graph that is retained,
+        a circle that nobody collects.
+        """
+        for layer in self._layers:
+            layer.keys = layer.values = layer.keys.new_empty(0) if layer.is_initialized else layer.keys
+        self._layers = []
+
     def log_probs(
         self, rest: dict[str, torch.Tensor], positions: torch.Tensor, targets: Targets, rows: Sequence[int] | None = None
     ) -> torch.Tensor:

@@ -57,11 +57,12 @@ def keep_variants(cosines: torch.Tensor, thresholds: Sequence[float]) -> torch.T
     return cosines.isfinite() & (cosines > cosines.new_tensor(list(thresholds)))
 
 
-def variant_weights(kept: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def variant_weights(kept: torch.Tensor, reduction: str = "mean", dtype: torch.dtype | None = None) -> torch.Tensor:
     """What full input and variants are multiplied with: the coefficients of the update, per post.
 
     Args:
         kept (`torch.Tensor` of shape `(B, M)`): bool.
+        dtype (`torch.dtype`, *optional*): of the weights; the default one, if `None`.
         reduction (`str`): `"mean"` divides by 1 + number kept (the authors' code), `"sum"` does not (the paper's Eq. 4).
 
     Returns:
@@ -71,7 +72,7 @@ def variant_weights(kept: torch.Tensor, reduction: str = "mean") -> torch.Tensor
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"`variant_reduction` is {reduction!r}: use 'mean' (the authors' code) or 'sum' (the paper's Eq. 4)")
-    counted = torch.cat([torch.ones_like(kept[:, :1]), kept], dim=1).to(torch.get_default_dtype())
+    counted = torch.cat([torch.ones_like(kept[:, :1]), kept], dim=1).to(dtype or torch.get_default_dtype())
     return counted / counted.sum(dim=1, keepdim=True) if reduction == "mean" else counted
 
 
@@ -92,7 +93,7 @@ def combine(full: torch.Tensor, variants: torch.Tensor, kept: torch.Tensor, redu
     shape = (*kept.shape, *[1] * (variants.dim() - 2))
     # Not a product with 0: a dropped variant's overflow must not reach the sum, nor the backward pass.
     counted = torch.where(kept.view(shape), variants, torch.zeros_like(variants))
-    weights = variant_weights(kept, reduction).to(full.dtype)[:, 0]
+    weights = variant_weights(kept, reduction, full.dtype)[:, 0]
     return (full + counted.sum(dim=1)) * weights.view(-1, *[1] * (full.dim() - 1))
 
 

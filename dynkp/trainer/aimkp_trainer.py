@@ -87,6 +87,7 @@ class AimKPTrainer(KeyphraseTrainer):
         self.visit_log = VisitLog(Path(args.output_dir, "visits.jsonl")) if args.log_visits else None
         self._masked_visits: list[dict[str, Any]] = []  # of the current optimizer step
         self._announced: set[str] = set()
+        refuse_generated_ids(kwargs.get("train_dataset"))
         super().__init__(model, args, **kwargs)
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError(
@@ -98,16 +99,30 @@ class AimKPTrainer(KeyphraseTrainer):
                 f"`data_collator` is a {type(self.data_collator).__name__}, which does not tell where text and pictures lie. "
                 "Leave it out, or give a subclass of dynkp.data.masking_collator.MaskingCollator."
             )
-        self.schedule = StrideSchedule(
-            self.train_dataset["id"],
-            schedule=args.stride_schedule,
-            initial_stride=args.initial_stride,
-            warmup_epochs=args.warmup_epochs,
-            freeze_failed=args.freeze_failed_strides,
-        )
+        if "image" in args.modalities and getattr(self.model.config.get_text_config(), "cross_attention_layers", None):
+            raise ValueError(
+                "`mask_image` is True, but this model reads pictures by cross-attention: they have no tokens to mask. Set "
+                "mask_image=False."
+            )
+        if "text" in args.modalities and "prompt" in self.train_dataset.column_names:
+            raise ValueError(
+                "`mask_text` is True, but the posts come with prompts of their own, in which nobody can tell the text from the "
+                "instruction. Give the columns `text`, `keyphrases` and `images`, or set mask_text=False."
+            )
+        self.schedule = self.new_schedule()
         self.batches_similarity = self._choose_similarity_backend()
         self.data_collator.alone = not self.batches_similarity
         self.stopwatch = Stopwatch(self.args.device)
+
+    def new_schedule(self) -> StrideSchedule:
+        """Strides of posts nobody has visited."""
+        return StrideSchedule(
+            self.train_dataset["id"],
+            schedule=self.args.stride_schedule,
+            initial_stride=self.args.initial_stride,
+            warmup_epochs=self.args.warmup_epochs,
+            freeze_failed=self.args.freeze_failed_strides,
+        )
 
     def collator_options(self) -> dict[str, Any]:
         return {**super().collator_options(), "modalities": self.args.modalities}
@@ -126,6 +141,7 @@ class AimKPTrainer(KeyphraseTrainer):
         for number, (view, posts) in enumerate(having.items()):
             losses = self.losses_of(views, view, targets)
             gradients.add(view, losses, posts, retain_graph=number + 1 < len(having))  # g_0, g_t, g_v: of each post
+            views.done(view)
             self.stopwatch.mark(view)
 
         cosines = torch.stack([gradients.cosines(name) for name in self.args.modalities], dim=1)  # Eq. 3
@@ -135,7 +151,7 @@ class AimKPTrainer(KeyphraseTrainer):
         kept = keep_variants(cosines, thresholds)  # the switches of Eq. 4
         self.record_visits(inputs, strides, cosines, kept, gradients.losses, targets)
 
-        weights = variant_weights(kept, self.args.variant_reduction) * ~repeated_posts(inputs)[:, None]
+        weights = variant_weights(kept, self.args.variant_reduction, cosines.dtype) * ~repeated_posts(inputs)[:, None]
         loss = gradients.loss(dict(zip(having, weights.unbind(dim=1), strict=True)))  # Eq. 4
         self.stopwatch.mark("step")
         return PostLosses(loss, self.weights_of(targets).to(loss))
@@ -232,6 +248,13 @@ class AimKPTrainer(KeyphraseTrainer):
             visits = (dict(zip(columns, visit, strict=True)) for visit in zip(*columns.values(), strict=True))
             self._masked_visits.extend(compress(visits, exists.tolist()))
 
+    def begin_training(self) -> None:
+        super().begin_training()
+        self.schedule = self.new_schedule()
+        self._masked_visits.clear()
+        if self.visit_log and self.accelerator.is_main_process:
+            self.visit_log.begin(self.state.global_step)
+
     def end_of_step(self) -> None:
         super().end_of_step()
         epoch = math.ceil(self.state.epoch or 0) - 1  # of the visits: `state.epoch` has moved on to where the step ended
@@ -286,6 +309,23 @@ class AimKPTrainer(KeyphraseTrainer):
         if message not in self._announced:
             self._announced.add(message)
             logger.warning(message)
+
+
+def refuse_generated_ids(posts: Any) -> None:
+    """Refuse posts that would be called by their row number.
+
+    Raises:
+        ValueError: if any has no id: with the rows in another order, its stride would go to another post.
+    """
+    if isinstance(posts, Dataset):
+        ids = posts["id"] if "id" in posts.column_names else [None] * len(posts)
+    else:
+        ids = [row.get("id") for row in posts] if isinstance(posts, Sequence) else []
+    if None in ids:
+        raise ValueError(
+            f"row {list(ids).index(None)} of `train_dataset` has no `id`, but strides belong to posts by their ids, whatever "
+            "the rows' order. Give every post an `id` of its own."
+        )
 
 
 def projector_parameters(model: nn.Module) -> list[nn.Parameter]:

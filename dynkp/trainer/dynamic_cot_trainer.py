@@ -129,6 +129,13 @@ class DynamicCoTTrainer(KeyphraseTrainer):
             visits = zip(inputs["id"], losses, chosen.tolist(), strict=True)
             self._visits.extend(compress(visits, counted.tolist()))
 
+    def begin_training(self) -> None:
+        super().begin_training()
+        self.gamma = parse_gamma(self.args.gamma, self.args.gamma_window)
+        self._visits.clear()
+        if self.choice_log and self.accelerator.is_main_process:
+            self.choice_log.begin(self.state.global_step)
+
     def end_of_step(self) -> None:
         # A constant threshold needs nobody's losses: without a log there is nothing to gather.
         if self.choice_log or not self.gamma.is_constant:

@@ -149,6 +149,12 @@ class KeyphraseTrainer(SFTTrainer):
                 }
             else:
                 self.eval_dataset = fit_max_length(self.eval_dataset, "eval", args, self.data_collator)
+        lengths = self.args.length_column_name
+        if self.args.train_sampling_strategy == "group_by_length" and lengths not in (self.train_dataset.column_names or ()):
+            raise ValueError(
+                f"`train_sampling_strategy` is 'group_by_length', but the posts have no column {lengths!r} "
+                "(`length_column_name`), and become tokens in the collator only. Add the column (dynkp.data.lengths.post_lengths) or use 'random'."
+            )
         self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if self.args.freeze_vision_tower:
             freeze_vision_tower(self.model)
@@ -197,6 +203,12 @@ class KeyphraseTrainer(SFTTrainer):
     def weigh(self, loss: TargetLoss) -> PostLosses:
         """One target's loss per post, as `args.loss_normalization` has it."""
         return PostLosses(*loss) if self.normalizes_over_tokens else PostLosses(loss.mean, torch.ones_like(loss.total))
+
+    def begin_training(self) -> None:
+        """Called on every rank when training begins, anew or from a checkpoint, whose state is loaded next.
+
+        The place to start from nothing: `train` may be called twice.
+        """
 
     def end_of_step(self) -> None:
         """Called on every rank after each optimizer step: the place to gather and move the method's statistics."""
@@ -528,6 +540,7 @@ class MethodState(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.begin_training()
         if state.global_step:
             self.trainer.load_method_state(state.stateful_callbacks.get(self.ENTRY, {}))
 

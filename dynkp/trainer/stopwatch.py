@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
+
+_MOST = 10_000
 
 
 class Stopwatch:
@@ -26,7 +29,7 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.device = device
         self._started: Any = None
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._spans: deque[tuple[str, Any, Any]] = deque(maxlen=_MOST)  # nobody may ever ask for them
 
     def start(self) -> None:
         self._started = self._now()

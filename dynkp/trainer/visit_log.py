@@ -23,21 +23,17 @@ class VisitLog:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._aligned = False
 
     def write(self, visits: Iterable[Mapping[str, Any]], state: TrainerState) -> None:
         """Append one optimizer step's visits: `id` first, then `epoch` and `step`, then the rest; NaN and infinity as null."""
-        if not self._aligned:
-            self._align(state.global_step - 1)
         when = {"epoch": round(state.epoch or 0.0, 6), "step": state.global_step}
         with self.path.open("a", encoding="utf-8") as file:
             for visit in visits:
                 row = {"id": visit["id"], **when} | {key: _finite(value) for key, value in visit.items()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _align(self, last_step: int) -> None:
-        """Make the file hold exactly the steps up to `last_step`."""
-        self._aligned = True
+    def begin(self, last_step: int) -> None:
+        """Make the file hold exactly the steps up to `last_step`, after which training begins."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
