@@ -22,6 +22,8 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 import drawn_posts  # noqa: E402
 import train  # noqa: E402
 
+from dynkp.data.sources import load_posts  # noqa: E402
+
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_new_tokens", "24", "--logging_steps", "1"]
 TINY = ["--tiny_hidden_size", "32", "--tiny_vocab_size", "600", "--tiny_image_size", "32", "--per_device_train_batch_size", "8"]
 
@@ -76,6 +78,41 @@ def test_real_photographs_dynamic(shared: Path, tmp_path: Path) -> None:
     choices = {row["choice"] for row in read_jsonl(tmp_path / "out/choices.jsonl")}
     assert choices == {"direct", "reasoning"}
     assert len(read_jsonl(tmp_path / "out/predictions.jsonl")) == 6
+
+
+@pytest.mark.parametrize("method", ["aimkp", "dynamic_aimkp"])
+def test_real_photographs_masked(method: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masks, filter and strides from the command line; scored given both modalities and each alone."""
+    masc = shared / "data/masc_t15"
+    arguments = ["--method", method, "--train_file", str(head(masc / "test.jsonl", 40, tmp_path / "masc.jsonl"))]
+    arguments += ["--image_dir", str(masc / "images"), "--eval_posts", "6", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--log_visits", "true", "--warmup_epochs", "0", "--eval_modalities", "both", "text", "image"]
+    train.main([*arguments, *QUICK, *TINY, "--max_steps", "2", "--warmup_steps", "0"])
+    visits = read_jsonl(tmp_path / "out/visits.jsonl")
+    assert {row["modality"] for row in visits} == {"text", "image"} and {row["stride"] for row in visits} == {2}
+    systems = json.loads((tmp_path / "out/metrics.json").read_text())["systems"]
+    assert {method, f"{method}, text only", f"{method}, image only"} <= systems.keys()
+    for name, modality in (("", "both"), (".text", "text"), (".image", "image")):
+        assert {row["modality"] for row in read_jsonl(tmp_path / f"out/predictions{name}.jsonl")} == {modality}
+    assert "| image only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_a_specialist_sees_one_modality(modality: str, shared: Path, tmp_path: Path) -> None:
+    """Posts without the modality are left out of the training; the predictions are made of it alone."""
+    masc = shared / "data/masc_t15"
+    arguments = ["--strategy", "direct", "--modality", modality, "--image_dir", str(masc / "images"), "--eval_posts", "6"]
+    arguments += ["--train_file", str(head(masc / "test.jsonl", 40, tmp_path / "masc.jsonl"))]
+    train.main([*arguments, *QUICK, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "out")])
+    assert {row["modality"] for row in read_jsonl(tmp_path / "out/predictions.jsonl")} == {modality}
+    posts = load_posts(tmp_path / "masc.jsonl", image_dir=masc / "images")
+    kept = train.only(posts, modality)
+    if modality == "text":
+        assert len(kept) == len(posts) and "images" not in kept.column_names
+    else:
+        assert 0 < len(kept) < len(posts) and set(kept["text"]) == {""} and all(kept["images"])
+    with pytest.raises(ValueError, match="smell"):
+        train.only(posts, "smell")
 
 
 def test_drawn_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,8 @@ class KeyphraseTrainer(SFTTrainer):
         if self.args.train_sampling_strategy == "group_by_length" and lengths not in (self.train_dataset.column_names or ()):
             raise ValueError(
                 f"`train_sampling_strategy` is 'group_by_length', but the posts have no column {lengths!r} "
-                "(`length_column_name`), and become tokens in the collator only. Add the column (dynkp.data.lengths.post_lengths) or use 'random'."
+                "(`length_column_name`), and become tokens in the collator only. Add the column "
+                "(dynkp.data.lengths.post_lengths) or use 'random'."
             )
         self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if self.args.freeze_vision_tower:
