@@ -168,7 +168,7 @@ def test_answers_that_are_no_ranking_are_asked_again(tmp_path: Path) -> None:
 
 
 class WithoutFormats(ChatServer):
-    """Refuses `response_format`, as `transformers serve` does."""
+    """Refuses `response_format`, as servers without guided decoding do."""
 
     async def answer(self, writer: Any, body: Any) -> bool:
         if "response_format" in body:

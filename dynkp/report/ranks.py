@@ -5,8 +5,8 @@ Gives   each system's mean rank with a bootstrap interval over posts, a test of 
 Holds   of a judge's numbers only their order counts; systems with the same answer share a candidate, and so a rank; a post
         weighs the same however many judged it; resampling is seeded.
 
-The paper does not say what rank follows a tie. Its systems' mean ranks average 2.4 of six (people: 1.9), which dense ranks
-(1, 1, 2) explain best: average ranks (1.5, 1.5, 3) would give 3.5. So dense ranks are the default.
+The paper does not say what rank follows a tie. Its six systems average 2.4 (people: 1.9), where average ranks (1.5, 1.5, 3)
+would give 3.5, so it is not those. Dense ranks (1, 1, 2) are the default: our guess.
 """
 
 from __future__ import annotations
