@@ -90,6 +90,17 @@ def test_ranks_by_position_by_hand() -> None:
     assert position_bias([judged("3", [["a", "b"]], [1])])[OVERALL] == ([], None)
 
 
+def test_an_order_that_several_judges_saw_was_drawn_once() -> None:
+    # Three posts on which a stands first, by chance in 1 of 4 (with b first as often): ten judges who like a prove nothing.
+    order = [["a"], ["b"]]
+    judgements = [judged(str(n), order, [1, 2], judge=f"{judge}") for n in range(3) for judge in range(10)]
+    bias = position_bias(judgements)[OVERALL]
+    assert bias.p_value == pytest.approx(0.25, abs=0.03) and bias.positions[0] == (1, 3, 1, 1.5)
+    # Shown the other way round, it was drawn again.
+    turned = [judged("0", order[::-1], [1, 2], judge="x")]
+    assert position_bias([*judgements, *turned])[OVERALL].positions[0].posts == 4
+
+
 def test_bias_is_found_where_it_is_and_only_there() -> None:
     generator = random.Random(1)
 

@@ -151,7 +151,8 @@ def position_bias(
 
     The order shown was drawn at random, so without bias any other order of a post's ranks was as likely. The statistic is
     the sum over positions of n (mean rank - expected rank)²; the p-value is the share of orders, drawn anew within each
-    post, in which it is as large. Posts with one candidate say nothing and are left out.
+    post, in which it is as large. Posts with one candidate say nothing and are left out. An order that several judges were
+    shown was drawn once, so their ranks are averaged first.
 
     Args:
         judgements: as in `mean_ranks`.
@@ -166,9 +167,14 @@ def position_bias(
         ValueError: as in `mean_ranks`.
     """
     _check(judgements, ties)
-    shown = [judgement.candidate_ranks(ties) for judgement in judgements if len(judgement.order) > 1]
-    if not shown:
+    by_draw: dict[tuple[Any, ...], list[NDArray[np.float64]]] = {}
+    for judgement in judgements:
+        if len(judgement.order) > 1:
+            order = tuple(frozenset(systems) for systems in judgement.order)
+            by_draw.setdefault((judgement.post, order), []).append(judgement.candidate_ranks(ties))
+    if not by_draw:
         return {measure: PositionBias([], None) for measure in MEASURES}
+    shown = [np.mean(ranks, axis=0) for ranks in by_draw.values()]
     # Those with equally many candidates together, so that their orders are drawn at once.
     groups: dict[int, NDArray[np.float64]] = {}
     for count in sorted({ranks.shape[1] for ranks in shown}):
