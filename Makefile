@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo test lint docs bench
+.PHONY: install machine demo test lint docs bench
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -26,7 +26,14 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python examples/train.py
 
-test: install
+# What no Python package brings: the browser of the tests' pages, the compiler of DeepSpeed's operations.
+machine:
+	@if ! command -v chromium >/dev/null || ! command -v g++ >/dev/null; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends chromium g++ >/dev/null; } \
+	  || echo "Install chromium and g++: the tests need them."; fi
+
+test: install machine
 	$(BIN)/python -m pytest
 
 lint: install

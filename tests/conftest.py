@@ -17,6 +17,8 @@ os.environ.update(
 
 import pytest  # noqa: E402
 
+pytest_plugins = ["browser_pages"]  # one conftest.py: a second one, in a folder, would take this one's name from the tests
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
