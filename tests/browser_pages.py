@@ -26,7 +26,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 def browser() -> Iterator[Browser]:
     executable = next(filter(None, map(shutil.which, NAMES)), None)
     if executable is None:
-        pytest.fail(f"there is no browser ({', '.join(NAMES)}): apt-get install chromium, as .ci/run does")
+        pytest.fail(f"there is no browser ({', '.join(NAMES)}): apt-get install chromium, as make test does")
     with sync_playwright() as playwright:
         # Its sandbox needs privileges that containers do not give; these pages are ours.
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage"])
