@@ -61,22 +61,24 @@ def test_results_come_back_in_any_order(tmp_path: Path) -> None:
     rows[4] |= {"response": None, "error": {"message": "expired"}}
     rows[5]["response"]["body"] = json.dumps(rows[5]["response"]["body"])
     rows[6]["response"]["body"] = {"choices": []}
+    rows[7]["response"] = "it broke"
+    rows[8]["response"]["body"] = '{"choices": ['
     random.Random(0).shuffle(rows)
     for name, part in (("a", rows[:5]), ("b", rows[5:])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, part)) + "\n\n")
     with AnswerJournal(tmp_path / "journal") as journal:
-        assert import_results([tmp_path / "a", tmp_path / "b"], journal, model="m") == Imported(7, 3, 0)
+        assert import_results([tmp_path / "a", tmp_path / "b"], journal, model="m") == Imported(5, 5, 0)
         for number, request in enumerate(REQUESTS):
             row = journal.read(request.key)
             assert row["stage"] == request.stage and row["model"] == "m"
-            if number in (3, 4, 6):
+            if number in (3, 4, 6, 7, 8):
                 assert row["failed"] and row["error"].startswith("batch: ")
             else:
                 assert (row["text"], row["finish_reason"]) == (f"To Why {number}?", "stop")
         # A second batch answers what had failed; the rest stays as it is.
         again = [result(row) for row in lines(files[0])]
         (tmp_path / "c").write_text("\n".join(map(json.dumps, again)))
-        assert import_results([tmp_path / "c"], journal, model="m") == Imported(3, 0, 7)
+        assert import_results([tmp_path / "c"], journal, model="m") == Imported(5, 0, 5)
         assert not any(journal.has_failed(request.key) for request in REQUESTS)
 
 

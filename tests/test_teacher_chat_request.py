@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,21 @@ def test_a_broken_picture_is_an_error(tmp_path: Path) -> None:
         RequestImage.of(str(tmp_path / "missing.png"), 64)
 
 
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
+def test_a_line_is_a_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+    _, data = encode_image(saved(tmp_path, "line.png", size), 100)
+    assert sorted(Image.open(io.BytesIO(data)).size) == [1, 100]
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # to open it would take until someone writes
+    for name in ("pipe.png", "."):
+        with pytest.raises(ImageError, match="is not a regular file"):
+            RequestImage.of(str(tmp_path / name), 64)
+    with pytest.raises(ImageError, match="cannot be read"):  # deleted since its digest was made: the post's failure, not the run's
+        encode_image(str(tmp_path / "missing.png"), 64)
+
+
 def test_a_picture_is_encoded_once_for_all_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = []
     monkeypatch.setattr(chat_request, "encode_image", lambda *given: encoded.append(given) or ("image/png", b"x" * 100))
@@ -147,6 +163,7 @@ def completion(**message: Any) -> dict[str, Any]:
         ({"content": [{"type": "text", "text": "A dog."}]}, "A dog.", None),
         ({"content": None, "refusal": "I can't."}, "I can't.", None),
         ({"content": None}, "", None),
+        ({"content": "A \ud83d dog.", "reasoning": "\ude00"}, "A ? dog.", "?"),
     ],
 )
 def test_answers_are_read(message: dict[str, Any], text: str, reasoning: str | None) -> None:
@@ -155,6 +172,20 @@ def test_answers_are_read(message: dict[str, Any], text: str, reasoning: str | N
 
 def test_a_server_need_not_count_tokens() -> None:
     assert read_answer({"choices": [{"message": {"content": "x"}}], "usage": None}) == ChatAnswer("x")
+
+
+@pytest.mark.parametrize(("said", "tokens"), [(-5, 0), (0, 0), ("7", 7), (2.0, 2), (10**40, 10**40)])
+def test_a_count_of_tokens_is_never_below_0(said: Any, tokens: int) -> None:
+    usage = {"prompt_tokens": said, "completion_tokens": said}
+    answer = read_answer({"choices": [{"message": {"content": "x"}}], "usage": usage})
+    assert (answer.prompt_tokens, answer.completion_tokens) == (tokens, tokens)
+
+
+@pytest.mark.parametrize("said", [float("inf"), float("nan"), "many", []])
+def test_a_count_of_tokens_that_is_none(said: Any) -> None:
+    usage = {"prompt_tokens": said or "", "completion_tokens": [said]}
+    with pytest.raises(ValueError, match="not a chat completion"):
+        read_answer({"choices": [{"message": {"content": "x"}}], "usage": usage})
 
 
 @pytest.mark.parametrize(

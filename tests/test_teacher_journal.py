@@ -3,12 +3,13 @@
 - what was appended is read back, by this journal and by the next one, across files, long lines and failures;
 - a torn last line, index entry or settled post is cut off and nothing else; cut anywhere, no whole answer is lost;
 - the index is a copy: with it missing, behind or of other files, the answers are the same;
-- a damaged line in the middle is an error that names it; two runs do not write at once;
+- a damaged line in the middle is an error that names it; a full disk leaves no part of one; two runs do not write at once;
 - tokens are added up by model, over all runs.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -129,6 +130,50 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     file.write_bytes(lines[0] + b"rubbish\n" + lines[2])
     with pytest.raises(ValueError, match=rf"answers-00001.jsonl, byte {len(lines[0])}: not an answer: b'rubbish"):
         AnswerJournal(tmp_path)
+
+
+def test_a_line_cut_short_behind_the_index_is_named(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    file = tmp_path / "answers-00001.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1].rstrip(b"}\n") + b" \n" + lines[2])
+    with AnswerJournal(tmp_path) as journal, pytest.raises(ValueError, match=rf"byte {len(lines[0])}: not an answer"):
+        journal.read(key(1))
+
+
+@pytest.mark.parametrize("file", ["answers", "index", "settled"])
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, 30)
+    written = os.write
+
+    with AnswerJournal(tmp_path) as journal:
+        full = {"answers": journal._writer, "index": journal._index_writer, "settled": journal._settled_writer}[file]
+        tries = 0
+
+        def write(to: int, data: bytes) -> int:
+            nonlocal tries
+            if to != full:
+                return written(to, data)
+            tries += 1
+            if tries > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return written(to, data[:20])
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, "write", write)
+            journal.append(key(30), row(30))
+            journal.settle(key(1030), key(30))
+        # Another request of the run was answered, and there is room again.
+        journal.append(key(31), row(31))
+        journal.append(key(30), row(30))
+        for number in (30, 31):
+            journal.settle(key(1000 + number), key(number))
+            assert journal.read(key(number))["text"] == row(number)["text"]
+    with AnswerJournal(tmp_path) as journal:
+        assert len(journal) == 32
+        for number in range(32):
+            assert journal.read(key(number))["text"] == row(number)["text"]
+            assert journal.settled(key(1000 + number)) == key(number)
 
 
 def test_a_line_changed_behind_the_index_is_noticed(tmp_path: Path) -> None:

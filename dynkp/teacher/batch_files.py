@@ -115,11 +115,13 @@ def import_results(paths: Iterable[str | os.PathLike[str]], journal: AnswerJourn
                     known += 1
                     continue
                 row: dict[str, Any] = {"stage": stage, "model": model}
-                response = result.get("response") or {}
-                body = response.get("body")
-                if isinstance(body, str):
-                    body = json.loads(body) if body.startswith("{") else body
                 try:
+                    response = result.get("response") or {}
+                    if not isinstance(response, Mapping):
+                        raise ValueError(f"{response!r:.300}")
+                    body = response.get("body")
+                    if isinstance(body, str) and body.startswith("{"):
+                        body = json.loads(body)
                     if result.get("error") or response.get("status_code", 200) != 200:
                         raise ValueError(f"{result.get('error') or body!r:.300}")
                     row |= asdict(read_answer(body))

@@ -13,6 +13,8 @@ import base64
 import hashlib
 import io
 import json
+import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dynkp.data.images import IMAGE_FORMATS, ImageError, check_image, open_image
 
@@ -56,11 +58,7 @@ class RequestImage:
         Raises:
             ImageError: if the file cannot be read.
         """
-        try:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        except OSError as error:
-            raise ImageError(f"image {source!r:.200} cannot be read ({error})", "missing_file") from error
-        return cls(source, hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest(), max_side)
+        return cls(source, hashlib.blake2b(_bytes(source), digest_size=KEY_BYTES).hexdigest(), max_side)
 
     @classmethod
     def at(cls, url: str) -> RequestImage:
@@ -103,7 +101,7 @@ def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
     Raises:
         ImageError: as `dynkp.data.images.open_image`.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    data = _bytes(source)
     if (error := check_image(data)) is not None:
         raise error
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as original:
@@ -112,10 +110,29 @@ def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
             return _SENT_AS_IS[original.format], data
     image = open_image(data)
     if max(image.size) > max_side:
-        image = ImageOps.contain(image, (max_side, max_side), Image.Resampling.LANCZOS)
+        # Not `ImageOps.contain`, which leaves nothing of the shorter side of a line.
+        shrink = max_side / max(image.size)
+        width, height = (max(1, round(side * shrink)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=_JPEG_QUALITY)
     return "image/jpeg", out.getvalue()
+
+
+def _bytes(source: str | bytes) -> bytes:
+    """An encoded picture.
+
+    Raises:
+        ImageError: if it is a file that cannot be read, or no regular one: a named pipe would be waited for without end.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise ImageError(f"image {source!r:.200} is not a regular file")
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise ImageError(f"image {source!r:.200} cannot be read ({error})", "missing_file") from error
 
 
 class _EncodedImages:
@@ -249,11 +266,16 @@ def read_answer(body: Any) -> ChatAnswer:
             before, _, text = text.partition("</think>")
             reasoning = before.strip().removeprefix("<think>").strip() or None
         return ChatAnswer(
-            text.strip(),
-            reasoning if reasoning is None else str(reasoning),
+            _encodable(text).strip(),
+            None if reasoning is None else _encodable(str(reasoning)),
             choice.get("finish_reason"),
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
+            max(0, int(usage.get("prompt_tokens") or 0)),
+            max(0, int(usage.get("completion_tokens") or 0)),
         )
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error}): {body!r:.200}") from error
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which can neither be written to a file nor be sent again."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -119,9 +119,10 @@ class AnswerJournal:
             if self._size >= self.shard_bytes:
                 os.close(self._writer)
                 self._open_shard(self._shard + 1)
+            entry = _entry(self._shard, self._size, head)
             _write_all(self._writer, line)
-            self._note(_entry(self._shard, self._size, head))
             self._size += len(line)
+            self._note(entry)
 
     def tokens(self, model: str) -> tuple[int, int]:
         """Tokens of prompts and of completions that the model's answers took, all runs together."""
@@ -143,12 +144,18 @@ class AnswerJournal:
         size = 4096
         while b"\n" not in (line := os.pread(reader, size, offset)) and len(line) == size:
             size *= 4
-        row = json.loads(line.partition(b"\n")[0])
-        if row["key"] != key.hex():
+        try:
+            row = json.loads(line.partition(b"\n")[0])
+            if row["key"] == key.hex():
+                return row
+        except ValueError as error:
             raise ValueError(
-                f"{self._path(shard)} was changed: at byte {offset} is no answer {key.hex()}; delete answers.index beside it"
-            )
-        return row
+                f"{self._path(shard)}, byte {offset}: not an answer ({error}); delete the line and answers.index, and its "
+                "request is sent again"
+            ) from error
+        raise ValueError(
+            f"{self._path(shard)} was changed: at byte {offset} is no answer {key.hex()}; delete answers.index beside it"
+        )
 
     # --- posts ---
 
@@ -160,8 +167,8 @@ class AnswerJournal:
         """Note that a post needs no more requests. To lose this costs time, no requests."""
         with self._mutex:
             if self._settled.get(fingerprint) != key:
-                self._settled[fingerprint] = key
                 _write_all(self._settled_writer, fingerprint + key)
+                self._settled[fingerprint] = key
 
     def cursor(self) -> dict[str, Any]:
         """What `set_cursor` last wrote; empty if nothing."""
@@ -298,8 +305,14 @@ def _number(path: Path) -> int:
 
 
 def _write_all(file: int, data: bytes) -> None:
-    while data:  # a full disk or a signal may let through a part
-        data = data[os.write(file, data) :]
+    """Append all of it, or nothing: what a full disk let through must not stand before the next line."""
+    left = data
+    try:
+        while left:  # a full disk or a signal may let through a part
+            left = left[os.write(file, left) :]
+    except OSError:
+        os.ftruncate(file, os.fstat(file).st_size - (len(data) - len(left)))
+        raise
 
 
 def _repair(path: Path) -> None:
