@@ -13,8 +13,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
 from hypothesis import given, settings
@@ -182,6 +185,33 @@ def test_a_column_that_a_stream_meets_late_is_announced(tmp_path, monkeypatch, c
     assert len(posts) == 4 and "late" not in posts[2]
     assert caplog.text.count("the column late is first met in post 'c'") == 1
     assert load_posts(path)["late"] == [None, None, 1, 2]
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_stream_of_parquet_holds_a_row_group(tmp_path, form):
+    """And not the whole file, which pyarrow would read ahead while the first posts are trained on."""
+    file = tmp_path / "data" / "train.parquet"
+    file.parent.mkdir()
+    table = pa.table({"id": [f"p{n}" for n in range(2000)], "text": [f"{n:05d}" * 2000 for n in range(2000)]})
+    pq.write_table(table, file, row_group_size=20, compression="none", use_dictionary=False)
+    assert file.stat().st_size > 20_000_000
+    stream = load_posts(file if form == "file" else tmp_path, streaming=True)
+    assert stream.num_shards == 100
+    before, most, read = pa.total_allocated_bytes(), 0, []
+    for post in stream:
+        read.append(post["id"])
+        most = max(most, pa.total_allocated_bytes() - before)
+        if len(read) < 50:
+            time.sleep(0.01)  # a step: time enough to read everything
+    assert read == [f"p{n}" for n in range(2000)]
+    assert 0 < most < 2_000_000
+
+
+def test_a_stream_of_parquet_numbers_posts_without_id(tmp_path):
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": [f"text {n}" for n in range(30)]}), file, row_group_size=10)
+    stream = load_posts(file, streaming=True)
+    assert [post["id"] for post in stream] == [f"train-{n}" for n in range(30)]
 
 
 def test_a_stream_of_several_files_splits_between_workers(tmp_path):

@@ -9,11 +9,12 @@ Holds   prompt and target are tokenized apart, as TRL does, so that a target nev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 import torch
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -257,6 +258,33 @@ class PairedTargetCollator:
             weight[row, : len(tokens)] = torch.tensor(token_weights)
         mask = torch.arange(width) < torch.tensor(lengths, dtype=torch.long)[:, None]
         return Targets(input_ids=input_ids, mask=mask, weights=weight, lengths=lengths)
+
+
+class SkippingCollator:
+    """Spares a resumed run the work for batches of a stream that it has trained on: it reads their rows and no pictures.
+
+    A dataset that is no stream is skipped at its sampler and needs none of this.
+
+    Args:
+        collator: what makes the other batches.
+
+    Example: after `skip_first(2)` the first two batches are empty, whichever worker collates them.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any]):
+        self.collator = collator
+        self.skip_first(0)
+
+    def skip_first(self, batches: int) -> None:
+        """Leave the first batches of the pass that begins now empty."""
+        self._batches, self._calls = batches, 0
+
+    def __call__(self, rows: Any) -> Any:
+        worker = get_worker_info()
+        # Workers take turns. One whose part of the stream has ended is passed over, so this may be ahead, never behind.
+        batch = self._calls if worker is None else self._calls * worker.num_workers + worker.id
+        self._calls += 1
+        return {} if batch < self._batches else self.collator(rows)
 
 
 def _conversation(row: Mapping[str, Any], num_images: int | None) -> list[dict[str, Any]]:

@@ -257,10 +257,16 @@ def _files(source: Any, format: str, split: str) -> tuple[list[str], str]:
 
 def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **more: Any) -> Posts:
     """Rows as `datasets` gives them."""
-    if format == "parquet":
-        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split, streaming=streaming)
-    if format == "hub":
-        return load_dataset(files[0], split=split, streaming=streaming, **more)
+    if format != "saved":
+        path = "parquet" if format == "parquet" else files[0]
+        if format == "parquet":
+            more = {"data_files": {split.partition("[")[0]: files}}
+        posts = load_dataset(path, split=split, streaming=streaming, **more)
+        # pyarrow reads ahead of whoever asks for rows, without limit: a whole file is held where a step is slower than the
+        # disk, and takes several times its size. By row groups it holds one. Not across a network, where each would be a
+        # request, nor for posts without ids, which are numbered file by file.
+        local = format == "parquet" or os.path.isdir(path)
+        return posts.reshard() if streaming and local and "id" in (posts.column_names or ()) else posts
     saved = load_from_disk(files[0])
     if isinstance(saved, Mapping):
         if split not in saved:

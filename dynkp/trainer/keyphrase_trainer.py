@@ -32,7 +32,7 @@ from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from dynkp.checkpoints import load_processor_by_name, pad_images_to_squares
-from dynkp.data.collators import PairedTargetCollator
+from dynkp.data.collators import PairedTargetCollator, SkippingCollator
 from dynkp.data.prompts import KeyphraseTask, resolve_task
 from dynkp.mechanics.gradient_order import gradients_in_order
 from dynkp.mechanics.shared_prompt import (
@@ -130,6 +130,7 @@ class KeyphraseTrainer(SFTTrainer):
         self._forward_redirection = _ForwardRedirection()
         self._records: dict[str, dict[str, list[Any]]] = {"train": {}, "eval": {}}
         self._eval_prefix = "eval"
+        self._stream_collator: SkippingCollator | None = None
         self._step_total = self._step_weight = self._step_reported = 0.0
         super().__init__(
             model=model,
@@ -260,11 +261,28 @@ class KeyphraseTrainer(SFTTrainer):
             total = total + zero
         return total, weight
 
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        stock: Any = self.data_collator
+        self._stream_collator = self.data_collator = SkippingCollator(stock)  # type: ignore[assignment]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = stock
+
+    def skip_stream(self, steps: int) -> None:
+        """Spare a stream's posts of these optimizer steps, which Trainer reads again and discards, their collation."""
+        if self._stream_collator is not None and not self.args.ignore_data_skip:
+            self._stream_collator.skip_first(steps * self.args.gradient_accumulation_steps)
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The optimizer step's micro-batches, and the weight of the posts in them on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._stream_collator is not None:
+            self._stream_collator.skip_first(0)  # a pass to come is read in full
         if not batches:
             return batches, None
         self._mark_repeated_posts(last := batches[-1])
@@ -544,6 +562,7 @@ class MethodState(TrainerCallback):
         self.trainer.begin_training()
         if state.global_step:
             self.trainer.load_method_state(state.stateful_callbacks.get(self.ENTRY, {}))
+            self.trainer.skip_stream(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.end_of_step()
