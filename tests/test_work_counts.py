@@ -220,22 +220,22 @@ def test_a_resumed_epoch_decodes_no_skipped_picture(workers: int, tmp_path: Path
     assert after == before[18:] and len(after) == 2
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [(0, 2), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("workers", "files", "accumulation"), [(0, 1, 2), (1, 1, 1), (2, 1, 1), (2, 2, 1)])
 def test_a_resumed_stream_decodes_no_skipped_picture(
-    workers: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, files: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its rows are read again from the start. Also where two workers read two files."""
+    """Its rows are read again from the start; with two files, by two workers."""
     texts = [f"text {number} of some words" for number in range(16)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    files = [write_posts(tmp_path / name, texts, (56, 48))[0] for name in ("one", "two")]
+    written = [write_posts(tmp_path / name, texts, (56, 48))[0] for name in ("one", "two")]
     for path in (tmp_path / "two").glob("*.jpg"):
         path.rename(tmp_path / "one" / f"two-{path.name}")
-    files[1].write_text(files[1].read_text().replace('"image": "', '"image": "two-').replace('"id": "', '"id": "two-'))
+    written[1].write_text(written[1].read_text().replace('"image": "', '"image": "two-').replace('"id": "', '"id": "two-'))
     steps = 12 // accumulation
 
     def trainer() -> Any:
-        stream = load_posts(files if workers == 2 else files[0], image_dir=tmp_path / "one", streaming=True)
+        stream = load_posts(written[:files], image_dir=tmp_path / "one", streaming=True)
         return trainer_of("llava", tmp_path / "run", stream, gamma="inf", max_steps=steps + 1, save_steps=steps - 1,
                           save_strategy="steps", dataloader_num_workers=workers,
                           gradient_accumulation_steps=accumulation, per_device_train_batch_size=1)  # fmt: skip

@@ -280,9 +280,10 @@ class SkippingCollator:
         self._batches, self._calls = batches, 0
 
     def __call__(self, rows: Any) -> Any:
-        worker = get_worker_info()
-        # Workers take turns. One whose part of the stream has ended is passed over, so this may be ahead, never behind.
-        batch = self._calls if worker is None else self._calls * worker.num_workers + worker.id
+        worker, batch = get_worker_info(), self._calls
+        if worker is not None:  # they take turns; those beyond the stream's number of shards have nothing to read
+            batch = batch * min(worker.num_workers, getattr(worker.dataset, "num_shards", worker.num_workers)) + worker.id
+        # A worker whose part of the stream has ended is passed over, so this may be ahead of the truth, never behind.
         self._calls += 1
         return {} if batch < self._batches else self.collator(rows)
 
