@@ -15,6 +15,7 @@ import conftest  # noqa: E402, F401  no network, no telemetry, one thread
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 from posts_for_tests import rows  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from trainers_for_tests import trainer_of  # noqa: E402
@@ -30,6 +31,7 @@ LOGS = {"dynamic_cot": ("log_choices", "choices.jsonl"), "aimkp": ("log_visits",
 # Global batches of 4: two ranks take 2 posts each, one process 4. Nine posts leave a last batch of one. Every method's
 # cases bear its name, those of Dynamic CoT none.
 AIMKP: dict[str, Any] = {"method": "aimkp", "warmup_epochs": 0, "image_threshold": 0.2}
+PROJECTOR, MERGER = {"adapters": "multi_modal_projector"}, {"adapters": "merger"}
 CASES: dict[str, dict[str, Any]] = {
     "avg": {"family": "llava", "gamma": "avg"},
     "quantile": {"family": "qwen2_5_vl", "gamma": "quantile:0.5"},
@@ -43,9 +45,9 @@ CASES: dict[str, dict[str, Any]] = {
     "no_pictures": {"family": "gemma3", "gamma": "6.0", "posts": "no pictures"},
     "short": {"family": "llava", "gamma": "avg", "posts": "nine", "max_steps": 5, "logging_steps": 2},
     "stream": {"family": "llama", "gamma": "avg", "posts": "stream", "on_invalid": "skip", "unique_ids": False},
-    "aimkp": {**AIMKP, "family": "llava"},
-    "aimkp_accumulated": {**AIMKP, "family": "qwen2_5_vl", "accumulation": 2, "gradient_checkpointing": True},
-    "aimkp_one_rank_pictures": {**AIMKP, "family": "llava", "posts": "one rank has pictures"},
+    "aimkp": {**AIMKP, "family": "llava", **PROJECTOR},
+    "aimkp_accumulated": {**AIMKP, "family": "qwen2_5_vl", "accumulation": 2, "gradient_checkpointing": True, **MERGER},
+    "aimkp_one_rank_pictures": {**AIMKP, "family": "llava", "posts": "one rank has pictures", **PROJECTOR},
     "aimkp_short": {**AIMKP, "family": "llava", "posts": "nine", "max_steps": 5},
 }
 # Refused when the trainer is built.
@@ -79,6 +81,10 @@ def run(name: str, out: Path, ranks: int) -> None:
     posts = posts_of(case.pop("posts", "eight"), family)
     AcceleratorState._reset_state()  # the process is the same as for the last case, its precision and ZeRO options may not be
     method = case.pop("method")
+    if projector := case.pop("adapters", None):  # on the language model, and the whole projector: gradients in batches
+        modules = r"^(?!.*(vision|visual|projector|lm_head)).*_proj$"
+        case["peft_config"] = LoraConfig(r=4, target_modules=modules, modules_to_save=[projector], init_lora_weights=False)
+        torch.manual_seed(0)
     log_option, log_file = LOGS[method]
     trainer = trainer_of(
         family,
