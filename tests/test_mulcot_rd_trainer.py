@@ -3,12 +3,13 @@
 Holds: a step equals a reference that goes through its posts one at a time with ordinary forwards (float64, 1e-10), online,
 for every option; λ = 0 is plain multi-task training; the assistant does not move; a student equal to its assistant gets no
 gradient from it; micro-batches, checkpointing and the prompt's backend change nothing; a resumed run is the uninterrupted
-one; checkpoints are chosen by the accuracy of generated labels.
+one; checkpoints are chosen by the accuracy of generated labels; a step leaves no graph behind.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from reasoning_trainers import BRIEF, LABELS, reasoning_rows, reasoning_trainer
 from test_dynamic_cot_trainer import EXACT, Gradients, ReportedLoss
 from tiny_models import build, exact_float64
 from trainers_for_tests import largest_difference, losses, weights
+from transformers import TrainerCallback
 
 from dynkp.assistant import Assistant
 from dynkp.data.two_task_collator import TwoTaskCollator
+from dynkp.mechanics import shared_prompt
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 
 TASKS = ("label", "chain")
@@ -451,10 +454,46 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str, t
         MulCoTRDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
-def test_the_paper_s_plateau_can_be_overridden(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
-    args = MulCoTRDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options, lr_scheduler_kwargs={"patience": 5})
-    assert args.lr_scheduler_kwargs == {"patience": 5}
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"metric_for_best_model": "accuracy"}, {"mode": "max", "factor": 0.5, "patience": 2}),
+        ({}, {"mode": "min", "factor": 0.5, "patience": 2}),  # on the loss, which is to fall
+        (
+            {"metric_for_best_model": "accuracy", "lr_scheduler_kwargs": '{"patience": 5}'},
+            {"mode": "max", "factor": 0.5, "patience": 5},
+        ),
+    ],
+)
+def test_the_plateau_is_the_metric_s(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", **given}
+    args = MulCoTRDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+    assert args.lr_scheduler_kwargs == expected
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_step_leaves_anything_behind(checkpointing: bool, tmp_path: Path) -> None:
+    """Tensors and cached keys that Python still holds after 12 steps are no more than after 4."""
+    alive: dict[int, tuple[int, int]] = {}
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (4, 12):
+                gc.collect()
+                objects = gc.get_objects()
+                kinds = (torch.Tensor, shared_prompt._PromptLayer)
+                alive[state.global_step] = tuple(sum(isinstance(each, kind) for each in objects) for kind in kinds)
+
+    reasoning_trainer(
+        "llava",
+        tmp_path,
+        assistant_model=teacher_of("llava"),
+        gradient_checkpointing=checkpointing,
+        max_steps=12,
+        logging_steps=50,
+        callbacks=[Count()],
+    ).train()
+    assert alive[12][0] <= alive[4][0] and alive[12][1] == 0
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
 POSITIONS = ("answer", "all")
 # The paper's, for lr_scheduler_type="reduce_lr_on_plateau".
-PLATEAU = {"mode": "max", "factor": 0.5, "patience": 2}
+PLATEAU = {"factor": 0.5, "patience": 2}
 
 
 @dataclass
@@ -26,8 +26,8 @@ class MulCoTRDConfig(KeyphraseConfig):
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments of the schedule. None (default) for 'reduce_lr_on_plateau': the paper's mode 'max', "
-            "factor 0.5, patience 2, on `metric_for_best_model` (paper: accuracy)."
+            "help": "Arguments of the schedule. 'reduce_lr_on_plateau' follows `metric_for_best_model` (paper: accuracy; "
+            "'loss' if not given), with the paper's factor 0.5 and patience 2 unless given here."
         },
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW (paper: 3e-4), for adapters."})
@@ -83,9 +83,11 @@ class MulCoTRDConfig(KeyphraseConfig):
     )
 
     def __post_init__(self) -> None:
-        plateau = self.lr_scheduler_type == "reduce_lr_on_plateau"
-        self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or (dict(PLATEAU) if plateau else None)
         super().__post_init__()
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":
+            # torch's own mode is "min", whatever the metric: an accuracy that rises would count as no progress.
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **PLATEAU, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
         if self.task not in REASONING_TASKS:
             raise ValueError(f"`task` is {self.task!r}; choose one of {', '.join(map(repr, REASONING_TASKS))}.")
         if self.separator is not None:
