@@ -1,6 +1,6 @@
-"""Run by torchrun or alone: trains MulCoT-RD's student in every case and leaves what the ranks saw as JSON.
+"""Run by a launcher or alone: trains MulCoT-RD's student in every case and leaves what the ranks saw as JSON.
 
-python -m torch.distributed.run --nproc_per_node 2 distill_ranks.py OUT 2 SOFT_LABELS
+accelerate launch --config_file examples/accelerate/zero2.yaml distill_ranks.py OUT 2 SOFT_LABELS
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest  # noqa: E402, F401  no network, no telemetry, one thread
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from reasoning_trainers import reasoning_rows, reasoning_trainer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_soft_labels import teacher  # noqa: E402
@@ -46,6 +47,7 @@ def run(name: str, out: Path, ranks: int, soft_labels: str) -> None:
         case["soft_labels"] = soft_labels
     else:
         case["assistant_model"] = teacher()
+    AcceleratorState._reset_state()  # the process is the same as for the last case, its ZeRO options may not be
     trainer = reasoning_trainer(
         "llava",
         out / name,
@@ -65,6 +67,7 @@ def run(name: str, out: Path, ranks: int, soft_labels: str) -> None:
     timed = ("runtime", "per_second", "preparation")
     seen = {
         "world_size": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
         "checksum": sum(parameter.double().abs().sum().item() for parameter in trainer.model.parameters()),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "metrics": {key: value for key, value in metrics.items() if not any(word in key for word in timed)},

@@ -1,50 +1,50 @@
 """MulCoT-RD on two ranks is one process with the same global batches: weights, logs, evaluation.
 
-Holds with the assistant in memory and from its soft labels, also where one rank has no chain, and where the last batch is
-filled up. All cases go through one pair of ranks, which a timeout ends.
+Under DDP and DeepSpeed's ZeRO-2, as `accelerate launch` starts them. Holds with the assistant in memory and from its soft
+labels, also where one rank has no chain, and where the last batch is filled up. All cases of a launch go through one pair of
+ranks, which a timeout ends.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import FOLDER, finish, launch, start
 from safetensors.torch import load_file
 
-FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
 from distill_ranks import CASES, posts_of  # noqa: E402
 from test_soft_labels import write  # noqa: E402
 
-TIMEOUT = 200  # seconds; a rank that waits for ever is a failure, not a hanging build
+LAUNCHERS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}
+
+pytestmark = pytest.mark.timeout(600)  # the first one waits for a launch, and perhaps for DeepSpeed to compile
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Every case, by one process and by two ranks."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By launcher (`None`: one process), the folder with what the ranks left; each is started when first asked for."""
     from dynkp.data.rows import normalise_posts
 
     labels = tmp_path_factory.mktemp("soft_labels")
     write(labels, normalise_posts(posts_of("eight")))
-    folders = {ranks: tmp_path_factory.mktemp(f"ranks-{ranks}") for ranks in (1, 2)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for ranks, launcher in ((1, []), (2, torchrun)):
-        command = [sys.executable, *launcher, FOLDER / "distill_ranks.py", folders[ranks], ranks, labels]
-        done = subprocess.run(
-            [str(part) for part in command],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=TIMEOUT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-    return folders
+
+    @functools.cache
+    def folder_of(launcher: str | None) -> Path:
+        folder = tmp_path_factory.mktemp(f"{launcher}")
+        script = FOLDER / "distill_ranks.py"
+        if launcher is None:
+            finish([start([sys.executable, script, folder, 1, labels])])
+        else:
+            launch(f"{launcher}.yaml", script, folder, 2, labels)
+        return folder
+
+    return folder_of
 
 
 def seen(folder: Path, case: str, rank: int) -> dict[str, Any]:
@@ -52,11 +52,14 @@ def seen(folder: Path, case: str, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_are_one_process(case: str, runs: dict[int, Path]) -> None:
-    alone, first, second = seen(runs[1], case, 0), seen(runs[2], case, 0), seen(runs[2], case, 1)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_are_one_process(launcher: str, case: str, folders: Any) -> None:
+    alone = seen(folders(None), case, 0)
+    first, second = (seen(folders(launcher), case, rank) for rank in (0, 1))
+    assert first["distributed_type"] == LAUNCHERS[launcher]
     assert (alone["world_size"], first["world_size"], second["world_size"]) == (1, 2, 2)
     assert first["checksum"] == second["checksum"], "the ranks' weights drifted apart"
-    expected, actual = (load_file(runs[ranks] / f"{case}.safetensors") for ranks in (1, 2))
+    expected, actual = (load_file(folder / f"{case}.safetensors") for folder in (folders(None), folders(launcher)))
     assert max((expected[name] - actual[name]).abs().max().item() for name in expected) < 2e-6
     assert len(alone["log"]) == len(first["log"]) >= 2
     for one, two in zip(alone["log"], first["log"], strict=True):
@@ -69,6 +72,7 @@ def test_two_ranks_are_one_process(case: str, runs: dict[int, Path]) -> None:
         assert first["metrics"]["eval_generated_posts"] == 5
 
 
-def test_online_and_cached_are_the_same_on_two_ranks(runs: dict[int, Path]) -> None:
-    online, cached = (load_file(runs[2] / f"{case}.safetensors") for case in ("online", "cached"))
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_online_and_cached_are_the_same_on_two_ranks(launcher: str, folders: Any) -> None:
+    online, cached = (load_file(folders(launcher) / f"{case}.safetensors") for case in ("online", "cached"))
     assert max((online[name] - cached[name]).abs().max().item() for name in online) <= 1e-6
