@@ -17,9 +17,11 @@ import torch
 import transformers
 
 from dynkp import cli
-from dynkp.bench import gpu, run
+from dynkp.bench import dynamic_cot, gpu, run
 from dynkp.bench.measure import Setting
-from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, build_model, config_of, draw_posts
+from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, batch_of, build_model, config_of, draw_posts
+from dynkp.mechanics.shared_prompt import score_targets
+from dynkp.trainer.keyphrase_trainer import fused_score_targets
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, threads=1, repeats=1, quick=True)
@@ -140,3 +142,20 @@ def test_without_time_rows_say_so(few: None) -> None:
 def test_real_shapes_are_refused_on_a_cpu() -> None:
     with pytest.raises(SystemExit, match="--quick"):
         run.main(["--suite", "gpu", "--device", "cpu"])
+
+
+def test_the_gpu_s_head_gives_the_same(tmp_path: Path) -> None:
+    """On a GPU ways score through TRL's fused head, which `SFTTrainer` puts on the model; it runs on a CPU as well."""
+    name = SHAPES[1]
+    model = build_model(name, trained="lora", attention="sdpa", tiny=True, device=CPU).float()
+    gpu.sft_trainer(model, str(tmp_path), CPU)
+    posts = draw_posts(name, model, 4, TINY)
+    posts.prompt["pixel_values"] = posts.prompt["pixel_values"].float()
+    batch = batch_of(posts, [True, False, True, False])
+    for way, case in ((dynamic_cot.naive, [batch]), (dynamic_cot.ours, [batch]), (gpu.masked_views, [posts, 2])):
+        found = []
+        for score in (score_targets, fused_score_targets):
+            loss = float(way(model, *case, score))
+            found.append((loss, torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
