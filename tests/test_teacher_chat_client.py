@@ -3,7 +3,7 @@
 - each passing failure (429, 5xx, timeout, closed connection, half a body, invalid JSON) is followed by another attempt, up to
   `max_attempts`; 429 does not count; a refusal of the request itself (400) is not repeated;
 - 401 ends the run, and so does 404 while nothing has been answered; 404 later fails one request;
-- the key is in the header and nowhere else: not in an answer or an error, whatever the server echoes;
+- the key is in the header and nowhere else: not in an answer or an error, whatever the server echoes, in whatever spelling;
 - Retry-After is read in each of its forms.
 """
 
@@ -15,14 +15,16 @@ import logging
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from teacher_server import ChatServer, respond, serve
+from teacher_server import ChatServer, http_head, respond, serve
 
 from dynkp.teacher.chat_client import ChatClient, RequestFailed, RunStopped, ServerUnusable, read_retry_after
 from dynkp.teacher.chat_request import ChatAnswer, ChatRequest
 
 KEY = "secret-0123456789abcdefXYZ"
+KEY_WITH_SLASHES = "ab/cd+efgh/SECRET=="
 QUESTION = ChatRequest([{"role": "user", "content": "Why?"}], {"model": "m", "max_tokens": 5, "top_k": 3})
 
 
@@ -170,6 +172,70 @@ def test_an_echoed_key_is_blotted_out(
     said = repr(found) + str(found) + repr(vars(found)) + "".join(capsys.readouterr())
     assert KEY not in said and "secret" not in said
     assert KEY not in caplog.text
+
+
+def respelt(key: str) -> list[str]:
+    """How servers' JSON, in an error's repr or not, may spell a key."""
+    slashes = key.replace("/", r"\/")
+    codes = "".join(f"\\u{ord(one):04X}" for one in key)
+    return [key, slashes, codes, key.replace("/", r"\u002f"), repr(slashes)[1:-1], quote(key, safe=""), key.replace("/", "%2f")]
+
+
+@pytest.mark.parametrize("spelt", respelt(KEY_WITH_SLASHES))
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_key_is_found_however_it_is_spelt(spelt: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY_WITH_SLASHES}\n")
+    frame = '{"choices": [{"message": {"content": "MESSAGE"}}]}' if status == 200 else '{"error": "MESSAGE"}'
+    content = frame.replace("MESSAGE", f"sent: {spelt}.")
+
+    class Raw(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            writer.write(http_head(status, len(content)) + content.encode())
+            await writer.drain()
+            return True
+
+    async def run(url: str) -> str:
+        client = ChatClient(url, concurrency=1, max_attempts=1)
+        try:
+            return (await client.ask(QUESTION)).text
+        except RequestFailed as error:
+            return str(error)
+        finally:
+            await client.close()
+
+    with serve(Raw) as (url, _):
+        said = asyncio.run(run(url))
+    assert "sent: [key]." in said
+
+
+def test_a_key_does_not_follow_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    class Elsewhere(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            writer.write(http_head(307, 0, f"location: {other}/chat/completions\r\n"))
+            await writer.drain()
+            return True
+
+    async def run(url: str) -> None:
+        client = ChatClient(url, concurrency=1)
+        await client.ask(QUESTION)
+        await client.close()
+
+    with serve() as (other, reached), serve(Elsewhere) as (url, asked):
+        asyncio.run(run(url))
+    assert KEY in str(asked.headers) and len(reached.headers) == 1 and KEY not in str(reached.headers)
+
+
+def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("two\nlines of a file", "sk-sécret-key"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(ValueError, match="OPENAI_API_KEY must hold a key: one line of ASCII") as error:
+            ChatClient("http://host/v1", concurrency=1)
+        assert wrong[:5] not in str(error.value)
+    with pytest.raises(ValueError, match="must be the name of an environment variable") as error:
+        ChatClient("http://host/v1", concurrency=1, key_variable=KEY)
+    assert KEY not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:password@host/v1", "http://host/v1?key=abc"])

@@ -126,7 +126,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     for name in ("pipe.png", "."):
         with pytest.raises(ImageError, match="is not a regular file"):
             RequestImage.of(str(tmp_path / name), 64)
-    with pytest.raises(ImageError, match="cannot be read"):  # deleted since its digest was made: the post's failure, not the run's
+    with pytest.raises(ImageError, match="cannot be read"):  # as if deleted since its digest was made
         encode_image(str(tmp_path / "missing.png"), 64)
 
 

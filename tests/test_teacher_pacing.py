@@ -81,6 +81,19 @@ def test_retry_after_holds_all_back() -> None:
     assert asyncio.run(run()) >= 0.19
 
 
+def test_a_stopped_run_does_not_wait() -> None:
+    async def run() -> float:
+        pace = AdaptiveConcurrency(2)
+        pace.overloaded(time.monotonic(), retry_after=600)
+        stop = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.1, stop.set)
+        start = time.monotonic()
+        await pace.acquire(stop)
+        return time.monotonic() - start
+
+    assert asyncio.run(run()) < 60
+
+
 def test_no_slot_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="concurrency=0 must be at least 1"):
         AdaptiveConcurrency(0)

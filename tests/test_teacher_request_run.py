@@ -269,6 +269,24 @@ def test_the_cost_stays_below_the_limit(tmp_path: Path) -> None:
         assert done.stopped is None and done.cost == 200.0 and len(server.bodies) == 100
 
 
+def test_a_limit_of_cost_needs_counts_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_posts(tmp_path, [f"post {n}" for n in range(50)])
+    monkeypatch.setattr("teacher_server.USAGE", None)
+    with serve(latency=0.05) as (url, server):
+        outcome, _ = ask(tmp_path, url, prices={"m": Price(1.0, 1.0)}, max_cost=1.0)
+        assert (outcome.stopped, outcome.settled, len(server.bodies)) == ("server", 1, 1)
+        assert "counts no tokens" in outcome.reason
+        outcome, _ = ask(tmp_path, url, prices={"m": Price(1.0, 1.0)})
+        assert outcome.settled == 50
+
+
+def test_without_a_price_requests_go_side_by_side(tmp_path: Path) -> None:
+    write_posts(tmp_path, [f"post {n}" for n in range(40)])
+    with serve(latency=0.05) as (url, server):
+        ask(tmp_path, url, prices={"m": Price(0.0, 0.0)}, max_cost=1.0, concurrency=8)
+    assert server.most_under_way == 8
+
+
 def test_without_a_server_answers_are_taken_stock_of(tmp_path: Path) -> None:
     path = write_posts(tmp_path, [f"{('even', 'odd')[n % 2]} {n}" for n in range(6)] + [""])
     with AnswerJournal(tmp_path / "journal") as journal:

@@ -35,11 +35,16 @@ def test_a_limit_needs_the_price(tmp_path: Path) -> None:
     for wrong in (RunSettings("p", "o", "m", max_cost=1.0), RunSettings("p", "o", "other", prices=prices, max_cost=1.0)):
         with pytest.raises(ValueError, match=r"max_cost=1\.0 needs the price of model"):
             wrong.price_table()
+    with pytest.raises(ValueError, match="has no price of model 'other'"):
+        RunSettings("p", "o", "other", prices=prices).price_table()
 
 
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="max_side=15 must be at least 16"):
         RunSettings("p", "o", "m", max_side=15)
+    for name in ("messages", "model", "n", "stream"):
+        with pytest.raises(ValueError, match=f"extra_body must not have {name}"):
+            RunSettings("p", "o", "m", extra_body={name: 1})
     with pytest.raises(ValueError, match="base_url is missing"):
         RunSettings("p", "o", "m").need_server()
 
@@ -51,3 +56,12 @@ def test_files_are_named_after_the_output() -> None:
         f"r.2-of-4.{end}" for end in ("jsonl", "errors.jsonl", "report.json", "report.md", "preview.html", "journal")
     ]
     assert {path.parent for path in (paths.output, paths.journal)} == {Path("out")}
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.errors.jsonl", "r.report.json", "link"])
+def test_what_is_read_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "r.errors.jsonl")
+    paths = RunPaths(tmp_path / "r.jsonl")
+    paths.check_inputs(str(tmp_path / "posts.jsonl"))
+    with pytest.raises(ValueError, match=f"{name} is read, and would be replaced"):
+        paths.check_inputs(str(tmp_path / "posts.jsonl"), str(tmp_path / name))

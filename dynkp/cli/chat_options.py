@@ -64,7 +64,7 @@ def common_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def refuse_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End with an error if an argument holds the API key: every user of the machine sees it, and the report would have it."""
-    key = os.environ.get(arguments.api_key_env, "")
+    key = os.environ.get(arguments.api_key_env, "").strip()
     if len(key) >= 8 and any(key in str(value) for value in vars(arguments).values()):
         parser.error(f"an argument holds the API key; it belongs into the environment alone ({arguments.api_key_env})")
 

@@ -73,7 +73,7 @@ class ChatClient:
 
     Raises:
         ImportError: if `openai` is not installed.
-        ValueError: if the address holds a password, or is none.
+        ValueError: if the address holds a password, or is none; if there is no such variable, or what it holds is no key.
 
     Example:
         >>> client = ChatClient("http://127.0.0.1:8000/v1", concurrency=8)
@@ -91,6 +91,9 @@ class ChatClient:
         first_pause: float = 0.5,
         patience: float = 1800.0,
     ):
+        if key_variable != KEY_VARIABLE and key_variable not in os.environ:
+            # Not repeated: it may be the key itself.
+            raise ValueError("key_variable (--api-key-env) must be the name of an environment variable that holds the key")
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError("base_url must be an address such as http://127.0.0.1:8000/v1")
@@ -103,8 +106,10 @@ class ChatClient:
         except ImportError as error:
             raise ImportError("a teacher is asked through the openai client: pip install 'dynkp[teacher]'") from error
         key = os.environ.get(key_variable, "").strip() or _NO_KEY
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{key_variable} must hold a key: one line of ASCII characters")
         # Placeholders such as "none" and "EMPTY" are no secrets, and may be words of an answer.
-        self._secret = key if len(key) >= _SHORTEST_KEY else None
+        self._secret = _pattern_of(key) if len(key) >= _SHORTEST_KEY else None
         self.key_variable = key_variable
         self.timeout = timeout
         self.max_attempts = max_attempts
@@ -141,7 +146,7 @@ class ChatClient:
         body = await asyncio.get_running_loop().run_in_executor(None, request.body)
         attempts = pauses = 0
         while True:
-            await self.pace.acquire()
+            await self.pace.acquire(stop)
             try:
                 if stop is not None and stop.is_set():
                     raise RunStopped
@@ -209,7 +214,13 @@ class ChatClient:
         return " ".join(_KEY_LIKE.sub(_BLOT, text).split())[:500]
 
     def _blotted(self, text: str) -> str:
-        return text.replace(self._secret, _BLOT) if self._secret else text
+        return self._secret.sub(_BLOT, text) if self._secret else text
+
+
+def _pattern_of(key: str) -> re.Pattern[str]:
+    r"""Finds a key however it is spelt in JSON, a Python string or an address: `a/b`, `a\/b`, `a\u002fb`, `a%2Fb`."""
+    spellings = (rf"(?:\\{{0,4}}{re.escape(one)}|(?i:\\{{1,4}}u{ord(one):04x}|%{ord(one):02x}))" for one in key)
+    return re.compile("".join(spellings))
 
 
 def read_retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:

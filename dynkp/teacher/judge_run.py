@@ -88,6 +88,7 @@ class JudgeRun:
     def __init__(self, settings: JudgeSettings):
         self.settings = settings
         self.paths = RunPaths(settings.output)
+        self.paths.check_inputs(settings.posts, *settings.predictions.values())
         self.stream = PostStream(
             settings.posts, settings.image_dir, limit=settings.limit, allow_image_urls=settings.allow_image_urls
         )

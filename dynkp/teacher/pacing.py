@@ -9,6 +9,7 @@ Holds   never more requests at once than allowed; each overload (429, 5xx, a tim
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 
@@ -36,12 +37,18 @@ class AdaptiveConcurrency:
         self._cut_at = float("-inf")
         self._resume_at = float("-inf")
 
-    async def acquire(self) -> None:
-        """Wait for a slot. Give it back with `release`."""
+    async def acquire(self, stop: asyncio.Event | None = None) -> None:
+        """Wait for a slot. Give it back with `release`.
+
+        Args:
+            stop: once set, Retry-After is not waited for: nothing is going to be sent.
+        """
+        stop = stop or asyncio.Event()
         while True:
             pause = self._resume_at - time.monotonic()
-            if pause > 0:
-                await asyncio.sleep(pause)
+            if pause > 0 and not stop.is_set():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stop.wait(), pause)
             elif self.in_flight < max(1, int(self.limit)):
                 self.in_flight += 1
                 return

@@ -74,6 +74,7 @@ class RationaleRun:
         self.settings = settings
         paths = RunPaths(settings.output)
         self.paths = paths if settings.shard[1] == 1 else paths.of_shard(*settings.shard)
+        self.paths.check_inputs(settings.posts)
         self.stream = PostStream(
             settings.posts,
             settings.image_dir,

@@ -122,7 +122,7 @@ class RequestRun:
         self._failures_in_a_row = 0
         self._failed_now: set[bytes] = set()
         self._in_flight: dict[bytes, asyncio.Future[None]] = {}
-        self._highest_cost = 0.0
+        self._highest_cost: float | None = None
         self._begun = 0
 
     # --- without a server ---
@@ -367,15 +367,15 @@ class RequestRun:
         """Begin no request that would take the cost above the limit, should it cost as much as the dearest so far."""
         if self.max_cost is None:
             return await self._client.ask(request, self._stop)
-        if not self._highest_cost:
+        if self._highest_cost is None:
             async with self._first_price:  # until one has been answered nobody knows
-                if not self._highest_cost:
+                if self._highest_cost is None:
                     return await self._ask_and_count(request)
         return await self._ask_and_count(request)
 
     async def _ask_and_count(self, request: ChatRequest) -> ChatAnswer:
         cost, limit = self.cost() or 0.0, self.max_cost or 0.0
-        if cost + (self._begun + 1) * self._highest_cost > limit or cost >= limit:
+        if cost + (self._begun + 1) * (self._highest_cost or 0.0) > limit or cost >= limit:
             self._end("max_cost", f"{cost:.2f} spent of {limit:.2f}")
             raise RunStopped
         self._begun += 1
@@ -384,7 +384,9 @@ class RequestRun:
         finally:
             self._begun -= 1
         price = self.prices[request.settings["model"]]
-        self._highest_cost = max(self._highest_cost, price.cost(answer.prompt_tokens, answer.completion_tokens))
+        self._highest_cost = max(self._highest_cost or 0.0, price.cost(answer.prompt_tokens, answer.completion_tokens))
+        if not answer.prompt_tokens and not answer.completion_tokens:
+            self._end("server", "it counts no tokens, so that no limit of cost can be kept: leave max_cost out")
         return answer
 
     def cost(self) -> float | None:

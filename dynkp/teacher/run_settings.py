@@ -16,6 +16,9 @@ from typing import Any
 from dynkp.teacher.chat_client import KEY_VARIABLE, ChatClient
 from dynkp.teacher.prices import Price, load_prices
 
+# Of a request's body: what the run sets, and what would change the form of answers.
+_RESERVED = {"messages", "model", "n", "stream"}
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -70,6 +73,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.max_side < 16:
             raise ValueError(f"max_side={self.max_side!r} must be at least 16 pixels")
+        if reserved := sorted(_RESERVED & self.extra_body.keys()):
+            raise ValueError(f"extra_body must not have {', '.join(reserved)}: a request has its own, and one whole answer")
 
     def request_settings(self) -> dict[str, Any]:
         """The body of every request, messages aside."""
@@ -83,7 +88,7 @@ class RunSettings:
         """The prices that are known.
 
         Raises:
-            ValueError: if there is a limit of cost and no price of the model.
+            ValueError: if there is a limit of cost, or a table, and no price of the model.
         """
         prices = load_prices(self.prices) if self.prices else {}
         if self.max_cost is not None and self.model not in prices:
@@ -91,6 +96,8 @@ class RunSettings:
                 f"max_cost={self.max_cost!r} needs the price of model {self.model!r}, and the table of prices "
                 f"({self.prices or 'none was given'}) has none: add it"
             )
+        if self.prices and self.model not in prices:
+            raise ValueError(f"prices={self.prices!r} has no price of model {self.model!r}: add it, or leave the table out")
         return prices
 
     def client(self) -> ChatClient:
@@ -137,6 +144,17 @@ class RunPaths:
         self.table = self.output.with_name(f"{stem}.report.md")
         self.preview = self.output.with_name(f"{stem}.preview.html")
         self.journal = self.output.with_name(f"{stem}.journal")
+
+    def check_inputs(self, *files: str) -> None:
+        """See that no file that is read would be replaced.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        written = (self.output, self.errors, self.report, self.table, self.preview)
+        for file in files:
+            if os.path.realpath(file) in map(os.path.realpath, written):
+                raise ValueError(f"{file} is read, and would be replaced by what is written: choose another output")
 
     def of_shard(self, number: int, count: int) -> RunPaths:
         """The files of one of several machines: `r.2-of-4.jsonl` and so on."""
