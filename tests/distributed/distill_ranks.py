@@ -19,6 +19,9 @@ from reasoning_trainers import reasoning_rows, reasoning_trainer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_soft_labels import teacher  # noqa: E402
 
+# A loss that falls is no progress here, so that the rate is halved at every evaluation but the first.
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "greater_is_better": True}
+
 # Global batches of 4: two ranks take 2 posts each, one process 4. Nine posts leave a last batch of one.
 CASES: dict[str, dict[str, Any]] = {
     "online": {},
@@ -27,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "everywhere": {"kd_positions": "all"},
     "one_rank_chains": {"posts": "one rank has chains", "gradient_checkpointing": True},
     "short": {"posts": "nine", "max_steps": 3},
+    "plateau": {**PLATEAU, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4},
 }
 
 

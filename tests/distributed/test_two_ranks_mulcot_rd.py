@@ -70,6 +70,8 @@ def test_two_ranks_are_one_process(launcher: str, case: str, folders: Any) -> No
     assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
     if case == "online":
         assert first["metrics"]["eval_generated_posts"] == 5
+    if case == "plateau":
+        assert [entry["learning_rate"] for entry in first["log"]] == [0.1, 0.1, 0.05, 0.025]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
