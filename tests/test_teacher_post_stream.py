@@ -68,6 +68,14 @@ def test_a_file_without_a_last_line_break_and_with_a_byte_order_mark(tmp_path: P
     assert [source.id for source in stream] == ["a", "b"] and len(stream) == 2
 
 
+def test_empty_lines_are_no_posts(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"id": "a"}\n\n \r\n{"id": "b"}\n\n')
+    assert len(PostStream(tmp_path / "p.jsonl")) == 2
+    shards = [PostStream(tmp_path / "p.jsonl", shard=(number, 2)) for number in (1, 2)]
+    assert [(len(list(shard)), len(shard)) for shard in shards] == [(1, 1), (1, 1)]
+    assert len(PostStream(tmp_path / "p.jsonl", limit=2)) == 2
+
+
 def test_a_line_that_is_no_post_does_not_end_the_run(tmp_path: Path) -> None:
     path = written(tmp_path, [*plain(1), "{broken", "[1]", '{"id": "x", "text": 3, "keyphrases": "dog"}', *plain(1)])
     findings = [source.findings() for source in PostStream(path)]

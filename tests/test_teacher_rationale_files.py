@@ -170,6 +170,20 @@ def test_shards_put_together_are_the_whole_run(tmp_path: Path, count: int, keep_
     assert report["written"] == 6 and report["rejected"]["near_copy"] == 2 and report["requests"] == 12
 
 
+def test_a_shard_that_lost_rows_is_noticed(tmp_path: Path) -> None:
+    write_posts(tmp_path, "gggggg")
+    with serve(reply=reply) as (url, _):
+        for number in (1, 2):
+            run(tmp_path, url, shard=(number, 2))
+    merge_shards(tmp_path / "r.jsonl", progress=False)
+    before = (tmp_path / "r.jsonl").read_bytes()
+    shard = tmp_path / "r.1-of-2.jsonl"
+    shard.write_bytes(b"".join(shard.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match="have 4 posts in their places, and their reports 6"):
+        merge_shards(tmp_path / "r.jsonl", progress=False)
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+
+
 def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     write_posts(tmp_path, "gggg")
     with serve(reply=reply) as (url, _):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from posts_for_tests import picture
 from teacher_server import last_text, serve
 
 from dynkp.data.reasoning_tasks import REASONING_TASKS
@@ -190,6 +191,25 @@ def test_batches_end_where_asking_ends(tmp_path: Path) -> None:
             one.write()
     assert outcome.open == 0
     assert read(tmp_path / "batch" / "r.jsonl") == rows
+
+
+def test_a_batch_leaves_broken_pictures_out(tmp_path: Path) -> None:
+    rows = [{"text": f"post {n}", "keyphrases": ["dogs"], "image": f"{n}.jpg"} for n in range(3)]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n\n")
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "1.jpg").write_bytes(b"no picture")
+    chosen = RationaleSettings(
+        str(tmp_path / "posts.jsonl"), str(tmp_path / "r.jsonl"), "m", image_dir=str(tmp_path), progress=False
+    )
+    for folder, expected in (("one", 2), ("two", 2)):
+        with RationaleRun(chosen) as one:
+            assert one.export(tmp_path / folder)[0] == expected
+    with RationaleRun(chosen) as one:
+        assert one.replay().open == 2
+        assert one.write()["invalid_post"] == 1
+    (error,) = read(tmp_path / "r.errors.jsonl")
+    assert (error["id"], error["reason"]) == ("posts-1", "invalid_post") and "format that is read" in error["error"]
 
 
 def test_settings_that_cannot_work(tmp_path: Path) -> None:

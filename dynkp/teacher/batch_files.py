@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dynkp.data.images import ImageError
 from dynkp.teacher.chat_request import KEY_BYTES, ChatRequest, read_answer
 from dynkp.teacher.journal import AnswerJournal
 
@@ -44,6 +45,7 @@ def export_requests(
     *,
     max_requests: int = MAX_REQUESTS,
     max_bytes: int = MAX_BYTES,
+    refuse: Callable[[ChatRequest, ImageError], None] | None = None,
 ) -> tuple[int, list[Path]]:
     """Write requests to `batch-00001.jsonl`, `batch-00002.jsonl`, ...
 
@@ -52,13 +54,14 @@ def export_requests(
         folder: made if need be; must not have such files already.
         max_requests: most requests of a file.
         max_bytes: most bytes of a file; a single request may exceed it.
+        refuse: takes a request whose picture cannot be read, which is then left out; None makes it an error.
 
     Returns:
-        The number of requests, and the files.
+        The number of requests written, and the files.
 
     Raises:
         FileExistsError: if the folder has batch files.
-        ImageError: if a picture cannot be read.
+        ImageError: if a picture cannot be read and there is no `refuse`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,13 @@ def export_requests(
     file = None
     try:
         for request in requests:
-            line = _line(request)
+            try:
+                line = _line(request)
+            except ImageError as error:
+                if refuse is None:
+                    raise
+                refuse(request, error)
+                continue
             if file is None or in_file >= max_requests or size + len(line) > max_bytes:
                 if file is not None:
                     file.close()

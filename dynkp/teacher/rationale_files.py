@@ -21,10 +21,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from dynkp.data.whole_files import whole_files
 from dynkp.report.scores import write_json
 from dynkp.teacher.journal import AnswerJournal
 from dynkp.teacher.near_copies import NearCopies
@@ -171,24 +172,23 @@ class _Writer:
         self.paths = paths
 
     def __enter__(self) -> _Writer:
-        self.paths.output.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = [path.with_name(f".{path.name}.partial") for path in (self.paths.output, self.paths.errors)]
-        self._files: list[IO[str]] = [path.open("w", encoding="utf-8", errors="replace") for path in self._partial]
+        with contextlib.ExitStack() as stack:
+            partials = stack.enter_context(whole_files(self.paths.errors, self.paths.output))
+            self._errors, self._output = (
+                stack.enter_context(path.open("w", encoding="utf-8", errors="replace")) for path in partials
+            )
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, error: object, *_: object) -> None:
-        for file in self._files:
-            file.close()
-        if error is None:
-            for partial, path in zip(self._partial, (self.paths.output, self.paths.errors), strict=True):
-                partial.replace(path)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def output(self, row: Mapping[str, Any], post_id: str) -> None:
-        self._files[0].write(json.dumps({**row, "id": post_id}, ensure_ascii=False) + "\n")
+        self._output.write(json.dumps({**row, "id": post_id}, ensure_ascii=False) + "\n")
 
     def error(self, index: int, post_id: str, reason: str, message: str, rationale: str | None) -> None:
         row = {"index": index, "id": post_id, "reason": reason, "error": message, "rationale": rationale}
-        self._files[1].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._errors.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class _Sample:
@@ -279,6 +279,11 @@ def merge_shards(
                 counts["written"] += 1
             if row is not None:
                 writer.output(row, row["id"])
+        if counts.total() != (expected := sum(report["posts"] for report in reports)):
+            raise ValueError(
+                f"the shards of {paths.output} have {counts.total()} posts in their places, and their reports {expected}: they "
+                "are not of the same posts, or a file was changed. Run each --shard again"
+            )
     report = _report(counts)
     for name in ("cost", "requests"):
         values = [one.get(name) for one in reports]

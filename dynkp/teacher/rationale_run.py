@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dynkp.data.images import ImageError
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.report.scores import write_json
 from dynkp.teacher.batch_files import Imported, export_requests, import_results
+from dynkp.teacher.chat_request import ChatRequest
 from dynkp.teacher.journal import AnswerJournal
 from dynkp.teacher.post_stream import PostStream
 from dynkp.teacher.rationale_files import write_rationales
@@ -131,8 +133,15 @@ class RationaleRun:
         return self.outcome
 
     def export(self, folder: str | os.PathLike[str]) -> tuple[int, list[Path]]:
-        """Write the requests that come next as batch files (`dynkp.teacher.batch_files`)."""
-        return export_requests(self.run.unanswered(), folder)
+        """Write the requests that come next as batch files (`dynkp.teacher.batch_files`).
+
+        A request whose picture cannot be read is left out: its post has failed, as when it is asked about directly.
+        """
+        return export_requests(self.run.unanswered(), folder, refuse=self._refuse)
+
+    def _refuse(self, request: ChatRequest, error: ImageError) -> None:
+        row = {"stage": request.stage, "model": self.settings.model, "failed": True, "invalid": True, "error": str(error)}
+        self.journal.append(request.key, row)
 
     def import_results(self, paths: Iterable[str | os.PathLike[str]]) -> Imported:
         """Take the results of batches into the journal."""
