@@ -210,6 +210,30 @@ def test_a_server_that_fails_everyone_ends_the_run(tmp_path: Path, texts: str, r
     assert len(server.bodies) < 60 and outcome.open > 450
 
 
+@pytest.mark.parametrize("answered", [0, 20])
+def test_what_failed_as_the_server_was_down_is_asked_again(tmp_path: Path, answered: int) -> None:
+    class GoesDown(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            if len(self.bodies) > answered:
+                self.cursed = "post"
+            return await super().answer(writer, body)
+
+    write_posts(tmp_path, [f"post {n}" for n in range(300)])
+    with serve(GoesDown) as (url, _):
+        outcome, _ = ask(tmp_path, url)
+        assert outcome.stopped == "server" and outcome.failed >= 10
+        still_down, _ = ask(tmp_path, url)
+        assert still_down.stopped == "server"
+    with serve(cursed="post 299") as (url, server):
+        outcome, answers = ask(tmp_path, url)
+        assert (outcome.stopped, outcome.settled, outcome.failed) == (None, 300, 1)
+        assert [row is not None and not row["failed"] for row in answers] == [True] * 299 + [False]
+        asked = len(server.bodies)
+        # A failure of its own is not asked about again.
+        outcome, _ = ask(tmp_path, url)
+        assert (outcome.failed, len(server.bodies)) == (1, asked)
+
+
 def test_a_signal_lets_requests_end(tmp_path: Path) -> None:
     write_posts(tmp_path, [f"post {n}" for n in range(200)])
     with serve(latency=0.1) as (url, server):
@@ -320,7 +344,7 @@ def test_nine_tenths_of_a_server_are_used(tmp_path: Path) -> None:
 
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from dynkp.teacher import post_stream
 from dynkp.teacher.chat_client import ChatClient
 from dynkp.teacher.journal import AnswerJournal
@@ -337,7 +361,9 @@ folder, url = sys.argv[1:]
 with AnswerJournal(folder + "/journal") as journal:
     run = RequestRun(PostStream(folder + "/posts.jsonl"), once, journal, settings="s", progress=False)
     outcome = run.ask(lambda: Client(url, concurrency=8), concurrency=8)
-print(json.dumps([began[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, outcome.settled, outcome.requests]))
+# Not getrusage: Linux hands a new program the peak of the process that started it.
+peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([began[0], peak, outcome.settled, outcome.requests]))
 """
 
 
