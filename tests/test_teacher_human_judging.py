@@ -132,6 +132,7 @@ def test_unfinished_posts_do_not_count(tmp_path: Path) -> None:
         (lambda said: said.update(form="0"), r"answers-Ann\.json: its form is '0', and the keys are of"),
         (lambda said: said.update(annotator=" "), r"answers-Ann\.json: the annotator '' has no name"),
         (lambda said: said.update(annotator="Ben"), r"the annotator 'Ben' has no name, or another file has it"),
+        (lambda said: said.update(form=["0"]), r"answers-Ann\.json: must be a JSON object with form, .* the first a string"),
         (lambda said: said.pop("answers"), r"answers-Ann\.json: must be a JSON object with form, annotator, answers"),
         (lambda said: said.update(answers={}), "'answers' must be a list of objects"),
         (lambda said: said["answers"].append(said["answers"][0]), "a post is answered twice"),
@@ -161,5 +162,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_answers([], [answer(form, "Ann")])
     key = json.loads(key_path(form).read_text())
     (tmp_path / "other.key.json").write_text(json.dumps({**key, "form": "1", "systems": ["x", "y"]}))
+    (tmp_path / "odd.key.json").write_text(json.dumps({**key, "posts": [{"id": "p0"}]}))
+    with pytest.raises(ValueError, match=r"odd\.key\.json: 'posts' must be a list of objects with 'id' and 'order'"):
+        read_answers([], [tmp_path / "odd.key.json"])
     with pytest.raises(ValueError, match="forms that compare other systems"):
         read_answers([], [key_path(form), tmp_path / "other.key.json"])

@@ -247,7 +247,7 @@ def read_answers(files: Sequence[str | os.PathLike[str]], keys: Sequence[str | o
         ValueError: naming the file, if it has no answers, belongs to no key, has ranks that are none, or two files have the
             same annotator; or if the forms compare other systems.
     """
-    by_form = {key["form"]: key for key in (_read(path, ("form", "systems", "posts")) for path in keys)}
+    by_form = {key["form"]: key for key in map(_read_key, keys)}
     systems = [key["systems"] for key in by_form.values()]
     if any(one != systems[0] for one in systems):
         raise ValueError(f"the keys are of forms that compare other systems: {systems}")
@@ -296,6 +296,14 @@ def write_judgements(
     paths.table.write_text(rank_tables(report) + "\n", encoding="utf-8")
 
 
+def _read_key(path: str | os.PathLike[str]) -> dict[str, Any]:
+    key = _read(path, ("form", "systems", "posts"))
+    posts = key["posts"]
+    if not isinstance(posts, list) or not all(isinstance(post, dict) and {"id", "order"} <= post.keys() for post in posts):
+        raise ValueError(f"{path}: 'posts' must be a list of objects with 'id' and 'order': give the file that came with the form")
+    return key
+
+
 def _by_post(answers: Any, path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     if not isinstance(answers, list) or not all(isinstance(one, dict) and isinstance(one.get("id"), str) for one in answers):
         raise ValueError(f"{path}: 'answers' must be a list of objects with 'id', 'ranks' and 'complete'")
@@ -310,6 +318,6 @@ def _read(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or set(names) - set(content):
-        raise ValueError(f"{path}: must be a JSON object with {', '.join(names)}")
+    if not isinstance(content, dict) or set(names) - set(content) or not isinstance(content["form"], str):
+        raise ValueError(f"{path}: must be a JSON object with {', '.join(names)}, the first a string")
     return content

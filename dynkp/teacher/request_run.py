@@ -4,7 +4,8 @@ Given   posts, a dialogue for each (what to ask, and what to ask next), a client
 Gives   a journal in which every post is settled, or a reason why the run ended earlier.
 Holds   an answer is in the journal before its slot is free again, and an answer in the journal is not asked for, so a run
         that was killed repeats at most the requests that were under way; posts in memory are as many as requests at once
-        and a few more; the run stops, and fails no posts, where the server refuses everyone.
+        and a few more; the run stops where the server refuses everyone, and posts that failed for that are asked about again
+        by the next one.
 
 A dialogue is a generator: it yields requests, is sent their answers, and ends when the post needs no more:
 
@@ -119,7 +120,9 @@ class RequestRun:
         self._client: Any = None
         self._stopped: str | None = None
         self._reason = ""
-        self._failures_in_a_row = 0
+        self._failures_in_a_row: list[bytes] = []
+        # What failed as the last run's server was down.
+        self._again = {bytes.fromhex(key) for key in journal.cursor().get("again", ())}
         self._failed_now: set[bytes] = set()
         self._in_flight: dict[bytes, asyncio.Future[None]] = {}
         self._highest_cost: float | None = None
@@ -148,10 +151,14 @@ class RequestRun:
         """The post's last key, if it is settled; the post is then counted."""
         fingerprint = source.fingerprint(self.settings)
         key = self.journal.settled(fingerprint)
-        if key is None or (self.retry_failed and self.journal.has_failed(key)):
+        if key is None or (self.journal.has_failed(key) and self._retries(key)):
             return None
         self._count(source, key)
         return key
+
+    def _retries(self, key: bytes) -> bool:
+        """Whether a request that failed in an earlier run is to be sent again."""
+        return self.retry_failed or key in self._again
 
     def _replayed(self, source: SourcePost) -> ChatRequest | None:
         """Settle a post by answers that are there, or give the first request that has none."""
@@ -166,7 +173,7 @@ class RequestRun:
         while request.key in self.journal:
             row = self.journal.read(request.key)
             if row["failed"]:
-                if self.retry_failed:
+                if self._retries(request.key):
                     return request
                 break
             try:
@@ -246,7 +253,13 @@ class RequestRun:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await self._client.close()
+                self._note_what_to_ask_again()
         return self._outcome()
+
+    def _note_what_to_ask_again(self) -> None:
+        again = self._again.union(self._failures_in_a_row if self._stopped == "server" else ())
+        if again != self._again or self._again:
+            self.journal.set_cursor({**self.journal.cursor(), "again": sorted(key.hex() for key in again)})
 
     def _interrupt(self) -> None:
         if self._stop.is_set():
@@ -275,7 +288,8 @@ class RequestRun:
                 await self._queue.put(source)
                 if time.monotonic() - noted > _SECONDS_BETWEEN_SYNCS:
                     noted = time.monotonic()
-                    self.journal.set_cursor({"posts": identity, "offset": source.end, "index": source.index + 1})
+                    place = {"posts": identity, "offset": source.end, "index": source.index + 1}
+                    self.journal.set_cursor({**place, "again": sorted(key.hex() for key in self._again)})
             if not more:
                 break
         for _ in range(workers):
@@ -332,7 +346,7 @@ class RequestRun:
             row = self.journal.read(key)
             if not row["failed"]:
                 return _answer(row)
-            if not self.retry_failed or key in self._failed_now:
+            if not self._retries(key) or key in self._failed_now:
                 return None
         done = asyncio.get_running_loop().create_future()
         self._in_flight[key] = done
@@ -346,22 +360,23 @@ class RequestRun:
                     row |= {"invalid": True}
                 self.journal.append(key, row)
                 self._failed_now.add(key)
-                self._note_failure(error)
+                self._note_failure(key, error)
                 return None
             self.journal.append(key, row | asdict(answer))
-            self._failures_in_a_row = 0
+            self._failures_in_a_row.clear()
             return answer
         finally:
             del self._in_flight[key]
             done.set_result(None)
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, key: bytes, error: Exception) -> None:
+        self._again.discard(key)
         if isinstance(error, ImageError):
             return
-        self._failures_in_a_row += 1
+        self._failures_in_a_row.append(key)
         limit = max(_FAILURES_IN_A_ROW, 2 * self._client.pace.maximum) if self._client.answered else _FAILURES_AT_FIRST
-        if self._failures_in_a_row >= limit:
-            self._end("server", f"{self._failures_in_a_row} posts in a row failed, the last: {error}")
+        if (failures := len(self._failures_in_a_row)) >= limit:
+            self._end("server", f"{failures} posts in a row failed, the last: {error}")
 
     async def _ask_within_cost(self, request: ChatRequest) -> ChatAnswer:
         """Begin no request that would take the cost above the limit, should it cost as much as the dearest so far."""
