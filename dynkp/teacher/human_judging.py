@@ -300,7 +300,9 @@ def _read_key(path: str | os.PathLike[str]) -> dict[str, Any]:
     key = _read(path, ("form", "systems", "posts"))
     posts = key["posts"]
     if not isinstance(posts, list) or not all(isinstance(post, dict) and {"id", "order"} <= post.keys() for post in posts):
-        raise ValueError(f"{path}: 'posts' must be a list of objects with 'id' and 'order': give the file that came with the form")
+        raise ValueError(
+            f"{path}: 'posts' must be a list of objects with 'id' and 'order': give the file that came with the form"
+        )
     return key
 
 
