@@ -42,8 +42,10 @@ def texts(posts: Dataset, args: MulCoTRDConfig) -> list[str]:
     return known
 
 
-def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, max_new_tokens: int | None, batch_size: int) -> None:
-    """Answer both prompts on all ranks; score, print and write on the first.
+def evaluate(
+    trainer: KeyphraseTrainer, eval_posts: Dataset, max_new_tokens: int | None, batch_size: int, modality: Any = "both"
+) -> None:
+    """Answer both prompts on all ranks, from one modality or both; score, print and write on the first.
 
     Leaves `predictions.jsonl` (the label prompt, by which systems are compared), `chains.jsonl` and `metrics.json`.
     """
@@ -62,6 +64,7 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, max_new_tokens: int
                 prompt=kind,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens or (512 if kind == "chain" else 32),
+                modality=modality,
                 progress=state.is_main_process and not trainer.args.disable_tqdm,
             )
         )

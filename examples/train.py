@@ -181,6 +181,10 @@ def main(argv: list[str] | None = None) -> None:
         drawn_posts.compare_on_drawn_posts(args, prediction.predict_batch_size)
         return
 
+    if prediction.eval_modalities and trainer_class is MulCoTRDTrainer:
+        raise ValueError(
+            "`eval_modalities` is not for `method` mulcot_rd: dynkp predict --modality answers from text or image."
+        )
     train_posts, eval_posts = load_data(data, args)
     model, processor = load_model(model_args, tiny, train_posts, args)
     trainer = trainer_class(
@@ -197,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     if eval_posts is None:
         return
     if isinstance(trainer, MulCoTRDTrainer):
-        reasoning_posts.evaluate(trainer, eval_posts, prediction.max_new_tokens, prediction.predict_batch_size)
+        batch_size = prediction.predict_batch_size
+        reasoning_posts.evaluate(trainer, eval_posts, prediction.max_new_tokens, batch_size, data.modality)
     else:
         evaluate(trainer, eval_posts, data, prediction)
 

@@ -135,14 +135,14 @@ def test_both_systems_are_scored(pipeline: tuple[Path, list[list[str]]]) -> None
 
 
 def test_started_again_nothing_is_lost(pipeline: tuple[Path, list[list[str]]]) -> None:
-    """A second pass: no step computes anew, the assistant stays as it is, files end as they were."""
+    """A second pass: assistant and student stay as they are, files end as they were."""
     out, script = pipeline
-    fingerprint = weights_fingerprint(str(out / "assistant"))
+    fingerprints = {name: weights_fingerprint(str(out / name)) for name in ("assistant", "student")}
     before = {name: (out / name).read_bytes() for name in ("chains.jsonl", "augmented.jsonl", "student.label.jsonl")}
-    for command in script[1:4]:
+    for command in script[:5]:  # the first and the last train
         execute(command)
     execute(script[-3])
-    assert weights_fingerprint(str(out / "assistant")) == fingerprint
+    assert {name: weights_fingerprint(str(out / name)) for name in fingerprints} == fingerprints
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
@@ -160,3 +160,17 @@ def test_keyphrases_from_scratch(shared: Path, tmp_path: Path) -> None:
     assert metrics["method"] == "mulcot_rd" and metrics["systems"]["mulcot_rd"]["posts"] == 3
     assert {"keyphrases", "prediction"} <= read(tmp_path / "out/predictions.jsonl")[0].keys()
     assert read(tmp_path / "out/chains.jsonl")[0]["prompt"] == "chain"
+
+
+def test_a_specialist_is_scored_on_what_it_was_trained_on(shared: Path, tmp_path: Path) -> None:
+    masc = shared / "data/masc_t15"
+    lines = (masc / "test.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = ["--method", "mulcot_rd", "--train_file", str(tmp_path / "train.jsonl"), "--image_dir", str(masc / "images")]
+    given += ["--eval_posts", "3", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--max_steps", "1"]
+    given += ["--tiny_hidden_size", "32", "--tiny_vocab_size", "512", "--max_new_tokens", "4", "--modality", "text"]
+    with pytest.raises(ValueError, match="`eval_modalities` is not for `method` mulcot_rd"):
+        train.main([*given, "--eval_modalities", "both", "text"])
+    train.main(given)
+    for file in ("predictions", "chains"):
+        assert {row["modality"] for row in read(tmp_path / f"out/{file}.jsonl")} == {"text"}

@@ -393,6 +393,15 @@ class KeyphraseTrainer(SFTTrainer):
                 "untouched. Make room (`save_total_limit` keeps fewer), then continue with resume_from_checkpoint=True."
             ) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Its file would say how the last batch was padded: a run that is started again, and has nothing left to do, would
+        # save another model than the first time, for all who compare files (`weights_fingerprint`).
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_padding()
+            backend.no_truncation()
+        super()._save(output_dir, state_dict)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The last file of the other ranks; what follows is trainer_state.json.
