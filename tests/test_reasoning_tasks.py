@@ -194,6 +194,16 @@ def test_answers_to_the_label_prompt(output: str, prediction: str | None) -> Non
     assert MASC.parse(output) == Prediction({}, prediction)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "keyphrases"),
+    [('["nba", "finals"]', ["nba", "finals"]), ("null", []), ("[]", []), ('"nba; finals"', ["nba", "finals"])],
+)
+def test_values_of_json_are_written_as_words(prediction: str, keyphrases: list[str]) -> None:
+    output = f'{{"Text_analysis": ["one", "two"], "Image_analysis": null, "Prediction": {prediction}}}'
+    assert KEYPHRASES.keyphrases(output) == keyphrases
+    assert KEYPHRASES.parse(output).fields == {"Text_analysis": "one; two"}
+
+
 def test_a_rationale_without_fields_is_the_conclusion() -> None:
     row = {**ROW, "rationale": "They are a team.\nPeople tag teams."}
     assert (

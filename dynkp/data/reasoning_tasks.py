@@ -244,10 +244,17 @@ def _json_fields(output: str) -> dict[str, str]:
     names = {name.casefold(): name for name in (*ANALYSES, PREDICTION)}
     # Blanks for line breaks: written down, a line of a value must not look like a field.
     return {
-        names[folded]: " ".join(str(value).split())
+        names[folded]: " ".join(_in_words(value).split())
         for key, value in content.items()
         if (folded := key.casefold().replace(" ", "_")) in names
     }
+
+
+def _in_words(value: Any) -> str:
+    """A value of JSON: of a list its items, as keyphrases are joined; nothing of null."""
+    if isinstance(value, list):
+        return "; ".join(map(_in_words, value))
+    return "" if value is None else str(value)
 
 
 def _headed_fields(output: str) -> dict[str, str]:
