@@ -170,11 +170,12 @@ def test_shards_put_together_are_the_whole_run(tmp_path: Path, count: int, keep_
     assert report["written"] == 6 and report["rejected"]["near_copy"] == 2 and report["requests"] == 12
 
 
-def test_a_shard_that_lost_rows_is_noticed(tmp_path: Path) -> None:
-    write_posts(tmp_path, "gggggg")
+@pytest.mark.parametrize("kinds", ["gggggg", "ggggrg"])
+def test_a_shard_that_lost_rows_is_noticed(tmp_path: Path, kinds: str) -> None:
+    write_posts(tmp_path, kinds)
     with serve(reply=reply) as (url, _):
         for number in (1, 2):
-            run(tmp_path, url, shard=(number, 2))
+            run(tmp_path, url, shard=(number, 2), keep_all="r" in kinds)
     merge_shards(tmp_path / "r.jsonl", progress=False)
     before = (tmp_path / "r.jsonl").read_bytes()
     shard = tmp_path / "r.1-of-2.jsonl"

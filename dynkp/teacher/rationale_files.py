@@ -326,7 +326,9 @@ def _interleaved(
             error = next_errors[shard]
             if error is not None and error["index"] == place:
                 next_errors[shard] = next(errors[shard], None)
-                row = next(outputs[shard]) if keep_all and error["reason"] != INVALID else None
+                row = None
+                if keep_all and error["reason"] != INVALID and (row := next(outputs[shard], None)) is None:
+                    return
                 yield place, row, error
             elif (row := next(outputs[shard], None)) is not None:
                 yield place, row, None
