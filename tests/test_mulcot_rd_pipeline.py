@@ -23,6 +23,7 @@ import reasoning_posts  # noqa: E402
 import train  # noqa: E402
 
 from dynkp import MulCoTRDConfig, cli  # noqa: E402
+from dynkp.cli import rationales  # noqa: E402
 from dynkp.data.reasoning_tasks import REASONING_TASKS  # noqa: E402
 from dynkp.prediction_run import weights_fingerprint  # noqa: E402
 from dynkp.synthetic.tiny_model import build_tiny_vlm  # noqa: E402
@@ -36,7 +37,7 @@ QUICK = (
 )
 
 
-def commands(folder: Path, files: dict[str, Path]) -> list[list[str]]:
+def commands(folder: Path, files: dict[str, Path], **variables: str) -> list[list[str]]:
     """What the script would run, in words."""
     environment = {
         **os.environ,
@@ -47,6 +48,7 @@ def commands(folder: Path, files: dict[str, Path]) -> list[list[str]]:
         "ASSISTANT_OPTIONS": QUICK,
         "STUDENT_OPTIONS": QUICK,
         "DRY_RUN": "1",
+        **variables,
     }
     done = subprocess.run(["bash", str(SCRIPT)], env=environment, check=True, capture_output=True, text=True)
     return [shlex.split(line[2:]) for line in done.stdout.splitlines()]
@@ -99,6 +101,17 @@ def test_every_step_is_there(pipeline: tuple[Path, list[list[str]]]) -> None:
     _, script = pipeline
     steps = [command[1] if command[0] == "dynkp" else "train" for command in script]
     assert steps == ["train", "predict", "distill", "distill", "train", *["predict"] * 4, "evaluate"]
+
+
+def test_a_teacher_comes_first_where_one_is_named(tmp_path: Path) -> None:
+    """Its command is one that `dynkp rationales` takes, and the assistant trains on what it writes."""
+    names = ("TRAIN", "DEV", "TEST", "IMAGES", "ASSISTANT", "STUDENT")
+    environment = {"TEACHER_URL": "http://localhost:8000/v1", "TEACHER_MODEL": "large"}
+    files = {name: tmp_path / name.lower() for name in names}
+    script = commands(tmp_path, files, **environment)
+    arguments = rationales.parser().parse_args(script[0][2:])
+    assert script[0][:2] == ["dynkp", "rationales"] and (arguments.task, arguments.model) == ("masc", "large")
+    assert script[1][script[1].index("--train_file") + 1] == arguments.output == str(tmp_path / "out/teacher.jsonl")
 
 
 def test_the_student_learned_from_soft_labels_without_the_assistant(pipeline: tuple[Path, list[list[str]]]) -> None:

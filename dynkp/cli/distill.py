@@ -36,7 +36,8 @@ Files are written as they fill up. Stop the command, or have it killed, and star
 with other settings is an error. accelerate launch -m dynkp.cli distill cache ... shares the posts out to all GPUs.
 
 At the end it says how much probability the likeliest k tokens leave out, and, with --student, how much of the divergence
-between the two is left with k tokens."""
+between the two is left with k tokens. Of several processes the first says it of what is written by then: the same command
+again says it of all."""
 
 _AUGMENT = """\
 Add the assistant's chains to the training posts: each becomes a post with the chain as its rationale and the id ID#assistant,
