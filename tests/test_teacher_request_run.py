@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -73,7 +74,7 @@ def ask(
     """Run over `posts.jsonl`; the last answer of each post."""
     stream = PostStream(folder / "posts.jsonl")
     with AnswerJournal(folder / "journal") as journal:
-        run = RequestRun(stream, dialogue, journal, settings=settings, progress=False, **options)
+        run = RequestRun(stream, dialogue, journal, settings=settings, **{"progress": False, **options})
         outcome = run.ask(
             lambda: ChatClient(url, concurrency=concurrency, max_attempts=attempts, first_pause=0.01, timeout=20),
             concurrency=concurrency,
@@ -291,6 +292,16 @@ def test_the_cost_stays_below_the_limit(tmp_path: Path) -> None:
         assert again.stopped == "max_cost" and outcome.cost <= again.cost <= 41.0
         done, _ = ask(tmp_path, url, prices=price, max_cost=1000.0)
         assert done.stopped is None and done.cost == 200.0 and len(server.bodies) == 100
+
+
+def test_the_bar_shows_speed_time_left_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_posts(tmp_path, [*(f"post {n}" for n in range(30)), "cursed"])
+    with serve(latency=0.05, cursed="cursed") as (url, _):
+        ask(tmp_path, url, prices={"m": Price(10_000.0, 20_000.0)}, max_cost=100.0, progress=True)
+    last = capsys.readouterr().err.rpartition("\r")[2]
+    assert re.search(
+        r"Asking: 100%\|.*\| 31/31 \[.*, [\d.]+ post/s, 00:00 left, [1-4] at once, cost 60\.00 of 100\.00, 1 failed\]", last
+    )
 
 
 def test_a_limit_of_cost_needs_counts_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
