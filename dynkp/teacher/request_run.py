@@ -401,7 +401,7 @@ class RequestRun:
         price = self.prices[request.settings["model"]]
         self._highest_cost = max(self._highest_cost or 0.0, price.cost(answer.prompt_tokens, answer.completion_tokens))
         if not answer.prompt_tokens and not answer.completion_tokens:
-            self._end("server", "it counts no tokens, so that no limit of cost can be kept: leave max_cost out")
+            self._end("server", "the server counts no tokens, so that no limit of cost can be kept: leave max_cost out")
         return answer
 
     def cost(self) -> float | None:
