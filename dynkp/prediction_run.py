@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
+from dynkp.data.whole_files import locked
 from dynkp.generation import Modality, plan_batches, prompt_row, prompt_size
 from dynkp.report.scores import write_json
 
@@ -275,21 +276,6 @@ def _repair(file: Path) -> None:
         else:
             logger.info("%s: its last line was torn; its post is predicted again.", file)
             stream.truncate(end)
-
-
-def locked(output: Path) -> BinaryIO:
-    """The output, locked: two runs must not write to one file. The lock goes with the process, however that ends."""
-    file = output.open("ab")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BlockingIOError(f"another run is writing to {output}: wait for it, or choose another output") from None
-    except (ImportError, OSError):  # Windows and some network file systems have no such locks
-        pass
-    return file
 
 
 def _prompt_content(row: Mapping[str, Any]) -> bytes:

@@ -29,10 +29,11 @@ from dynkp.assistant import Assistant
 from dynkp.checkpoints import find_checkpoint
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.data.two_task_collator import TwoTaskCollator
+from dynkp.data.whole_files import locked
 from dynkp.generation import plan_batches, prompt_size
 from dynkp.mechanics.shared_prompt import Targets
 from dynkp.objectives.distillation import SoftLabels, soft_label_divergence, truncate
-from dynkp.prediction_run import locked, weights_fingerprint
+from dynkp.prediction_run import weights_fingerprint
 from dynkp.report.scores import write_json
 
 logger = logging.getLogger(__name__)

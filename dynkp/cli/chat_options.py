@@ -1,11 +1,12 @@
-"""Options of the commands that ask a chat server (`dynkp rationales`, `dynkp judge`), and how their words are read."""
+"""Options of the commands that ask a chat server (`dynkp rationales`, `dynkp judge`)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import Any
+
+from dynkp.cli.arguments import above_zero, from_zero, json_object, positive, share
 
 DONE, ERROR, SOME_FAILED, COST_REACHED, INTERRUPTED = 0, 1, 3, 4, 130
 # Options that go into `dynkp.teacher.run_settings.RunSettings` under their own names.
@@ -67,46 +68,3 @@ def refuse_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     key = os.environ.get(arguments.api_key_env, "").strip()
     if len(key) >= 8 and any(key in str(value) for value in vars(arguments).values()):
         parser.error(f"an argument holds the API key; it belongs into the environment alone ({arguments.api_key_env})")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """A number above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def from_zero(text: str) -> float:
-    """A number from 0."""
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return number
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return number
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return value

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynkp.cli.arguments import above_zero, positive
+
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
@@ -57,9 +59,9 @@ def parser() -> argparse.ArgumentParser:
         "--model", required=True, metavar="DIR_OR_ID", help="the assistant: a saved model, or an adapter (its base is found)"
     )
     cache.add_argument("--output", required=True, metavar="DIR", help="the folder of soft labels")
-    cache.add_argument("--top-k", type=_positive, default=64, metavar="K", help="tokens kept at each place (default: 64)")
+    cache.add_argument("--top-k", type=positive, default=64, metavar="K", help="tokens kept at each place (default: 64)")
     cache.add_argument(
-        "--temperature", type=_above_zero, default=2.0, metavar="T", help="T of the student's training (default: 2.0)"
+        "--temperature", type=above_zero, default=2.0, metavar="T", help="T of the student's training (default: 2.0)"
     )
     cache.add_argument(
         "--student", metavar="DIR_OR_ID", help="cut the vocabulary to the ids it shares with the assistant, and compare the two"
@@ -71,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --student: posts on which what the truncation does to the divergence is measured; 0: none (default: 16)",
     )
-    cache.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="posts at a time and process (default: 8)")
+    cache.add_argument("--batch-size", type=positive, default=8, metavar="N", help="posts at a time and process (default: 8)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     cache.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
     cache.add_argument("--device", default="auto", help="auto (the default: a GPU if there is one), cpu, cuda, cuda:1, ...")
@@ -252,22 +254,9 @@ def _listed(values: dict[int, float], form: str) -> str:
     return ", ".join(f"{k}: {value:{form}}" for k, value in values.items())
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
-    return number
-
 
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number

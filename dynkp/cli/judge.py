@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynkp.cli.arguments import positive, share
 from dynkp.cli.chat_options import (
     COST_REACHED,
     DONE,
@@ -18,9 +19,7 @@ from dynkp.cli.chat_options import (
     add_sampling_options,
     add_server_options,
     common_settings,
-    positive,
     refuse_key,
-    share,
 )
 
 # Named here too, so that the help does not load what they need; the tests hold the lists together.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -13,6 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dynkp.cli.arguments import above_zero, json_object, positive, share
 
 logger = logging.getLogger(__name__)
 
@@ -96,22 +97,22 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--separator", help="between keyphrases in the answer (default: the task's, '; ' or ', ')")
 
     decoding = parser.add_argument_group("decoding")
-    decoding.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest output (default: 512)")
-    decoding.add_argument("--num-beams", type=_positive, default=1, metavar="N", help="beams; 1, the default, is none")
+    decoding.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest output (default: 512)")
+    decoding.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beams; 1, the default, is none")
     decoding.add_argument("--do-sample", action="store_true", help="sample, from the whole distribution unless --top-p")
-    decoding.add_argument("--temperature", type=_above_zero, metavar="T", help="of sampling (default: 1)")
-    decoding.add_argument("--top-p", type=_share, metavar="P", help="sample from the likeliest tokens of this probability only")
+    decoding.add_argument("--temperature", type=above_zero, metavar="T", help="of sampling (default: 1)")
+    decoding.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest tokens of this probability only")
     decoding.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     decoding.add_argument(
         "--decodes",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, told apart by a column decode",
     )
 
     where = parser.add_argument_group("where")
-    where.add_argument("--batch-size", type=_positive, metavar="N", help="posts at a time and process (default: 8; vllm: 256)")
+    where.add_argument("--batch-size", type=positive, metavar="N", help="posts at a time and process (default: 8; vllm: 256)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     where.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
     where.add_argument(
@@ -125,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )
     where.add_argument(
         "--vllm-options",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="more arguments of vllm.LLM, such as '{\"tensor_parallel_size\": 4}'",
@@ -430,38 +431,8 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
     return arguments
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
-    return number
-
 
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:1, mps, xpu")
     return text
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return number
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return value

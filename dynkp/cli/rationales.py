@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynkp.cli.arguments import positive, share
 from dynkp.cli.chat_options import (
     COST_REACHED,
     DONE,
@@ -19,9 +20,7 @@ from dynkp.cli.chat_options import (
     add_sampling_options,
     add_server_options,
     common_settings,
-    positive,
     refuse_key,
-    share,
 )
 
 ACTIONS = ("ask", "export", "import", "write", "merge")

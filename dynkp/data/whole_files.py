@@ -1,4 +1,4 @@
-"""Files that are whole or absent: what was begun is never taken for what is finished."""
+"""Files that are whole or absent: what was begun is never taken for what is finished; and files that one run has to itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -49,3 +50,26 @@ def whole_files(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+def locked(path: Path, output: Path | None = None) -> BinaryIO:
+    """The file, locked: two runs must not write to one output. The lock goes with the process, however that ends.
+
+    Args:
+        path: what is opened, and made if need be.
+        output: what the error calls it, where that is something else.
+
+    Raises:
+        BlockingIOError: if another run has it.
+    """
+    file = path.open("ab")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(f"another run is writing to {output or path}: wait for it, or choose another output") from None
+    except (ImportError, OSError):  # Windows and some network file systems have no such locks
+        pass
+    return file

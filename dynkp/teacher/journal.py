@@ -28,11 +28,12 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dynkp.data.whole_files import locked
 from dynkp.report.scores import write_json
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class AnswerJournal:
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = _locked(self.folder / "lock")
+        self._lock_file = locked(self.folder / "lock", self.folder)
         self._mutex = threading.Lock()
         self._places: dict[bytes, int] = {}
         self._readers: dict[int, int] = {}
@@ -330,18 +331,3 @@ def _repair(path: Path) -> None:
         if end < size:
             logger.info("%s: its last line was torn; its request is sent again.", path)
             file.truncate(end)
-
-
-def _locked(path: Path) -> BinaryIO:
-    """The file, locked. The lock goes with the process, however that ends."""
-    file = path.open("ab")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BlockingIOError(f"another run is writing to {path.parent}: wait for it, or choose another output") from None
-    except (ImportError, OSError):  # Windows and some network file systems have no such locks
-        pass
-    return file
