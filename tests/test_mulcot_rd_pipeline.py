@@ -74,7 +74,7 @@ def pipeline(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row["image"]]
     files = {name: folder / f"{name.lower()}.jsonl" for name in ("TRAIN", "DEV", "TEST")}
-    for name, (start, end) in {"TRAIN": (0, 18), "DEV": (18, 26), "TEST": (26, 34)}.items():
+    for name, (start, end) in {"TRAIN": (0, 348), "DEV": (348, 408), "TEST": (408, 468)}.items():
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows[start:end]), encoding="utf-8")
     args = MulCoTRDConfig(output_dir=str(folder), use_cpu=True, bf16=False, task="masc", disable_tqdm=True)
     posts = reasoning_posts.load(str(files["TRAIN"]), args, str(masc / "images"))
@@ -132,9 +132,9 @@ def test_chains_are_added_iff_they_are_right(pipeline: tuple[Path, list[list[str
     augmented, chains = read(out / "augmented.jsonl"), {row["id"]: row["raw"] for row in read(out / "chains.jsonl")}
     originals = [row for row in augmented if not row["id"].endswith("#assistant")]
     task = REASONING_TASKS["masc"]
-    assert len(originals) == len(chains) == 18 and all(row["rationale"] and row["images"] for row in originals)
+    assert len(originals) == len(chains) == 348 and all(row["rationale"] and row["images"] for row in originals)
     right = {row["id"] for row in originals if task.is_right(row, chains[row["id"]])}
-    added = {row["id"].removesuffix("#assistant"): row for row in augmented[18:]}
+    added = {row["id"].removesuffix("#assistant"): row for row in augmented[348:]}
     assert added.keys() == right and all(row["rationale"] == chains[post_id] for post_id, row in added.items())
 
 
@@ -143,7 +143,7 @@ def test_both_systems_are_scored(pipeline: tuple[Path, list[list[str]]]) -> None
     report = json.loads((out / "scores.json").read_text())
     assert set(report["systems"]) == {"assistant", "student"}
     for system in report["systems"].values():
-        assert system["posts"] == 8 and 0 <= system["accuracy"] <= 1 and "bleu_4" in system["chains"]
+        assert system["posts"] == 60 and 0 <= system["accuracy"] <= 1 and "bleu_4" in system["chains"]
     assert 0 < report["floor"]["rouge_l"] < 1
 
 
