@@ -20,44 +20,44 @@ _EXPORTS = {
     "DynamicCoTConfig": "dynkp.trainer.dynamic_cot_config",
     "DynamicCoTTrainer": "dynkp.trainer.dynamic_cot_trainer",
     "KeyphraseConfig": "dynkp.trainer.keyphrase_config",
-    "KeyphraseTask": "dynkp.data.prompts",
+    "KeyphraseTask": "dynkp.data.tasks",
     "KeyphraseTrainer": "dynkp.trainer.keyphrase_trainer",
     "MulCoTRDConfig": "dynkp.trainer.mulcot_rd_config",
     "MulCoTRDTrainer": "dynkp.trainer.mulcot_rd_trainer",
-    "PairedTargetCollator": "dynkp.data.collators",
+    "PairedTargetCollator": "dynkp.batches.collators",
     "REASONING_TASKS": "dynkp.data.reasoning_tasks",
     "ReasoningTask": "dynkp.data.reasoning_tasks",
-    "TASKS": "dynkp.data.prompts",
-    "generate_keyphrases": "dynkp.generation",
-    "generate_reasoning": "dynkp.generation",
+    "TASKS": "dynkp.data.tasks",
+    "generate_keyphrases": "dynkp.prediction.generation",
+    "generate_reasoning": "dynkp.prediction.generation",
     "load_metric": "dynkp.mmkp_f1.mmkp_f1",
     "load_posts": "dynkp.data.sources",
     "load_sentiment_posts": "dynkp.data.sentiment_posts",
     "mix_posts": "dynkp.data.mixing",
-    "parse_answer": "dynkp.data.prompts",
+    "parse_answer": "dynkp.data.tasks",
     "score_keyphrases": "dynkp.mmkp_f1.scoring",
     "validate_posts": "dynkp.data.posts",
-    "write_predictions": "dynkp.generation",
+    "write_predictions": "dynkp.prediction.prediction_files",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # the table above is the only list of names
 
 if TYPE_CHECKING:  # what editors and mypy see
-    from dynkp.data.collators import PairedTargetCollator as PairedTargetCollator
+    from dynkp.batches.collators import PairedTargetCollator as PairedTargetCollator
     from dynkp.data.mixing import mix_posts as mix_posts
     from dynkp.data.posts import validate_posts as validate_posts
-    from dynkp.data.prompts import TASKS as TASKS
-    from dynkp.data.prompts import KeyphraseTask as KeyphraseTask
-    from dynkp.data.prompts import parse_answer as parse_answer
     from dynkp.data.reasoning_tasks import REASONING_TASKS as REASONING_TASKS
     from dynkp.data.reasoning_tasks import ReasoningTask as ReasoningTask
     from dynkp.data.sentiment_posts import load_sentiment_posts as load_sentiment_posts
     from dynkp.data.sources import load_posts as load_posts
-    from dynkp.generation import generate_keyphrases as generate_keyphrases
-    from dynkp.generation import generate_reasoning as generate_reasoning
-    from dynkp.generation import write_predictions as write_predictions
+    from dynkp.data.tasks import TASKS as TASKS
+    from dynkp.data.tasks import KeyphraseTask as KeyphraseTask
+    from dynkp.data.tasks import parse_answer as parse_answer
     from dynkp.mmkp_f1.mmkp_f1 import load_metric as load_metric
     from dynkp.mmkp_f1.scoring import score_keyphrases as score_keyphrases
+    from dynkp.prediction.generation import generate_keyphrases as generate_keyphrases
+    from dynkp.prediction.generation import generate_reasoning as generate_reasoning
+    from dynkp.prediction.prediction_files import write_predictions as write_predictions
     from dynkp.trainer.aimkp_config import AimKPConfig as AimKPConfig
     from dynkp.trainer.aimkp_trainer import AimKPTrainer as AimKPTrainer
     from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPConfig as DynamicAimKPConfig

@@ -1,7 +1,7 @@
 """Invariants of the layout (docs/contributing.md):
 
-- imports point one way: (cli, bench, examples) -> (trainer, generation, teacher, report)
-  -> (objectives, mechanics, data, synthetic) -> mmkp_f1, which imports nothing of ours and no torch;
+- imports point one way, from a room to rooms that stand before it in `ROOMS`, and no files import each other in a circle;
+  mmkp_f1 imports nothing of ours and no torch, and no module but `__init__` and `__main__` stands at the package's top;
 - TRL's private names are imported in one file;
 - `import dynkp` and the command's help are quick and leave torch alone, and every public name exists.
 """
@@ -12,6 +12,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,24 +20,37 @@ import pytest
 import dynkp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LAYERS = (
-    {"mmkp_f1"},
-    {"objectives", "mechanics", "data", "synthetic"},
-    {
-        "trainer",
-        "generation",
-        "prediction_run",
-        "checkpoints",
-        "vllm_backend",
-        "teacher",
-        "report",
-        "assistant",
-        "soft_labels",
-        "released_adapters",
-    },
-    {"cli", "bench", "examples"},
+# The rooms of the package, from the ground up: a room imports rooms that stand before it, and itself.
+ROOMS = (
+    "files",
+    "mmkp_f1",
+    "data",
+    "synthetic",
+    "batches",
+    "objectives",
+    "mechanics",
+    "models",
+    "chat",
+    "prediction",
+    "distillation",
+    "report",
+    "rationales",
+    "judging",
+    "trainer",
+    "recipes",
+    "training",
+    "bench",
+    "cli",
+    "examples",
 )
-LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+FLOOR = {room: number for number, room in enumerate(ROOMS)}
+# What a room must not import although it stands before it.
+FORBIDDEN = {
+    "mmkp_f1": {"files"},  # `evaluate` loads it by itself
+    "objectives": {"files", "mmkp_f1", "data", "synthetic", "batches"},  # equations of tensors
+    "mechanics": {"files", "mmkp_f1", "data", "synthetic"},  # batches in, tensors out
+}
+LOOSE = {"__init__.py", "__main__.py"}  # the only modules at the package's top
 TRL_SEAM = "dynkp/trainer/keyphrase_trainer.py"
 TRL_INTERNALS = ("trl.trainer.utils", "trl.models.utils")
 FILES = sorted(file.relative_to(REPOSITORY) for folder in ("dynkp", "examples") for file in (REPOSITORY / folder).rglob("*.py"))
@@ -53,38 +67,56 @@ def imports(source: str, file: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def part_of(file: Path) -> str:
-    return file.parts[0] if file.parts[0] == "examples" else file.with_suffix("").parts[1]
+def room_of(file: Path) -> str:
+    return file.parts[0] if file.parts[0] == "examples" else file.parts[1]
 
 
-def imported_part(name: str) -> str:
+def imported_room(name: str) -> str | None:
+    """The room a name of ours comes from; None for what stands at the package's top."""
     if not name.startswith("dynkp."):
         return "examples"
     first = name.split(".")[1]
-    return dynkp._EXPORTS.get(first, f"dynkp.{first}").split(".")[1]
+    return dynkp._EXPORTS.get(first, f"dynkp.{first}").split(".")[1] if first in dynkp._EXPORTS or first in FLOOR else None
 
 
 def violations(source: str, file: Path) -> list[str]:
     found = []
-    part = part_of(file)
+    room = room_of(file)
     if file.stem in ("utils", "helpers"):
         found.append(f"{file}: name the file after what it does")
-    if part != "__init__" and part not in LAYER:
-        found.append(f"{file}: say in LAYERS where {part} belongs")
+    if file.parts[0] == "dynkp" and len(file.parts) == 2 and file.name not in LOOSE:
+        found.append(f"{file}: a module belongs into a room")
+    elif room not in FLOOR and room not in LOOSE:
+        found.append(f"{file}: say in ROOMS where {room} belongs")
     for name in imports(source, file):
-        if name.startswith(("dynkp.", "examples.")) and part in LAYER:
-            target = imported_part(name)
-            if LAYER.get(target, 0) > LAYER[part]:
-                found.append(f"{file}: {part} must not import {name}")
-            if part == "mmkp_f1" and target != "mmkp_f1":
-                found.append(f"{file}: mmkp_f1 stands alone, but imports {name}")
-        if part == "mmkp_f1" and name.split(".")[0] in ("torch", "transformers", "trl"):
+        if name.startswith(("dynkp.", "examples.")) and room in FLOOR:
+            target = imported_room(name)
+            if target is not None and (FLOOR[target] > FLOOR[room] or target in FORBIDDEN.get(room, ())):
+                found.append(f"{file}: {room} must not import {name}")
+        if room == "mmkp_f1" and name.split(".")[0] in ("torch", "transformers", "trl"):
             found.append(f"{file}: mmkp_f1 needs no torch, but imports {name}")
         if name.split(".")[0] == "trl" and file.as_posix() != TRL_SEAM:
             private = any(step.startswith("_") for step in name.split("."))
             if private or name.startswith(TRL_INTERNALS):
                 found.append(f"{file}: {name} is TRL's own; take it through {TRL_SEAM}")
     return found
+
+
+def modules_imported(file: Path) -> set[Path]:
+    """The files of ours that a file imports, inside functions too."""
+    source = (REPOSITORY / file).read_text(encoding="utf-8")
+    found = set()
+    for name in imports(source, file):
+        parts = dynkp._EXPORTS.get(name.removeprefix("dynkp."), name).split(".")
+        candidates = (Path(*parts[:length]).with_suffix(".py") for length in range(len(parts), 1, -1))
+        found |= {candidate for candidate in candidates if (REPOSITORY / candidate).is_file()}
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {file: modules_imported(file) for file in FILES}
+    assert len(set().union(*graph.values())) > 100  # the walk finds them
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -96,14 +128,16 @@ def test_imports_point_one_way(file):
     ("file", "source"),
     [
         ("dynkp/data/posts.py", "from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer"),
-        ("dynkp/data/posts.py", "from ..generation import generate_keyphrases"),
-        ("dynkp/data/posts.py", "from .. import generation"),
+        ("dynkp/data/posts.py", "from ..prediction.generation import generate_keyphrases"),
+        ("dynkp/data/posts.py", "from .. import prediction"),
+        ("dynkp/mechanics/shared_prompt.py", "from dynkp.data.posts import validate_posts"),
+        ("dynkp/loose.py", ""),
         ("dynkp/data/posts.py", "def f():\n    import dynkp.cli"),
         ("dynkp/data/posts.py", "from dynkp import DynamicCoTTrainer"),
         ("dynkp/objectives/switching.py", "import examples.train"),
-        ("dynkp/mmkp_f1/scoring.py", "from dynkp.data.prompts import parse_answer"),
+        ("dynkp/mmkp_f1/scoring.py", "from dynkp.data.tasks import parse_answer"),
         ("dynkp/mmkp_f1/scoring.py", "import torch.nn"),
-        ("dynkp/data/collators.py", "from trl.trainer.utils import pad"),
+        ("dynkp/batches/collators.py", "from trl.trainer.utils import pad"),
         ("examples/train.py", "from trl.trainer.sft_trainer import _private"),
         ("dynkp/data/utils.py", ""),
         ("dynkp/extras/new.py", ""),

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import REPOSITORY
 
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
+from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md"))

@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dynkp.batches.collators import PairedTargetCollator
 from dynkp.bench.measure import Setting, environment
-from dynkp.data.collators import PairedTargetCollator
 from dynkp.data.sources import load_posts
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 

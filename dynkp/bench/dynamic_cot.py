@@ -25,8 +25,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from dynkp.batches.targets import Targets, mixed_targets, select
 from dynkp.bench.measure import Setting, Step, environment, median_seconds, peak_bytes
-from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, Targets, mixed_targets, score_targets, select
+from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, score_targets
 from dynkp.objectives.switching import below_threshold, mixed_loss
 from dynkp.objectives.token_loss import target_loss
 from dynkp.trainer.dynamic_cot_trainer import loss_of

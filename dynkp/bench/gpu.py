@@ -36,13 +36,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from dynkp.batches.targets import mixed_targets, select, targets_of
 from dynkp.bench import dynamic_cot
 from dynkp.bench.measure import Setting, Step, environment, median_seconds
 from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, Posts, batch_of, build_model, draw_posts, plain_inputs
 from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients, unsupported_reason
 from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
 from dynkp.mechanics.modality_masking import MODALITIES, Mask, dropping_unsupported_reason, image_token_counts, keep_mask
-from dynkp.mechanics.shared_prompt import Scorer, causal_lm_of, mixed_targets, score_targets, select, targets_of
+from dynkp.mechanics.shared_prompt import Scorer, causal_lm_of, score_targets
 from dynkp.objectives.filtering import variant_weights
 from dynkp.objectives.token_loss import target_loss
 from dynkp.trainer.keyphrase_trainer import fused_score_targets

@@ -24,12 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dynkp.assistant import Assistant
+from dynkp.batches.branches import Branches
+from dynkp.batches.targets import Targets
 from dynkp.bench.dynamic_cot import AGREEMENT, QUICK, Sizes, build_model
 from dynkp.bench.measure import Setting, Step, environment, median_seconds, peak_bytes
 from dynkp.data.reasoning_tasks import REASONING_TASKS
-from dynkp.mechanics.branched_prompt import Branches, PlainBranches, SharedBranches
-from dynkp.mechanics.shared_prompt import Targets
+from dynkp.distillation.assistant import Assistant
+from dynkp.distillation.soft_labels import SoftLabelCache, SoftLabelWriter
+from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches
 from dynkp.objectives.distillation import (
     SoftLabels,
     distilled,
@@ -39,7 +41,6 @@ from dynkp.objectives.distillation import (
     truncate,
 )
 from dynkp.objectives.token_loss import TargetLoss, target_loss
-from dynkp.soft_labels import SoftLabelCache, SoftLabelWriter
 
 SUITE = "mulcot_rd"
 HEADINGS = (
@@ -158,9 +159,7 @@ def cached(model: nn.Module, batch: Batch) -> torch.Tensor:
     device = batch.branches["prompt"]["input_ids"].device
     labels = batch.cache.of_batch(batch.ids, {task: _on_host(answers) for task, answers in batch.answers.items()})
     says = {
-        task: SoftLabels(
-            parts["ids"].to(device), parts["log_probs"].to(device), parts["rest"].to(device), parts["vocabulary"]
-        )
+        task: SoftLabels(parts["ids"].to(device), parts["log_probs"].to(device), parts["rest"].to(device), parts["vocabulary"])
         for task, parts in labels.items()
     }
     return _step(model, SharedBranches, batch, says)

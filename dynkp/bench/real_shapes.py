@@ -15,9 +15,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from dynkp.batches.prompt_layout import ImageGrid, PromptLayout
+from dynkp.batches.targets import Targets
 from dynkp.bench.dynamic_cot import Batch
-from dynkp.mechanics.prompt_layout import ImageGrid, PromptLayout
-from dynkp.mechanics.shared_prompt import Targets, causal_lm_of
+from dynkp.mechanics.shared_prompt import causal_lm_of
 from dynkp.trainer.keyphrase_trainer import freeze_vision_tower
 
 SHAPES = ("Qwen2.5-VL-3B", "LLaVA-1.5-7B", "InternVL3-8B")

@@ -1,4 +1,4 @@
-"""`python -m dynkp.cli`, which `accelerate launch -m dynkp.cli predict ...` and torchrun start in every process."""
+"""`python -m dynkp.cli`: the earlier spelling of `python -m dynkp`."""
 
 import sys
 

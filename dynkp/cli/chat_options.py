@@ -9,7 +9,7 @@ from typing import Any
 from dynkp.cli.arguments import above_zero, from_zero, json_object, positive, share
 
 DONE, ERROR, SOME_FAILED, COST_REACHED, INTERRUPTED = 0, 1, 3, 4, 130
-# Options that go into `dynkp.teacher.run_settings.RunSettings` under their own names.
+# Options that go into `dynkp.chat.settings.RunSettings` under their own names.
 COMMON = (
     *("posts", "output", "model", "base_url", "image_dir", "max_side", "allow_image_urls", "max_tokens", "temperature"),
     *("top_p", "seed", "extra_body", "limit", "concurrency", "timeout", "max_attempts", "retry_pause", "retry_failed"),

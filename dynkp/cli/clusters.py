@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw(arguments: argparse.Namespace) -> None:
     from dynkp.data.sources import load_posts
+    from dynkp.files.json_files import write_json
     from dynkp.report.clusters import cluster_posts, write_html, write_png
-    from dynkp.report.scores import write_json
 
     clusters = cluster_posts(
         load_posts(arguments.posts, image_dir=arguments.image_dir, split=arguments.split),

@@ -35,7 +35,7 @@ _CACHE = """\
 Write the assistant's likeliest tokens at every token of the posts' answers, with their log-probabilities at temperature T.
 
 Files are written as they fill up. Stop the command, or have it killed, and start it again: it goes on where it was. Going on
-with other settings is an error. accelerate launch -m dynkp.cli distill cache ... shares the posts out to all GPUs.
+with other settings is an error. accelerate launch -m dynkp distill cache ... shares the posts out to all GPUs.
 
 At the end it says how much probability the likeliest k tokens leave out, and, with --student, how much of the divergence
 between the two is left with k tokens. Of several processes the first says it of what is written by then: the same command
@@ -124,12 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> None:
-    from dynkp.assistant import Assistant, check_vocabularies
-    from dynkp.checkpoints import find_checkpoint, load_processor
+    from dynkp.batches.two_task_collator import TwoTaskCollator
     from dynkp.data.reasoning_tasks import resolve_reasoning_task
-    from dynkp.data.two_task_collator import TwoTaskCollator
-    from dynkp.report.scores import write_json
-    from dynkp.soft_labels import (
+    from dynkp.distillation.assistant import Assistant, check_vocabularies
+    from dynkp.distillation.soft_labels import (
         SoftLabelWriter,
         assistant_fingerprint,
         left_out,
@@ -137,6 +135,8 @@ def _cache(arguments: argparse.Namespace) -> None:
         truncation_effect,
         write_soft_labels,
     )
+    from dynkp.files.json_files import write_json
+    from dynkp.models.checkpoints import find_checkpoint, load_processor
 
     # Ranks share nothing but the folder, in which each has files of its own.
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -198,16 +198,14 @@ def _augment(arguments: argparse.Namespace) -> None:
 
     from dynkp.data.reasoning_tasks import resolve_reasoning_task
     from dynkp.data.sources import write_posts_jsonl
-    from dynkp.report.evaluation import read_predictions
+    from dynkp.prediction.prediction_files import read_predictions
 
     posts = _posts(arguments, check_images=False)
     task = resolve_reasoning_task(arguments.task)
     chains = {str(row["id"]): row["raw"] for row in read_predictions(arguments.chains, "raw")}
     if unknown := sorted(chains.keys() - set(posts["id"])):
         raise ValueError(f"{arguments.chains} has chains of posts that {arguments.posts} has not: {', '.join(unknown[:5])}")
-    right = [
-        index for index, row in enumerate(posts.remove_columns("images")) if task.is_right(row, chains.get(row["id"], ""))
-    ]
+    right = [index for index, row in enumerate(posts.remove_columns("images")) if task.is_right(row, chains.get(row["id"], ""))]
     added = posts.select(right).map(
         lambda row: {"rationale": chains[row["id"]], "id": f"{row['id']}#assistant"}, load_from_cache_file=False
     )
@@ -252,7 +250,6 @@ def _device(name: str) -> Any:
 
 def _listed(values: dict[int, float], form: str) -> str:
     return ", ".join(f"{k}: {value:{form}}" for k, value in values.items())
-
 
 
 def _count(text: str) -> int:

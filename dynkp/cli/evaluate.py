@@ -129,7 +129,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def _sentiment(arguments: argparse.Namespace) -> Any:
     from dynkp.data.sentiment_posts import load_sentiment_posts
-    from dynkp.report.evaluation import read_predictions
+    from dynkp.prediction.prediction_files import read_predictions
     from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
 
     with _silent("dynkp.data.rows"):  # which would ask for the pictures
@@ -146,7 +146,8 @@ def _sentiment(arguments: argparse.Namespace) -> Any:
 
 def _keyphrases(arguments: argparse.Namespace) -> Any:
     from dynkp.data.statistics import load_keyphrases
-    from dynkp.report.evaluation import Evaluation, gold_posts, read_predictions
+    from dynkp.prediction.prediction_files import read_predictions
+    from dynkp.report.evaluation import Evaluation, gold_posts
 
     names = arguments.names or _names(arguments.predictions)
     with _silent("dynkp.data.rows"):  # which would ask for the pictures
@@ -170,8 +171,8 @@ def _keyphrases(arguments: argparse.Namespace) -> Any:
 
 
 def _write_results(arguments: argparse.Namespace, evaluation: Any) -> None:
-    from dynkp.report.evaluation import latex_table, markdown_table
-    from dynkp.report.scores import write_json
+    from dynkp.files.json_files import write_json
+    from dynkp.report.tables import latex_table, markdown_table
 
     tables = evaluation.tables()
     text = "\n\n".join([*map(markdown_table, tables), evaluation.caption()])

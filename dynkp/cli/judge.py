@@ -159,8 +159,8 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from dynkp.teacher.candidates import name_systems
-    from dynkp.teacher.judge_run import JudgeRun, JudgeSettings
+    from dynkp.judging.candidates import name_systems
+    from dynkp.judging.run import JudgeRun, JudgeSettings
 
     own = ("allow_missing", "top", "shuffle_seed", "answer_format", "max_replies", "ties", "confidence", "resamples")
     settings = JudgeSettings(
@@ -188,8 +188,8 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 def _written(run: Any) -> int:
     """Write and print the results; how many posts failed."""
-    from dynkp.report.ranks import rank_tables
-    from dynkp.teacher.judge_run import FAILED, INVALID, UNREADABLE, summarise
+    from dynkp.judging.ranks import rank_tables
+    from dynkp.judging.run import FAILED, INVALID, UNREADABLE, summarise
 
     report = run.write()
     if report["ranked"]:
@@ -200,9 +200,9 @@ def _written(run: Any) -> int:
 
 
 def _human(arguments: argparse.Namespace) -> int:
-    from dynkp.teacher.candidates import load_candidates, name_systems
-    from dynkp.teacher.human_judging import key_path, write_form
-    from dynkp.teacher.post_stream import PostStream
+    from dynkp.chat.post_stream import PostStream
+    from dynkp.judging.candidates import load_candidates, name_systems
+    from dynkp.judging.human_form import key_path, write_form
 
     posts = PostStream(arguments.posts, arguments.image_dir, limit=arguments.limit)
     systems = name_systems(arguments.predictions, arguments.names)
@@ -219,8 +219,8 @@ def _human(arguments: argparse.Namespace) -> int:
 
 
 def _read_human(arguments: argparse.Namespace) -> int:
-    from dynkp.report.ranks import agreement, rank_report, rank_tables
-    from dynkp.teacher.human_judging import read_answers, write_judgements
+    from dynkp.judging.human_form import read_answers, write_judgements
+    from dynkp.judging.ranks import agreement, rank_report, rank_tables
 
     answers = read_answers(arguments.read_human, arguments.key)
     report = rank_report(

@@ -33,7 +33,7 @@ EPILOG = """\
 examples:
   dynkp predict --model out --posts test.jsonl --image-dir images --output predictions.jsonl
       a model that examples/train.py saved; an adapter's folder (LoRA) will do as well
-  accelerate launch -m dynkp.cli predict --model out --posts test.jsonl --output predictions.jsonl
+  accelerate launch -m dynkp predict --model out --posts test.jsonl --output predictions.jsonl
       the same on all GPUs: each process takes its share
   dynkp predict --model llava-hf/llava-1.5-7b-hf --adapter aimkp --task aimkp --num-beams 5 --do-sample \\
       --temperature 0.5 --decodes 3 --posts test.jsonl --image-dir images --output predictions.jsonl
@@ -169,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(arguments: argparse.Namespace, state: Any) -> None:
-    from dynkp.checkpoints import find_checkpoint
-    from dynkp.prediction_run import PredictionRun
+    from dynkp.models.checkpoints import find_checkpoint
+    from dynkp.prediction.run import PredictionRun
 
     if arguments.backend == "vllm" and state.num_processes > 1:
         raise ValueError(
@@ -294,8 +294,8 @@ def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
 def _task(arguments: argparse.Namespace) -> Any:
     import dataclasses
 
-    from dynkp.data.prompts import resolve_task
     from dynkp.data.reasoning_tasks import REASONING_TASKS
+    from dynkp.data.tasks import resolve_task
 
     if arguments.task in REASONING_TASKS:
         return REASONING_TASKS[arguments.task]
@@ -321,7 +321,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Any]:
     """What a row depends on. Not the batch size: a run that ran out of memory may go on with a smaller one."""
-    from dynkp.prediction_run import weights_fingerprint
+    from dynkp.models.fingerprints import weights_fingerprint
 
     return {
         "model": weights_fingerprint(checkpoint.model),
@@ -357,8 +357,8 @@ def _info(arguments: argparse.Namespace, state: Any) -> dict[str, Any]:
 
 
 def _generator(arguments: argparse.Namespace, checkpoint: Any, device: Any, num_images: int) -> Any:
-    from dynkp.checkpoints import load_model, load_processor
-    from dynkp.generation import Dialogue, PostDialogue, ReasoningDialogue, TransformersGenerator
+    from dynkp.models.checkpoints import load_model, load_processor
+    from dynkp.prediction.generation import Dialogue, PostDialogue, ReasoningDialogue, TransformersGenerator
 
     processor = load_processor(checkpoint)
     task, modality = _task(arguments), arguments.modality
@@ -388,8 +388,8 @@ def _vllm_generator(
 ) -> Any:
     import tempfile
 
-    from dynkp.checkpoints import Checkpoint, load_model
-    from dynkp.vllm_backend import VllmGenerator
+    from dynkp.models.checkpoints import Checkpoint, load_model
+    from dynkp.prediction.vllm_backend import VllmGenerator
 
     folder = None
     if arguments.merge_adapter:
@@ -429,7 +429,6 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
     if Path(arguments.output).is_dir():
         parser.error(f"--output {arguments.output} is a folder; name a file")
     return arguments
-
 
 
 def _device(text: str) -> str:

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Any:
-    from dynkp.teacher.rationale_run import RationaleRun, RationaleSettings
+    from dynkp.rationales.run import RationaleRun, RationaleSettings
 
     own = ("task", "template", "shard", "min_words", "max_words", "max_similarity", "keep_all", "preview")
     return RationaleRun(
@@ -191,7 +191,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 
 def _write(run: Any) -> None:
-    from dynkp.teacher.rationale_files import summarise
+    from dynkp.rationales.files import summarise
 
     report = run.write()
     cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
@@ -226,7 +226,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from dynkp.teacher.rationale_files import merge_shards, summarise
+    from dynkp.rationales.files import merge_shards, summarise
 
     report = merge_shards(
         arguments.output,

@@ -67,18 +67,16 @@ def _resample(arguments: argparse.Namespace) -> None:
     from dynkp.data.conversion import convert_posts
     from dynkp.data.resampling import overlap_table, resample
     from dynkp.data.statistics import describe_posts, statistics_table
-    from dynkp.data.whole_files import whole_files
-    from dynkp.report.evaluation import markdown_table
-    from dynkp.report.scores import write_json
+    from dynkp.files.json_files import write_json
+    from dynkp.files.whole_files import whole_files
+    from dynkp.report.tables import markdown_table
 
     sources = {"train": arguments.train, "test": arguments.test}
     out = Path(arguments.out_dir)
     names = [out / name for name in ("train.jsonl", "test.jsonl", "report.md", "report.json")]
     if taken := {name.resolve() for name in names} & {Path(source).resolve() for source in sources.values()}:
         raise ValueError(f"--out-dir {out}: {min(taken)} would be replaced, and its posts are read: name another folder")
-    new = resample(
-        _posts(arguments.train, "train"), _posts(arguments.test, "test"), arguments.target_overlap, arguments.seed
-    )
+    new = resample(_posts(arguments.train, "train"), _posts(arguments.test, "test"), arguments.target_overlap, arguments.seed)
     if not new.train:
         raise ValueError(f"no training post would stay: each has a keyphrase that {arguments.test} does not have")
     if not new.test and not new.moved_kept:

@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _describe(arguments: argparse.Namespace) -> None:
     from dynkp.data.statistics import describe_posts, lists_keyphrases, load_keyphrases, statistics_table
-    from dynkp.report.evaluation import markdown_table
-    from dynkp.report.scores import write_json
+    from dynkp.files.json_files import write_json
+    from dynkp.report.tables import markdown_table
 
     splits: dict[str, dict[str, Any]] = {}
     train_keyphrases = None

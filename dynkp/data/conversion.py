@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from dynkp.data.images import ImageError, check_image, locate_image
 from dynkp.data.posts import Finding, InvalidPostsError, PostReport
-from dynkp.data.prompts import TASKS
 from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS, READ_COLUMNS, Normaliser, extra_type
 from dynkp.data.sources import read_rows, store_image
-from dynkp.data.whole_files import whole_files
+from dynkp.data.tasks import TASKS
+from dynkp.files.whole_files import whole_files
 
 OUTPUT_FORMATS = ("jsonl", "parquet", "llava", "cmkp")
 JOIN_FORMAT = "{text}\n{column}: {value}"

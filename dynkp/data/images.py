@@ -69,9 +69,7 @@ def locate_image(name: str, root: str | None) -> str | None:
     except ValueError as error:  # a NUL byte
         raise ImageError(f"image {name!r:.120} is not a file name ({error})", "path_outside") from error
     if os.path.commonpath([root, path]) != root:
-        raise ImageError(
-            f"image {name!r:.120} leaves the image folder {root}: put the file into the folder", "path_outside"
-        )
+        raise ImageError(f"image {name!r:.120} leaves the image folder {root}: put the file into the folder", "path_outside")
     return path
 
 

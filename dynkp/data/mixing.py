@@ -68,9 +68,7 @@ class PostMixtureConfig:
     def __post_init__(self) -> None:
         self.datasets = [_post_source(entry) for entry in self.datasets]
         if self.stopping_strategy not in STOPPING_STRATEGIES:
-            raise ValueError(
-                f"stopping_strategy={self.stopping_strategy!r} is not known: use {', '.join(STOPPING_STRATEGIES)}"
-            )
+            raise ValueError(f"stopping_strategy={self.stopping_strategy!r} is not known: use {', '.join(STOPPING_STRATEGIES)}")
 
 
 def _post_source(entry: Any) -> PostSource:
@@ -117,9 +115,7 @@ def load_mixture(config: PostMixtureConfig, **validation: Any) -> Posts:
     return mix_posts(weighted, seed=config.mixture_seed, stopping_strategy=config.stopping_strategy)
 
 
-def mix_posts(
-    weighted: Sequence[tuple[Any, float]], seed: int = 0, stopping_strategy: str = "first_exhausted"
-) -> Posts:
+def mix_posts(weighted: Sequence[tuple[Any, float]], seed: int = 0, stopping_strategy: str = "first_exhausted") -> Posts:
     """Draw posts from several datasets, each time from one of them with probability proportional to its weight.
 
     Args:

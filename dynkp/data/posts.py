@@ -21,8 +21,8 @@ from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 
 from dynkp.data.images import ImageError, check_image, open_image
-from dynkp.data.prompts import keyphrase_problem
 from dynkp.data.rows import CONTENT, CONVERSATION, IDENTITY, LOAD_FINDINGS, Posts, fold_keyphrase, normalise_posts
+from dynkp.data.tasks import keyphrase_problem
 
 __all__ = [
     "Finding",
@@ -278,9 +278,7 @@ def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progre
 class _StreamCheck:
     """The function for a stream's `filter`: whether a post is valid."""
 
-    def __init__(
-        self, validator: _Validator, on_invalid: str, report_file: str | Path | None, check_images: bool
-    ) -> None:
+    def __init__(self, validator: _Validator, on_invalid: str, report_file: str | Path | None, check_images: bool) -> None:
         self.validator = validator
         self.on_invalid = on_invalid
         self.report_file = report_file

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dynkp.data.prompts import KeyphraseTask
+from dynkp.data.tasks import KeyphraseTask
 
 SENTIMENTS = ("positive", "neutral", "negative")
 ANALYSES = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion")

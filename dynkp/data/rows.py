@@ -35,7 +35,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from dynkp.data.images import MAX_IMAGE_PIXELS, ImageError, locate_image
-from dynkp.data.prompts import TASKS
+from dynkp.data.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -271,9 +271,7 @@ def _from_conversation(row: Mapping[str, Any], report: Any) -> dict[str, Any]:
     return {**row, "text": text, "keyphrases": [phrase for phrase in answer.split(",") if answer.strip()]}
 
 
-def normalise_posts(
-    posts: Any, *, image_dir: str | Path | None = None, stem: str = "post", local: bool = True
-) -> Posts:
+def normalise_posts(posts: Any, *, image_dir: str | Path | None = None, stem: str = "post", local: bool = True) -> Posts:
     """Bring posts into the row format of this module.
 
     Args:

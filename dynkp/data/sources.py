@@ -384,9 +384,7 @@ def _read_cmkp(path: str) -> Iterator[dict[str, Any]]:
     """
     base = path.removesuffix("_src.txt")
     beside = {"trg": "_trg.txt", "ocr": "_ocr_final.txt", "attributes": "_attribute_cleaned.txt"}
-    companions = {
-        key: f"{base}{end}" for key, end in beside.items() if os.path.isfile(f"{base}{end}") and base != path
-    }
+    companions = {key: f"{base}{end}" for key, end in beside.items() if os.path.isfile(f"{base}{end}") and base != path}
     for lines in zip_longest(read_lines(path), *map(read_lines, companions.values())):
         if None in lines:
             raise ValueError(f"{path} and {', '.join(companions.values())} must have the same number of lines")
@@ -416,9 +414,7 @@ def _masc_posts(rows: Iterable[tuple[str, dict[str, Any]]], rationales: str) -> 
     groups: dict[Any, list[dict[str, Any]]] = {}
     for fallback_id, row in rows:
         if not isinstance(row.get("aspect"), str) or row.get("image_id") is None:
-            raise ValueError(
-                f"row {fallback_id}: a MASC row needs a string 'aspect' and an 'image_id', got {row!r:.200}"
-            )
+            raise ValueError(f"row {fallback_id}: a MASC row needs a string 'aspect' and an 'image_id', got {row!r:.200}")
         groups.setdefault((str(row["image_id"]), row.get("text")), []).append(row)
     further = sum(max(0, sum(bool(row.get("cot")) for row in members) - 1) for members in groups.values())
     if further and rationales == "first":
@@ -461,9 +457,7 @@ def _stream(files: list[str], format: str, options: dict[str, Any]) -> IterableD
     )
 
 
-def _stream_rows(
-    files: list[str], format: str, normaliser: Normaliser, extra: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
+def _stream_rows(files: list[str], format: str, normaliser: Normaliser, extra: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     known = {*normaliser.columns, *IDENTITY, *extra}
     for fallback_id, row in _read(files, format):
         if not row.keys() <= known:

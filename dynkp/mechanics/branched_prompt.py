@@ -13,36 +13,14 @@ for the label alone, in prompts that differ in their last words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 
-from dynkp.mechanics.shared_prompt import (
-    CONTINUED_INPUTS,
-    SEQUENCE_INPUTS,
-    PlainPrompt,
-    SharedPrefix,
-    Targets,
-    prompt_positions,
-    select,
-    target_logits,
-    targets_of,
-)
-
-
-class Branches(TypedDict):
-    """A batch of prompts in two versions.
-
-    `prompt` are the prompts of one branch, whole. `ends` has, per branch, the columns behind the first `shared` ones:
-    `input_ids` (B, W), `attention_mask` (B, W), left-padded. A branch whose prompts do not begin like the others has no
-    end but, in `apart`, its own whole prompts.
-    """
-
-    prompt: dict[str, Any]
-    shared: int
-    ends: dict[str, dict[str, torch.Tensor]]
-    apart: dict[str, dict[str, Any]]
+from dynkp.batches.branches import Branches
+from dynkp.batches.targets import CONTINUED_INPUTS, SEQUENCE_INPUTS, Targets, select, targets_of
+from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrefix, prompt_positions, target_logits
 
 
 class SharedBranches:
@@ -135,9 +113,7 @@ def _logits(model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, 
     return target_logits(model, inputs, target_mask)
 
 
-def _all_logits(
-    model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, target_mask: torch.Tensor
-) -> torch.Tensor:
+def _all_logits(model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
     prompt = inputs["attention_mask"][:, : inputs["attention_mask"].shape[1] - target_mask.shape[1] + 1].bool()
     return target_logits(model, inputs, _predicting(prompt, target_mask))
 

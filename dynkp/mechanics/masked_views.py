@@ -17,17 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynkp.batches.targets import CONTINUED_INPUTS, Targets, targets_of
 from dynkp.mechanics.modality_masking import EncodedPrompt, Mask, Pooling, embedded, encode, masked
-from dynkp.mechanics.shared_prompt import (
-    CONTINUED_INPUTS,
-    PlainPrompt,
-    Scorer,
-    SharedPrefix,
-    Targets,
-    prompt_positions,
-    score_targets,
-    targets_of,
-)
+from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrefix, prompt_positions, score_targets
 
 FULL = "full"
 

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dynkp.mechanics.prompt_layout import PromptLayout
-from dynkp.mechanics.shared_prompt import SEQUENCE_INPUTS, causal_lm_of, prompt_positions
+from dynkp.batches.prompt_layout import PromptLayout
+from dynkp.batches.targets import SEQUENCE_INPUTS
+from dynkp.mechanics.shared_prompt import causal_lm_of, prompt_positions
 
 MODALITIES = ("text", "image")
 

@@ -1,7 +1,7 @@
 """The answer parser: how a model's output is read.
 
 Given a model's output, gives its keyphrases and whether it reasoned. Holds: any string is taken, in time linear in its
-length; the targets that `dynkp.data.prompts` writes are read back as they were written.
+length; the targets that `dynkp.data.tasks` writes are read back as they were written.
 """
 
 from __future__ import annotations

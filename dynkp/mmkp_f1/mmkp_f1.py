@@ -117,9 +117,7 @@ class MmkpF1(evaluate.Metric):
         self._with_texts = listed is not None
         evaluate.Metric.add_batch(self, predictions=predicted, references=gold, texts=listed or [""] * len(gold))
 
-    def add(
-        self, *, prediction: Any = None, reference: Any = None, text: str | None = None, **kwargs: Any
-    ) -> None:
+    def add(self, *, prediction: Any = None, reference: Any = None, text: str | None = None, **kwargs: Any) -> None:
         """Add one post."""
         texts = None if text is None else [text]
         self.add_batch(predictions=[prediction], references=[reference], texts=texts, **kwargs)

@@ -1,8 +1,8 @@
 """The Porter stemmer as NLTK has it in its default mode (`PorterStemmer(mode="NLTK_EXTENSIONS")`), word for word.
 
-Given a word, gives its stem in lower case. Holds: what NLTK gives, for every string (tests/test_porter.py compares them),
-in time linear in the word's length. NLTK itself is not used because importing it costs 1.5 s of CPU, several times what
-scoring the CMKP test set costs, and its stemmer is four times slower.
+Given a word, gives its stem in lower case. Holds: what NLTK gives, for every string (tests/mmkp_f1/test_porter.py
+compares them), in time linear in the word's length. NLTK itself is not used because importing it costs 1.5 s of CPU,
+several times what scoring the CMKP test set costs, and its stemmer is four times slower.
 """
 
 from __future__ import annotations

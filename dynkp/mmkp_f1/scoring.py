@@ -235,9 +235,7 @@ class KeyphraseScorer:
 
     def compute(self) -> Scores:
         """The scores of all posts so far; more may be added afterwards."""
-        return {
-            name: total.scores(measures(self.convention, self.ks), self.convention) for name, total in self._totals.items()
-        }
+        return {name: total.scores(measures(self.convention, self.ks), self.convention) for name, total in self._totals.items()}
 
     def post_scores(self) -> dict[str, PostScores]:
         """Every post's scores, per subset.
@@ -293,8 +291,7 @@ class PostScores:
             return (f"hits@{cut}", f"predicted@{cut}", "phrases"), _micro_f1
         if measure not in self.columns or name in ("phrases", "hits", "predicted"):
             raise ValueError(
-                f"measure={measure!r} is not among the scores of convention {self.convention!r}: "
-                f"{', '.join(self.measures())}"
+                f"measure={measure!r} is not among the scores of convention {self.convention!r}: {', '.join(self.measures())}"
             )
         return (measure,), _itself
 
@@ -532,9 +529,7 @@ def checked_cuts(ks: Sequence[int]) -> tuple[int, ...]:
 def _kinds(subset: str) -> frozenset[str]:
     kinds = frozenset(subset.split("&")) if isinstance(subset, str) else frozenset()
     if not kinds or not kinds <= set(SUBSETS):
-        raise ValueError(
-            f"subsets: {subset!r} is not known: use {', '.join(SUBSETS)}, or crossings such as 'present&unseen'"
-        )
+        raise ValueError(f"subsets: {subset!r} is not known: use {', '.join(SUBSETS)}, or crossings such as 'present&unseen'")
     for pair in _OPPOSITES:
         if pair <= kinds:
             raise ValueError(f"subsets: {subset!r} is empty, no phrase is both {' and '.join(sorted(pair))}")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynkp.objectives.token_loss import TargetLoss
 
-with warnings.catch_warnings():  # "APIs here are unstable": tests/test_trl_seam.py finds out before a user does
+with warnings.catch_warnings():  # "APIs here are unstable": tests/trainer/test_trl_seam.py finds out before a user does
     warnings.simplefilter("ignore", UserWarning)
     from trl.experimental.gkd import GKDTrainer
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from dynkp.data.images import open_image
 from dynkp.data.rows import fold_keyphrase
-from dynkp.data.whole_files import whole_files
+from dynkp.files.whole_files import whole_files
 
 PROJECTIONS = ("tsne", "pca")
 # Okabe and Ito's, which colour-blind readers tell apart; from the ninth keyphrase on the marks differ too.

@@ -10,7 +10,6 @@ Holds   predictions and posts are matched by id, never by position; missing, rep
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +22,9 @@ from dynkp.mmkp_f1.evaluation import allowed_subsets
 from dynkp.mmkp_f1.outputs import list_statistics
 from dynkp.mmkp_f1.scoring import KeyphraseScorer, PostScores
 from dynkp.mmkp_f1.significance import bootstrap_intervals, paired_bootstrap, paired_permutation
+from dynkp.prediction.prediction_files import listed, match_predictions
+from dynkp.report.tables import percent
 
-# How many ids an error shows.
-_SHOWN = 20
 # p-value below -> mark.
 MARKS = ((0.01, "‡"), (0.05, "†"))
 
@@ -57,97 +56,6 @@ def gold_posts(posts: Iterable[Mapping[str, Any]]) -> list[GoldPost]:
     if blank := [post.id for post in gold if not all(phrase.strip() for phrase in post.keyphrases)]:
         raise ValueError(f"posts with a blank keyphrase: {listed(blank)}. Leave the blank ones out")
     return gold
-
-
-def read_predictions(path: str | os.PathLike[str], answer: str = "keyphrases") -> list[dict[str, Any]]:
-    """Read a predictions file, as `dynkp predict` writes it.
-
-    Args:
-        path: JSONL rows with `id` and the answer; more columns are welcome.
-        answer: the column that must be there: `keyphrases`, lists of strings, or one of strings and nulls (`prediction`,
-            `raw`).
-
-    Raises:
-        ValueError: naming file and line, if a line is not a prediction.
-    """
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                torn = "" if line.endswith(b"\n") else ": the line is torn, so the run was killed; have dynkp predict finish it"
-                raise ValueError(f"{where}: not JSON ({error}){torn}") from error
-            rows.append(_checked(row, where, answer))
-    return rows
-
-
-def _checked(row: Any, where: str, answer: str) -> dict[str, Any]:
-    if not isinstance(row, dict) or "id" not in row or answer not in row:
-        raise ValueError(f"{where}: a prediction must be an object with 'id' and {answer!r}, got {row!r:.80}")
-    if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
-        raise ValueError(f"{where}: 'id' must be a string, got {row['id']!r:.80}")
-    value = row[answer]
-    if answer != "keyphrases":
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where}, id {row['id']!r}: {answer!r} must be a string or null, got {value!r:.80}")
-    elif not isinstance(value, list) or not all(isinstance(phrase, str) for phrase in value):
-        raise ValueError(f"{where}, id {row['id']!r}: 'keyphrases' must be a list of strings, got {value!r:.80}")
-    for column in ("reasoned", "output_words", "output_tokens"):
-        if isinstance(value := row.get(column), float) and not math.isfinite(value):
-            raise ValueError(f"{where}, id {row['id']!r}: {column!r} must be a number, got {value!r}")
-    decode = row.get("decode", 0)
-    if not isinstance(decode, int) or isinstance(decode, bool):
-        raise ValueError(f"{where}, id {row['id']!r}: 'decode' must be a whole number, got {decode!r:.80}")
-    return {**row, "id": str(row["id"])}
-
-
-def match_predictions(
-    rows: Iterable[Mapping[str, Any]], gold: Sequence[Any], *, allow_missing: bool = False
-) -> tuple[list[list[Mapping[str, Any]]], int]:
-    """Bring a system's rows into the posts' order, one list for each decode.
-
-    Args:
-        rows: predictions; with several decodes of a post, told apart by a column `decode`.
-        gold: the posts, each with an `id`.
-        allow_missing: whether a post without prediction gets one without keyphrases.
-
-    Returns:
-        Per decode the rows in the posts' order, and the number of missing rows that were filled in.
-
-    Raises:
-        ValueError: listing the ids that are unknown, repeated or missing.
-    """
-    decodes: dict[int, dict[str, Mapping[str, Any]]] = {}
-    problems: dict[str, list[str]] = {"repeated": [], "unknown": [], "missing": []}
-    known = {post.id for post in gold}
-    for row in rows:
-        decode = decodes.setdefault(row.get("decode", 0), {})
-        if row["id"] in decode:
-            problems["repeated"].append(row["id"])
-        elif row["id"] not in known:
-            problems["unknown"].append(row["id"])
-        decode[row["id"]] = row
-    matched = []
-    missing = 0
-    for _, decode in sorted(decodes.items() or [(0, {})]):
-        absent = [post.id for post in gold if post.id not in decode]
-        missing += len(absent)
-        problems["missing"] += [] if allow_missing else absent
-        matched.append([decode.get(post.id) or {"id": post.id, "keyphrases": []} for post in gold])
-    if any(problems.values()):
-        found = "; ".join(f"{name} ids: {listed(dict.fromkeys(ids))}" for name, ids in problems.items() if ids)
-        remedy = "; allow_missing=True (--allow-missing) scores the missing as empty" if problems["missing"] else ""
-        raise ValueError(f"predictions and posts do not match: {found}{remedy}")
-    return matched, missing
-
-
-def listed(ids: Iterable[str]) -> str:
-    """Ids for an error: the first ones, and how many there are."""
-    ids = list(ids)
-    more = f", ... ({len(ids):,} in all)" if len(ids) > _SHOWN else ""
-    return ", ".join(map(repr, ids[:_SHOWN])) + more
 
 
 class Evaluation:
@@ -477,46 +385,3 @@ def output_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _head(measure: str) -> str:
     name, at, cut = measure.partition("@")
     return f"{name.upper()}{at}{cut.upper()}"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a Markdown table, the first row its heads."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(escaped):
-        cells = [
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-        if number == 0:
-            rule = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-            lines.append(f"| {' | '.join(rule)} |")
-    return "\n".join(lines)
-
-
-def latex_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a LaTeX tabular (packages booktabs and textcomp), the first row its heads."""
-    head, *body = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in rows]
-    columns = "l" + "r" * (len(rows[0]) - 1)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(lines)
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "†": r"$^\dagger$",
-    "‡": r"$^\ddagger$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
-
-
-def _latex(cell: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in cell)

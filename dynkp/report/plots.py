@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dynkp.data.whole_files import whole_files
+from dynkp.files.whole_files import whole_files
 
 SUFFIXES = (".png", ".svg", ".pdf")
 COLUMNS = ("step", "modality", "stride", "cosine", "kept", "full_loss", "masked_loss")

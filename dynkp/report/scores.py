@@ -7,15 +7,14 @@ Holds   predictions and posts are matched by id, never by position; a missing or
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dynkp.mmkp_f1.outputs import list_statistics
 from dynkp.mmkp_f1.scoring import score_keyphrases
-from dynkp.report.evaluation import gold_posts, markdown_table, match_predictions, output_means, percent
+from dynkp.prediction.prediction_files import match_predictions
+from dynkp.report.evaluation import gold_posts, output_means
+from dynkp.report.tables import markdown_table, percent
 
 
 def summarise(
@@ -69,16 +68,3 @@ def table(systems: Mapping[str, Mapping[str, Any]], subsets: Sequence[str] = ("a
         shares = [percent(system["subsets"]["all"]["p@1"]), percent(system.get("reasoning_share"))]
         lines.append([name, *scores, *shares, words, percent(system["empty_share"])])
     return markdown_table(lines)
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON; the file appears, or is replaced, only when it is complete."""
-    path = Path(path)
-    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout, must not be replaced by a file
-        path.write_text(text, encoding="utf-8")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynkp.data.reasoning_tasks import SENTIMENTS, ReasoningTask, resolve_reasoning_task
+from dynkp.prediction.prediction_files import listed, match_predictions
 from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, EmbeddedOnce, chain_scores, floor_partners, mean_scores
-from dynkp.report.evaluation import listed, match_predictions, percent
+from dynkp.report.tables import percent
 
 # What scikit-learn is told of an output that predicts nothing: none of the labels.
 _UNREAD = "(unread)"

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from dynkp.data.masking_collator import MaskingCollator
+from dynkp.batches.masking_collator import MaskingCollator
+from dynkp.batches.targets import Targets, targets_of
 from dynkp.mechanics import gradient_similarity
 from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients
 from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
@@ -28,7 +29,6 @@ from dynkp.mechanics.modality_masking import (
     pool,
     random_keep_mask,
 )
-from dynkp.mechanics.shared_prompt import Targets, targets_of
 from dynkp.mechanics.stride_schedule import StrideSchedule
 from dynkp.objectives.filtering import keep_variants, variant_weights
 from dynkp.objectives.token_loss import target_loss
@@ -97,7 +97,7 @@ class AimKPTrainer(KeyphraseTrainer):
         if not isinstance(self.data_collator, MaskingCollator):
             raise ValueError(
                 f"`data_collator` is a {type(self.data_collator).__name__}, which does not tell where text and pictures lie. "
-                "Leave it out, or give a subclass of dynkp.data.masking_collator.MaskingCollator."
+                "Leave it out, or give a subclass of dynkp.batches.masking_collator.MaskingCollator."
             )
         if "image" in args.modalities and getattr(self.model.config.get_text_config(), "cross_attention_layers", None):
             raise ValueError(
@@ -163,9 +163,7 @@ class AimKPTrainer(KeyphraseTrainer):
 
     # The views of a batch
 
-    def open_views(
-        self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]
-    ) -> tuple[Gradients, Views]:
+    def open_views(self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]) -> tuple[Gradients, Views]:
         """Something to compare gradients with, and the batch's prompts under masks of these strides."""
         count, prompt = len(inputs["id"]), inputs["prompt"]
         score = self._scorer(prompt["input_ids"].device)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from dynkp.batches.targets import Targets, mixed_targets
 from dynkp.mechanics.masked_views import FULL
-from dynkp.mechanics.shared_prompt import Targets, mixed_targets
 from dynkp.objectives.switching import below_threshold
 from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.trainer.aimkp_config import AimKPConfig

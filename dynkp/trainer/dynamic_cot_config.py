@@ -18,9 +18,7 @@ class DynamicCoTConfig(KeyphraseConfig):
         default=5e-5,
         metadata={"help": "Initial learning rate of AdamW (paper: 5e-5; 3e-5 on MMKP-360k)."},
     )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning rate schedule (paper: cosine annealing)."}
-    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule (paper: cosine annealing)."})
     strategy: str = field(
         default="dynamic",
         metadata={
@@ -87,6 +85,4 @@ class DynamicCoTConfig(KeyphraseConfig):
                 return float(rate)
         except ValueError:
             pass
-        raise ValueError(
-            f"`strategy` is {self.strategy!r}; choose one of {', '.join(map(repr, STRATEGIES))} with 0 <= p <= 1."
-        )
+        raise ValueError(f"`strategy` is {self.strategy!r}; choose one of {', '.join(map(repr, STRATEGIES))} with 0 <= p <= 1.")

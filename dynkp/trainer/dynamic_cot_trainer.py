@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, Targets, select
+from dynkp.batches.targets import Targets, select
+from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt
 from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma
 from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
@@ -175,9 +176,7 @@ def may_have_rationales(posts: Dataset | IterableDataset) -> bool:
     return any(any(posts[name]) for name in ("rationale", "reasoning_completion") if name in posts.column_names)
 
 
-def loss_of(
-    prompt: SharedPrompt | PlainPrompt, targets: Targets, rows: torch.Tensor | None = None
-) -> TargetLoss:
+def loss_of(prompt: SharedPrompt | PlainPrompt, targets: Targets, rows: torch.Tensor | None = None) -> TargetLoss:
     """One kind of target's loss for the posts in `rows` ((B,) bool; all if `None`), zero for the others: (B,)."""
     if rows is None or rows.all():
         log_probs = prompt.log_probs(targets)

@@ -17,9 +17,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from dynkp.data.prompts import KeyphraseTask
-from dynkp.generation import generate_keyphrases
+from dynkp.data.tasks import KeyphraseTask
 from dynkp.mmkp_f1.scoring import KeyphraseScorer
+from dynkp.prediction.generation import generate_keyphrases
 
 # Logged of every subset; of all posts, the measures of the composite too.
 SUBSET_MEASURES = ("f1@1",)
@@ -81,9 +81,7 @@ def generative_metrics(
         model, processor, mine(), task=task, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
     subsets = ["all", "present", "absent"] + (["seen", "unseen"] if train_keyphrases is not None else [])
-    own, whole = (
-        KeyphraseScorer(convention=convention, subsets=subsets, train_keyphrases=train_keyphrases) for _ in range(2)
-    )
+    own, whole = (KeyphraseScorer(convention=convention, subsets=subsets, train_keyphrases=train_keyphrases) for _ in range(2))
     sums: Counter[str] = Counter()
     while rows := list(islice(predictions, _SCORED_AT_A_TIME)):
         references, texts = zip(*(gold.popleft() for _ in rows), strict=True)

@@ -31,9 +31,8 @@ from transformers.training_args import TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
-from dynkp.checkpoints import load_processor_by_name, pad_images_to_squares
-from dynkp.data.collators import PairedTargetCollator, SkippingCollator
-from dynkp.data.prompts import KeyphraseTask, resolve_task
+from dynkp.batches.collators import PairedTargetCollator, SkippingCollator
+from dynkp.data.tasks import KeyphraseTask, resolve_task
 from dynkp.mechanics.gradient_order import gradients_in_order
 from dynkp.mechanics.shared_prompt import (
     REENTRANT,
@@ -44,6 +43,7 @@ from dynkp.mechanics.shared_prompt import (
     score_targets,
     unsupported_reason,
 )
+from dynkp.models.checkpoints import load_processor_by_name, pad_images_to_squares
 from dynkp.objectives.token_loss import TargetLoss, target_loss
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
@@ -155,7 +155,7 @@ class KeyphraseTrainer(SFTTrainer):
             raise ValueError(
                 f"`train_sampling_strategy` is 'group_by_length', but the posts have no column {lengths!r} "
                 "(`length_column_name`), and become tokens in the collator only. Add the column "
-                "(dynkp.data.lengths.post_lengths) or use 'random'."
+                "(dynkp.batches.lengths.post_lengths) or use 'random'."
             )
         self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if self.args.freeze_vision_tower:
@@ -444,9 +444,7 @@ class KeyphraseTrainer(SFTTrainer):
         self._records["eval"].clear()  # of a prediction, which logs nothing
         return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
-    def evaluation_loop(
-        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.eval_generation_posts == 0:
             return output
@@ -565,9 +563,7 @@ class MethodState(TrainerCallback):
     def __init__(self, trainer: KeyphraseTrainer):
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.begin_training()
         if state.global_step:
             self.trainer.load_method_state(state.stateful_callbacks.get(self.ENTRY, {}))
@@ -621,9 +617,7 @@ def freeze_vision_tower(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def load_processor(
-    model: str | PreTrainedModel | nn.Module, args: KeyphraseConfig
-) -> ProcessorMixin | PreTrainedTokenizerBase:
+def load_processor(model: str | PreTrainedModel | nn.Module, args: KeyphraseConfig) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor that belongs to a model."""
     name: Any = model if isinstance(model, str) else cast(Any, model).config._name_or_path
     if not name:

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 
 from dynkp.data.reasoning_tasks import ReasoningTask
-from dynkp.generation import generate_reasoning
+from dynkp.prediction.generation import generate_reasoning
 from dynkp.report.sentiment import classification_scores
 
 

@@ -16,15 +16,16 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynkp.assistant import Assistant, check_vocabularies
+from dynkp.batches.branches import Branches
+from dynkp.batches.targets import Targets
+from dynkp.batches.two_task_collator import TwoTaskCollator
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
-from dynkp.data.two_task_collator import TwoTaskCollator
-from dynkp.generation import generate_reasoning
-from dynkp.mechanics.branched_prompt import Branches, PlainBranches, SharedBranches, everywhere_mask
-from dynkp.mechanics.shared_prompt import Targets
+from dynkp.distillation.assistant import Assistant, check_vocabularies
+from dynkp.distillation.soft_labels import SoftLabelCache
+from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches, everywhere_mask
 from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss, multitask_loss, soft_label_divergence
 from dynkp.objectives.token_loss import TargetLoss, target_loss
-from dynkp.soft_labels import SoftLabelCache
+from dynkp.prediction.generation import generate_reasoning
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
 from dynkp.trainer.label_evaluation import label_metrics
@@ -50,8 +51,8 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     (`kd_positions`); there is no factor T².
 
     Args:
-        assistant ([`~dynkp.assistant.Assistant`], model or `str`, *optional*): in place of `args.assistant`; a bare model
-            is taken to have the student's tokenizer.
+        assistant ([`~dynkp.distillation.assistant.Assistant`], model or `str`, *optional*): in place of `args.assistant`; a
+            bare model is taken to have the student's tokenizer.
         **kwargs: what [`KeyphraseTrainer`] takes. Posts have `label` (and `aspect`) or `keyphrases`, and `rationale`.
 
     Logged per window, in nats per token: `label_loss`, `chain_loss` (CE), `label_divergence`, `chain_divergence` (KL).

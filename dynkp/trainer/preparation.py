@@ -11,8 +11,8 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 
-from dynkp.data.collators import PairedTargetCollator
-from dynkp.data.lengths import post_lengths
+from dynkp.batches.collators import PairedTargetCollator
+from dynkp.batches.lengths import post_lengths
 from dynkp.data.posts import validate_posts
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.trainer.keyphrase_config import KeyphraseConfig

@@ -1,5 +1,5 @@
 """Invariants of the clusters page in a browser: every post is a point, pointing at one shows its post as it was written,
-a click on a keyphrase takes its posts away; all without a request to anywhere (tests/browser_pages.py sees to that).
+a click on a keyphrase takes its posts away; all without a request to anywhere (tests/support/browser_pages.py sees to that).
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from posts_for_tests import picture
 
-from dynkp.report.ranks import CRITERIA
-from dynkp.teacher.candidates import draw_candidates
-from dynkp.teacher.human_judging import key_path, read_answers, write_form
-from dynkp.teacher.post_stream import PostStream
+from dynkp.chat.post_stream import PostStream
+from dynkp.judging.candidates import draw_candidates
+from dynkp.judging.human_form import key_path, read_answers, write_form
+from dynkp.judging.ranks import CRITERIA
+from tests.support.posts import picture
 
 EVIL = "</section></script><script>document.title = 'evil'</script> <b>bold</b> &amp; 'quoted'"
 

@@ -9,14 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from posts_for_tests import rows  # noqa: E402
-from test_generative_evaluation import LEARNS, evaluation_posts  # noqa: E402
-from trainers_for_tests import trainer_of  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
+
+from tests.support.posts import rows  # noqa: E402
+from tests.support.trainers import trainer_of  # noqa: E402
+from tests.trainer.test_generative_evaluation import LEARNS, evaluation_posts  # noqa: E402
 
 
 def main(folder: Path) -> None:

@@ -18,8 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from launching import REPOSITORY, free_port
-from train_ranks import AIMKP, LOGS, METHODS
+from tests.distributed.train_ranks import AIMKP, LOGS, METHODS
+from tests.support.launching import REPOSITORY, free_port
 
 STEPS, KILLS = 10, 2
 CASES: dict[str, dict[str, Any]] = {
@@ -31,10 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
 def train(folder: Path, launcher: str, method: str) -> None:
     """On both ranks: from the last complete checkpoint, if there is one, to the end. Every step writes a checkpoint."""
     from accelerate import PartialState
-    from posts_for_tests import rows
-    from trainers_for_tests import trainer_of
 
     from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+    from tests.support.posts import rows
+    from tests.support.trainers import trainer_of
 
     options: dict[str, Any] = dict(CASES[method])
     if launcher == "zero2":

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_ranks import STEPS
-from launching import FOLDER, build_deepspeed_operations, finish, start
-from train_ranks import LOGS
-from trainers_for_tests import trainer_of
 from transformers import TrainerCallback
 
 from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+from tests.distributed.fault_ranks import STEPS
+from tests.distributed.train_ranks import LOGS
+from tests.support.launching import RANK_SCRIPTS, build_deepspeed_operations, finish, start
+from tests.support.trainers import trainer_of
 
 RUNS = [("zero2", "dynamic_cot", 0), ("ddp", "aimkp", 1)]
 
@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if launcher == "zero2":
             build_deepspeed_operations()
         folder = tmp_path_factory.mktemp(f"{launcher}-{method}")
-        finish([start([sys.executable, FOLDER / "fault_ranks.py", folder, launcher, method, seed])])
+        finish([start([sys.executable, RANK_SCRIPTS / "fault_ranks.py", folder, launcher, method, seed])])
         return folder
 
     return folder_of

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, launch
+
+from tests.support.launching import REPOSITORY, launch
 
 POSTS = [
     {"id": f"post-{index}", "text": f"goal number {index} in the final", "keyphrases": ["mufc"], "rationale": "They scored."}

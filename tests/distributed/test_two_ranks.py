@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from launching import FOLDER, finish, launch, start
 from safetensors.torch import load_file
-from train_ranks import CASES
-from trainers_for_tests import trainer_of
+
+from tests.distributed.train_ranks import CASES
+from tests.support.launching import RANK_SCRIPTS, finish, launch, start
+from tests.support.trainers import trainer_of
 
 LAUNCHES = {"ddp": list(CASES), "zero2": list(CASES)}
 # DeepSpeed averages micro-batches as they come, before it is known how many tokens the chosen targets have: refused there.
@@ -39,10 +40,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def folder_of(launcher: str | None) -> Path:
         folder = tmp_path_factory.mktemp(f"{launcher}")
         if launcher is None:
-            finish([start([sys.executable, FOLDER / "train_ranks.py", folder, 1, *CASES])])
+            finish([start([sys.executable, RANK_SCRIPTS / "train_ranks.py", folder, 1, *CASES])])
         else:
             cases = LAUNCHES[launcher] + (["zero3"] if launcher == "zero2" else [])
-            launch(f"{launcher}.yaml", FOLDER / "train_ranks.py", folder, 2, *cases)
+            launch(f"{launcher}.yaml", RANK_SCRIPTS / "train_ranks.py", folder, 2, *cases)
         return folder
 
     return folder_of

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import FOLDER, finish, launch, start
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(FOLDER))
-from distill_ranks import CASES, posts_of  # noqa: E402
-from test_soft_labels import write  # noqa: E402
+from tests.distillation.test_soft_labels import write
+from tests.distributed.distill_ranks import CASES, posts_of
+from tests.support.launching import RANK_SCRIPTS, finish, launch, start
 
 LAUNCHERS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}
 
@@ -37,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def folder_of(launcher: str | None) -> Path:
         folder = tmp_path_factory.mktemp(f"{launcher}")
-        script = FOLDER / "distill_ranks.py"
+        script = RANK_SCRIPTS / "distill_ranks.py"
         if launcher is None:
             finish([start([sys.executable, script, folder, 1, labels])])
         else:

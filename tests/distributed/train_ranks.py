@@ -10,17 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest  # noqa: E402, F401  no network, no telemetry, one thread
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from posts_for_tests import rows  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from trainers_for_tests import trainer_of  # noqa: E402
 
 from dynkp import AimKPConfig, AimKPTrainer, DynamicCoTConfig, DynamicCoTTrainer  # noqa: E402
+from tests import conftest  # noqa: E402, F401  no network, no telemetry, one thread
+from tests.support.posts import rows  # noqa: E402
+from tests.support.trainers import trainer_of  # noqa: E402
 
 METHODS: dict[str, tuple[type, type]] = {
     "dynamic_cot": (DynamicCoTTrainer, DynamicCoTConfig),

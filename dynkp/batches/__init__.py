@@ -1,0 +1,1 @@
+"""Batches: renderers, collators, targets and the layout of prompts."""

@@ -1,0 +1,1 @@
+"""Resumable requests to OpenAI-compatible chat servers."""

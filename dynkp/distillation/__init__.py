@@ -1,0 +1,1 @@
+"""Distillation: the assistant and its soft labels."""

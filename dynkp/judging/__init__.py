@@ -1,0 +1,1 @@
+"""Judging: systems' predictions ranked by a large model or by people."""

@@ -1,0 +1,294 @@
+"""Systems ranked by a large model, from the settings to the files.
+
+Given   settings: posts, and files of what systems predicted.
+Gives   what `dynkp judge` does: `R.jsonl` (ranks per post), `R.errors.jsonl`, `R.report.json`, `R.report.md`.
+Holds   as `dynkp.rationales.run`; every post is in exactly one of the first two files unless it was not come to; names
+        and order of the systems, ties and resampling may change without a new question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynkp.chat.client import RequestFailed, ServerUnusable
+from dynkp.chat.journal import AnswerJournal
+from dynkp.chat.post_stream import PostStream, SourcePost
+from dynkp.chat.request import ChatRequest
+from dynkp.chat.run import Outcome, RequestRun
+from dynkp.chat.settings import RunPaths, RunSettings
+from dynkp.files.json_files import write_json
+from dynkp.files.whole_files import whole_files
+from dynkp.judging.candidates import load_candidates
+from dynkp.judging.prompts import JudgeDialogue, read_ranks, response_format
+from dynkp.judging.ranks import CRITERIA, TIES, Judgement, rank_report, rank_tables
+
+INVALID, FAILED, UNREADABLE = "invalid_post", "request_failed", "invalid_ranks"
+ANSWER_FORMATS = ("auto", "json_schema", "text")
+
+
+@dataclass(frozen=True)
+class JudgeSettings(RunSettings):
+    """What to have ranked, and how.
+
+    Attributes:
+        predictions: system -> JSONL file of predictions.
+        allow_missing: whether a post without prediction counts as predicted empty.
+        top: how many of each system's keyphrases are shown; None for all.
+        shuffle_seed: of the orders shown, and of resampling.
+        answer_format: `json_schema` sends the request field `response_format`, `text` does not, `auto` finds out once which
+            of them the server takes.
+        max_replies: how many answers to ask for until one is valid.
+        ties, confidence, resamples: as in `dynkp.judging.ranks.mean_ranks`.
+
+    The others are those of `RunSettings`.
+    """
+
+    predictions: Mapping[str, str] = field(default_factory=dict)
+    allow_missing: bool = False
+    top: int | None = None
+    shuffle_seed: int = 0
+    answer_format: str = "auto"
+    max_replies: int = 3
+    ties: str = "dense"
+    confidence: float = 0.95
+    resamples: int = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("answer_format", ANSWER_FORMATS), ("ties", TIES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(known)}")
+
+
+class JudgeRun:
+    """A run of `dynkp judge`.
+
+    Args:
+        settings: the settings.
+
+    Raises:
+        ValueError: naming what does not fit.
+        BlockingIOError: if another run writes to the same output.
+
+    Example:
+        >>> predictions = {"direct": "direct.jsonl", "dynamic": "dynamic.jsonl"}
+        >>> url = "http://127.0.0.1:8000/v1"
+        >>> with JudgeRun(JudgeSettings("posts.jsonl", "ranks.jsonl", "m", url, predictions=predictions)) as run:
+        ...     outcome = run.ask()
+        ...     report = run.write()
+    """
+
+    def __init__(self, settings: JudgeSettings):
+        self.settings = settings
+        self.paths = RunPaths(settings.output)
+        self.paths.check_inputs(settings.posts, *settings.predictions.values())
+        self.stream = PostStream(
+            settings.posts, settings.image_dir, limit=settings.limit, allow_image_urls=settings.allow_image_urls
+        )
+        self.candidates, self.missing = load_candidates(
+            self.stream,
+            settings.predictions,
+            seed=settings.shuffle_seed,
+            top=settings.top,
+            allow_missing=settings.allow_missing,
+        )
+        self._prices = settings.price_table()
+        self.dialogue = self._dialogue(structured=False)
+        self.journal = AnswerJournal(self.paths.journal)
+        self._probes = 0
+        self.run: RequestRun | None = None
+        self.outcome: Outcome | None = None
+
+    def __enter__(self) -> JudgeRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+
+    def ask(self) -> Outcome:
+        """Ask about all posts that are not ranked yet.
+
+        Raises:
+            ValueError: if there is no address to ask at.
+        """
+        self.settings.need_server()
+        structured = self._structured()
+        if structured is None:
+            try:
+                structured = asyncio.run(self._try_formats())
+            except (RequestFailed, ServerUnusable) as error:
+                self.outcome = Outcome(0, 0, len(self.stream), stopped="server", reason=str(error), requests=self._probes)
+                return self.outcome
+        self.run = self._request_run(structured)
+        outcome = self.run.ask(self.settings.client, concurrency=self.settings.concurrency)
+        self.outcome = Outcome(**{**asdict(outcome), "requests": outcome.requests + self._probes})
+        return self.outcome
+
+    # --- the form of answers ---
+
+    def _probe(self, structured: bool) -> ChatRequest:
+        question = 'Reply with this JSON object: {"correctness": {"A": 1}, "relevance": {"A": 1}, "usefulness": {"A": 1}}'
+        more = {"response_format": response_format(1)} if structured else {}
+        return ChatRequest([{"role": "user", "content": question}], {**self.settings.request_settings(), **more}, "probe")
+
+    def _structured(self) -> bool | None:
+        """Whether the server takes `response_format`; None if that is to be found out."""
+        if self.settings.answer_format != "auto":
+            return self.settings.answer_format == "json_schema"
+        for structured in (True, False):
+            key = self._probe(structured).key
+            if key in self.journal and not self.journal.has_failed(key):
+                return structured
+        return None
+
+    async def _try_formats(self) -> bool:
+        """Ask a small question in one form, and if that is refused, in the other; the journal keeps what came of it."""
+        client = self.settings.client()
+        try:
+            try:
+                await self._try(client, structured=True)
+                return True
+            except RequestFailed:
+                await self._try(client, structured=False)
+                return False
+        finally:
+            self._probes = client.sent
+            await client.close()
+
+    async def _try(self, client: Any, structured: bool) -> None:
+        request = self._probe(structured)
+        row = {"id": "", "stage": request.stage, "model": self.settings.model}
+        try:
+            answer = await client.ask(request)
+        except RequestFailed as error:
+            self.journal.append(request.key, {**row, "failed": True, "error": str(error)})
+            raise
+        self.journal.append(request.key, {**row, **asdict(answer)})
+
+    def _dialogue(self, structured: bool) -> JudgeDialogue:
+        return JudgeDialogue(
+            self.candidates,
+            self.settings.request_settings(),
+            structured=structured,
+            max_replies=self.settings.max_replies,
+            max_side=self.settings.max_side,
+        )
+
+    def _request_run(self, structured: bool) -> RequestRun:
+        dialogue = self.dialogue = self._dialogue(structured)
+        shown = {post_id: [one.keyphrases for one in candidates] for post_id, candidates in self.candidates.items()}
+        text = json.dumps(shown, sort_keys=True)
+        asked = {
+            **dialogue.describe(),
+            "allow_image_urls": self.settings.allow_image_urls,
+            "candidates": hashlib.blake2b(text.encode()).hexdigest(),
+        }
+        return RequestRun(
+            self.stream,
+            dialogue,
+            self.journal,
+            settings=json.dumps(asked, sort_keys=True),
+            prices=self._prices,
+            max_cost=self.settings.max_cost,
+            retry_failed=self.settings.retry_failed,
+            label="Judging",
+            progress=self.settings.progress,
+        )
+
+    # --- files ---
+
+    def write(self) -> dict[str, Any]:
+        """Write the files, as far as posts are ranked; without `ask`, from what an earlier run left.
+
+        Returns:
+            The report; without `mean_ranks` if no post is ranked.
+        """
+        if self.run is None:
+            self.run = self._request_run(bool(self._structured()))
+            replayed = self.run.replay()
+            self.outcome = self.outcome or replayed
+        assert self.outcome is not None
+        settings, paths = self.settings, self.paths
+        counts: Counter[str] = Counter()
+        judgements: list[Judgement] = []
+        with whole_files(paths.errors, paths.output) as (errors, output):
+            with output.open("w", encoding="utf-8", errors="replace") as ranks, errors.open("w", encoding="utf-8") as failures:
+                for place, source in enumerate(self.stream):
+                    key = self.run.keys.get(place)
+                    if key is None:
+                        counts["open"] += 1
+                        continue
+                    row = self.journal.read(key)
+                    found = self._judgement(source, row)
+                    if isinstance(found, Judgement):
+                        judgements.append(found)
+                        ranks.write(_line(found.row(settings.ties)))
+                    else:
+                        reason, error = found
+                        counts[reason] += 1
+                        said = {"reason": reason, "error": error, "reply": row.get("text")}
+                        failures.write(_line({"index": source.index, "id": source.id, **said}))
+        report: dict[str, Any] = {
+            "posts": counts.total() + len(judgements),
+            "ranked": len(judgements),
+            **{name: counts[name] for name in (INVALID, FAILED, UNREADABLE, "open")},
+            "missing_predictions": self.missing,
+        }
+        if judgements:
+            report |= rank_report(
+                judgements,
+                list(settings.predictions),
+                ties=settings.ties,
+                confidence=settings.confidence,
+                resamples=settings.resamples,
+                seed=settings.shuffle_seed,
+            )
+        made = {name: getattr(settings, name) for name in ("model", "limit", "top", "shuffle_seed", "resamples")}
+        recorded = {
+            "cost": self.outcome.cost,
+            "requests": self.outcome.requests,
+            "settings": {"posts": Path(settings.posts).name, **made, **self.dialogue.describe()},
+        }
+        write_json(paths.report, {**report, **recorded})
+        paths.table.write_text(rank_tables(report) + "\n" if judgements else "No post is ranked.\n", encoding="utf-8")
+        return report
+
+    def _judgement(self, source: SourcePost, row: Mapping[str, Any]) -> Judgement | tuple[str, str]:
+        """A post's ranks, or the reason why there are none and what it is in words."""
+        if row["failed"]:
+            return (INVALID if row.get("invalid") else FAILED), row["error"]
+        candidates = self.candidates[source.id]
+        order = [candidate.systems for candidate in candidates]
+        if len(candidates) == 1:
+            return Judgement(source.id, order, dict.fromkeys(CRITERIA, [1]), self.settings.model)
+        try:
+            return Judgement(source.id, order, read_ranks(row["text"], len(candidates)), self.settings.model)
+        except ValueError as error:
+            return UNREADABLE, f"{self.settings.max_replies} answers, the last: {error}"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def summarise(report: Mapping[str, Any]) -> str:
+    """A report's counts in a sentence.
+
+    Example:
+        >>> report = {"posts": 3, "ranked": 2, "request_failed": 1, "invalid_post": 0, "invalid_ranks": 0, "open": 0}
+        >>> summarise({**report, "missing_predictions": 0})
+        '3 posts: 2 ranked, 1 failed'
+    """
+    parts = [f"{report['ranked']:,} ranked"]
+    words = {FAILED: "failed", INVALID: "invalid", UNREADABLE: "without a valid ranking", "open": "not asked yet"}
+    parts += [f"{report[name]:,} {text}" for name, text in words.items() if report[name]]
+    if report["missing_predictions"]:
+        parts.append(f"{report['missing_predictions']:,} predictions missing, counted as empty")
+    return f"{report['posts']:,} posts: {', '.join(parts)}"

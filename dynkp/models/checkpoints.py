@@ -1,0 +1,150 @@
+"""Checkpoints for prediction: a model, or an adapter on its base model, with the processor it was trained with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from dynkp.models.released_adapters import SUFFIXES, load_released_adapter
+
+
+class Checkpoint(NamedTuple):
+    """Where weights are.
+
+    Attributes:
+        model: folder or Hub id of the model, the adapter's base if there is an adapter.
+        adapter: folder or Hub id of a PEFT adapter, a released `.pt` file, or None.
+    """
+
+    model: str
+    adapter: str | None = None
+
+
+def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
+    """Tell a model from an adapter: training with PEFT leaves a folder that holds the adapter alone.
+
+    Args:
+        model: folder or Hub id; a folder with an adapter alone stands for the adapter and the base model it names.
+        adapter: folder or Hub id of an adapter on `model`, or a `.pt` file (`dynkp.models.released_adapters`).
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or a folder holds neither.
+        ValueError: if both name an adapter.
+
+    Example:
+        >>> find_checkpoint("out")  # trained with LoRA
+        Checkpoint(model='Qwen/Qwen2.5-VL-3B-Instruct', adapter='out')
+    """
+    is_file = adapter is not None and adapter.endswith(SUFFIXES)
+    if is_file and not os.path.isfile(str(adapter)):
+        raise FileNotFoundError(f"adapter={adapter!r}: there is no such file")
+    for name, value in (("model", model), ("adapter", None if is_file else adapter)):
+        # A Hub id has one slash at most and begins with a letter or digit.
+        if value is not None and not os.path.isdir(value) and (value.count("/") > 1 or value.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"{name}={value!r}: there is no such folder")
+    if not os.path.isdir(model) or os.path.isfile(os.path.join(model, "config.json")):
+        return Checkpoint(model, adapter)
+    file = Path(model, "adapter_config.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"model={model!r} has neither a config.json nor an adapter_config.json; name a saved model")
+    if adapter is not None:
+        raise ValueError(f"model={model!r} is an adapter, and adapter={adapter!r} another; name the base model as the model")
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"model={model!r} is an adapter that names no base model; give that as model, and this as adapter")
+    return Checkpoint(base, model)
+
+
+def load_processor_by_name(
+    name: str, *, trust_remote_code: bool = False, **options: Any
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """`AutoProcessor.from_pretrained`, with one sentence where torchvision is missing."""
+    try:
+        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except ImportError as error:
+        if "torchvision" in str(error).lower():
+            raise ImportError(
+                f"The processor of {name!r} needs torchvision, which is not installed: pip install 'dynkp[vision]'."
+            ) from error
+        raise
+
+
+def pad_images_to_squares(processor: Any) -> None:
+    """Let LLaVA's processor pad pictures to squares, as LLaVA-1.5 was trained, where the published one crops them.
+
+    Raises:
+        ValueError: for a processor of another family.
+    """
+    if not isinstance(processor, LlavaProcessor):
+        raise ValueError(
+            f"`pad_images_to_squares` is True, but {type(processor).__name__} has no such way of seeing pictures; only LLaVA's "
+            "has. Set it to False."
+        )
+    published = processor.image_processor
+    # Without torchvision this name gives the Pil class, with a warning that need not be heard where there is no choice.
+    name = "LlavaImageProcessorPil" if type(published).__name__.endswith("Pil") else "LlavaImageProcessor"
+    padding = getattr(transformers, name)
+    options = {key: value for key, value in published.to_dict().items() if key not in ("image_processor_type", "do_pad")}
+    processor.image_processor = padding(**options, do_pad=True)
+
+
+def load_processor(checkpoint: Checkpoint) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor, or the tokenizer of a text model; the adapter's where one was saved beside it."""
+    own = checkpoint.adapter is not None and os.path.isfile(os.path.join(checkpoint.adapter, "tokenizer_config.json"))
+    processor = load_processor_by_name(cast(str, checkpoint.adapter) if own else checkpoint.model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:  # Llama's has none; what pads is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: str = "auto", device: torch.device | str = "cpu", merge_adapter: bool = False
+) -> PreTrainedModel:
+    """Load a model that generates.
+
+    Args:
+        checkpoint: what `find_checkpoint` returns.
+        dtype: "auto" for the checkpoint's own, or "float32", "bfloat16", "float16".
+        device: where to put it.
+        merge_adapter: whether to add the adapter to the weights, which makes generation faster, and changes outputs by
+            rounding in less than float32.
+
+    Returns:
+        The model in evaluation mode; with an adapter that is not merged, a PEFT model.
+
+    Raises:
+        ValueError: if there is no adapter to merge.
+    """
+    if merge_adapter and checkpoint.adapter is None:
+        raise ValueError(f"merge_adapter=True, but {checkpoint.model!r} comes with no adapter; name one, or leave it out")
+    config = AutoConfig.from_pretrained(checkpoint.model)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    family: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = family.from_pretrained(checkpoint.model, dtype=dtype)
+    if checkpoint.adapter is not None:
+        from peft import PeftModel
+
+        if checkpoint.adapter.endswith(SUFFIXES):
+            model = load_released_adapter(model, checkpoint.adapter)
+        else:
+            model = PeftModel.from_pretrained(model, checkpoint.adapter)
+        if merge_adapter:
+            model = model.merge_and_unload()
+    return model.to(device).eval()

@@ -1,0 +1,1 @@
+"""Prediction: what a model is asked, the engines that answer, resumable runs and their files."""

@@ -1,0 +1,137 @@
+"""Prediction files: JSON Lines with `id`, `keyphrases` (or another answer) and `raw`, written, read and matched with posts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_predictions(path: str | os.PathLike[str], answer: str = "keyphrases") -> list[dict[str, Any]]:
+    """Read a predictions file, as `dynkp predict` writes it.
+
+    Args:
+        path: JSONL rows with `id` and the answer; more columns are welcome.
+        answer: the column that must be there: `keyphrases`, lists of strings, or one of strings and nulls (`prediction`,
+            `raw`).
+
+    Raises:
+        ValueError: naming file and line, if a line is not a prediction.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                torn = "" if line.endswith(b"\n") else ": the line is torn, so the run was killed; have dynkp predict finish it"
+                raise ValueError(f"{where}: not JSON ({error}){torn}") from error
+            rows.append(_checked(row, where, answer))
+    return rows
+
+
+def _checked(row: Any, where: str, answer: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or "id" not in row or answer not in row:
+        raise ValueError(f"{where}: a prediction must be an object with 'id' and {answer!r}, got {row!r:.80}")
+    if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
+        raise ValueError(f"{where}: 'id' must be a string, got {row['id']!r:.80}")
+    value = row[answer]
+    if answer != "keyphrases":
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}, id {row['id']!r}: {answer!r} must be a string or null, got {value!r:.80}")
+    elif not isinstance(value, list) or not all(isinstance(phrase, str) for phrase in value):
+        raise ValueError(f"{where}, id {row['id']!r}: 'keyphrases' must be a list of strings, got {value!r:.80}")
+    for column in ("reasoned", "output_words", "output_tokens"):
+        if isinstance(value := row.get(column), float) and not math.isfinite(value):
+            raise ValueError(f"{where}, id {row['id']!r}: {column!r} must be a number, got {value!r}")
+    decode = row.get("decode", 0)
+    if not isinstance(decode, int) or isinstance(decode, bool):
+        raise ValueError(f"{where}, id {row['id']!r}: 'decode' must be a whole number, got {decode!r:.80}")
+    return {**row, "id": str(row["id"])}
+
+
+def match_predictions(
+    rows: Iterable[Mapping[str, Any]], gold: Sequence[Any], *, allow_missing: bool = False
+) -> tuple[list[list[Mapping[str, Any]]], int]:
+    """Bring a system's rows into the posts' order, one list for each decode.
+
+    Args:
+        rows: predictions; with several decodes of a post, told apart by a column `decode`.
+        gold: the posts, each with an `id`.
+        allow_missing: whether a post without prediction gets one without keyphrases.
+
+    Returns:
+        Per decode the rows in the posts' order, and the number of missing rows that were filled in.
+
+    Raises:
+        ValueError: listing the ids that are unknown, repeated or missing.
+    """
+    decodes: dict[int, dict[str, Mapping[str, Any]]] = {}
+    problems: dict[str, list[str]] = {"repeated": [], "unknown": [], "missing": []}
+    known = {post.id for post in gold}
+    for row in rows:
+        decode = decodes.setdefault(row.get("decode", 0), {})
+        if row["id"] in decode:
+            problems["repeated"].append(row["id"])
+        elif row["id"] not in known:
+            problems["unknown"].append(row["id"])
+        decode[row["id"]] = row
+    matched = []
+    missing = 0
+    for _, decode in sorted(decodes.items() or [(0, {})]):
+        absent = [post.id for post in gold if post.id not in decode]
+        missing += len(absent)
+        problems["missing"] += [] if allow_missing else absent
+        matched.append([decode.get(post.id) or {"id": post.id, "keyphrases": []} for post in gold])
+    if any(problems.values()):
+        found = "; ".join(f"{name} ids: {listed(dict.fromkeys(ids))}" for name, ids in problems.items() if ids)
+        remedy = "; allow_missing=True (--allow-missing) scores the missing as empty" if problems["missing"] else ""
+        raise ValueError(f"predictions and posts do not match: {found}{remedy}")
+    return matched, missing
+
+
+def listed(ids: Iterable[str]) -> str:
+    """Ids for an error: the first ones, and how many there are."""
+    ids = list(ids)
+    more = f", ... ({len(ids):,} in all)" if len(ids) > _SHOWN else ""
+    return ", ".join(map(repr, ids[:_SHOWN])) + more
+
+
+def write_predictions(path: str | os.PathLike[str], predictions: Iterable[Mapping[str, Any]]) -> int:
+    """Write predictions as JSONL, one a row; the file appears, or is replaced, only when it is complete.
+
+    Args:
+        path: the file; missing folders are made.
+        predictions: rows such as `generate_keyphrases` yields, with more columns if you like.
+
+    Returns:
+        The number of rows.
+
+    Example:
+        >>> write_predictions("out/predictions.jsonl", generate_keyphrases(model, processor, posts))
+        5372
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, since a rename across file systems is not atomic.
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in predictions:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+# How many ids an error shows.
+_SHOWN = 20

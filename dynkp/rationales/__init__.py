@@ -1,0 +1,1 @@
+"""Rationales: why posts have their keyphrases, as a teacher explains it."""

@@ -1,0 +1,1 @@
+"""Recipes: published settings, Accelerate and DeepSpeed configurations, installed with the package."""

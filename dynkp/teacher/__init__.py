@@ -1,1 +1,0 @@
-"""Rationales and judgements from a large model behind an OpenAI-compatible chat server."""

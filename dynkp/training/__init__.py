@@ -1,0 +1,1 @@
+"""Training from the command line: options, data, the run and its closing table."""

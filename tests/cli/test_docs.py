@@ -1,0 +1,67 @@
+"""The command reference has every command and option, and every `dynkp` command line in the documentation is understood."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dynkp.cli import COMMANDS
+from tests.conftest import REPOSITORY
+
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(COMMANDS[command][0])
+    return (getattr(module, "parser", None) or module._parser)()
+
+
+def command_lines(text: str) -> list[list[str]]:
+    lines = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for start in (["dynkp"], ["accelerate", "launch", "-m", "dynkp"]):
+                if words[: len(start)] == start and words[len(start) : len(start) + 1]:
+                    lines.append(words[len(start) :])
+    return lines
+
+
+def test_the_reference_has_every_command_and_option() -> None:
+    spec = importlib.util.spec_from_file_location("commands", DOCS / "hooks" / "commands.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.on_page_markdown((DOCS / "cli.md").read_text())
+    assert hook.MARKER not in page
+    assert hook.on_page_markdown("other page") == "other page"
+    for command in COMMANDS:
+        section = page.partition(f"## dynkp {command}\n")[2].partition("\n## dynkp")[0]
+        for action in parser_of(command)._actions:
+            for option in action.option_strings:
+                assert option in section, f"{command} {option}"
+        assert "examples:" in section, f"dynkp {command} --help has no examples"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_are_understood(page: Path) -> None:
+    for command, *words in command_lines(page.read_text()):
+        assert command in COMMANDS, f"{page.name}: dynkp {command}"
+        parser_of(command).parse_args(words)
+
+
+@pytest.mark.parametrize("command", ["predict", "rationales", "judge", "distill", "evaluate", "stats"])
+def test_examples_in_the_help_are_understood(command: str) -> None:
+    parser = parser_of(command)
+    lines = re.sub(r"\\\n\s*", "", parser.epilog).splitlines()
+    examples = [line.strip() for line in lines if re.match(r"  (dynkp|accelerate launch)", line)]
+    assert examples
+    for line in examples:
+        (words,) = command_lines(f"```bash\n{line}\n```")
+        parser_of(words[0]).parse_args(words[1:])

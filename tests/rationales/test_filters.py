@@ -1,0 +1,134 @@
+"""Invariants of the filters: each rejects what it is for and, by the same words in an honest rationale, nothing else; a
+rationale is counted under the first rule it breaks; a filter that is off rejects nothing; real chains pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynkp.data.reasoning_tasks import REASONING_TASKS
+from dynkp.data.sources import load_masc_posts
+from dynkp.rationales.filters import DEFAULT_FILTERS, FILTERS, RationaleFilter, mentions_any
+
+GOOD = "The picture shows a beagle that runs after a ball, so people who like dogs and beagles would look for it."
+
+
+def judged(text: str, *names: str, **options: object) -> str | None:
+    judge = RationaleFilter(names or tuple(FILTERS), field_names=["Keyphrases", "Post text", "Image"], max_words=100)
+    return judge(text, keyphrases=["beagle"], **options)
+
+
+def test_an_honest_rationale_passes() -> None:
+    assert judged(GOOD, finish_reason="stop") is None
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "<think></think>"])
+def test_empty(text: str) -> None:
+    assert judged(text) == "empty"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, I cannot assist with this request.",
+        "Sorry, but I am not able to analyze images of people.",
+        "I cannot identify the people in this image.",
+        "I can't provide an explanation for these hashtags.",
+        "I am unable to view images.",
+        "As an AI language model, I do not have opinions.",
+        "I apologize, but this content is not something I can discuss.",
+        "I won't create content of this kind.",
+        "I don't feel comfortable explaining this.",
+    ],
+)
+def test_refusals(text: str) -> None:
+    assert judged(text) == "refusal"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The author says: I'm sorry, but I can't help loving this beagle, and people who feel alike look for such posts.",
+        "I can see a beagle in the image, which is why social media users would use this hashtag for the post.",
+        "Sorry seems to be the hardest word: the beagle post quotes a song that its readers know and would look for.",
+        "I think the author would use beagle since the dog in the picture is one, and its owners look for it.",
+    ],
+)
+def test_the_words_of_a_refusal_are_not_one(text: str) -> None:
+    assert judged(text) is None
+
+
+def test_lengths() -> None:
+    assert judged("A beagle plays.") == "too_short"
+    assert judged("beagle " * 101) == "too_long"
+    assert judged("beagle " * 100) is None
+    assert judged(GOOD, finish_reason="length") == "cut_off"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'The "Post text" speaks of a dog. {GOOD}',
+        f"{GOOD} “Keyphrases” are apt.",
+        f"Keyphrases: beagle\n{GOOD}",
+        f"**Image** {GOOD}",
+    ],
+)
+def test_field_names(text: str) -> None:
+    assert judged(text) == "field_names"
+
+
+def test_the_words_of_a_field_name_are_not_one() -> None:
+    assert judged(f"The image and its post text fit. {GOOD}") is None
+
+
+def test_gold_phrases() -> None:
+    assert judged(GOOD.replace("beagle", "dog")) == "no_gold_phrase"
+    assert judged(GOOD.replace("beagle", "dog"), *DEFAULT_FILTERS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase", "found"),
+    [
+        ("Happy Friday to all", "happy friday", True),
+        ("#HappyFriday!", "happy friday", True),
+        ("a happy-friday mood", "Happy Friday", True),
+        ("happy fridays", "happy friday", False),
+        ("the aisle", "ai", False),
+        ("The AI.", "ai", True),
+        ("C++ (fun)", "c++", True),
+        ("Größe zählt", "GRÖSSE", True),
+        ("anything", "+++", False),
+    ],
+)
+def test_mentions(text: str, phrase: str, found: bool) -> None:
+    assert mentions_any(text, ["something else", phrase]) is found
+
+
+def test_wrong_predictions() -> None:
+    judge = RationaleFilter(["wrong_prediction"], reasoning_task=REASONING_TASKS["masc"])
+    assert judge('"Prediction": positive', answer="positive") is None
+    assert judge('"Prediction": positive', answer="neutral") == "wrong_prediction"
+    assert judge("no prediction", answer="neutral") == "wrong_prediction"
+
+
+def test_real_chains_pass(shared: Path) -> None:
+    rationales = [row["rationale"] for row in load_masc_posts(shared / "data/masc_t15/test.jsonl") if row["rationale"]]
+    judge = RationaleFilter(["empty", "refusal", "too_short", "too_long"])
+    assert len(rationales) > 500
+    assert [text for text in rationales if judge(text)] == []
+
+
+def test_a_filter_that_is_off_rejects_nothing() -> None:
+    for text in ("", "I'm sorry, but I can't.", "x", '"Post text"'):
+        judge = RationaleFilter([], field_names=["Post text"])
+        assert judge(text, keyphrases=["dog"], finish_reason="length") is None
+
+
+def test_options() -> None:
+    with pytest.raises(ValueError, match=r"filters=\['emty'\] are not known"):
+        RationaleFilter(["emty"])
+    with pytest.raises(ValueError, match="min_words=5 must be from 0 to max_words=4"):
+        RationaleFilter(min_words=5, max_words=4)
