@@ -11,6 +11,7 @@ Extra `plots` (matplotlib, plotly, scikit-learn, sentence-transformers).
 from __future__ import annotations
 
 import html
+import json
 import os
 import textwrap
 from collections import Counter
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from dynkp.data.images import open_image
 from dynkp.data.rows import fold_keyphrase
 from dynkp.files.whole_files import whole_files
+from dynkp.report.pages import write_page
 
 PROJECTIONS = ("tsne", "pca")
 # Okabe and Ito's, which colour-blind readers tell apart; from the ninth keyphrase on the marks differ too.
@@ -311,17 +314,6 @@ def write_png(clusters: PostClusters, path: str | Path, *, title: str = "", dpi:
         figure.savefig(partial, format="png", dpi=dpi)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body {{ font-family: sans-serif; margin: 1rem auto; max-width: 75rem; }} p {{ color: #444; }}</style></head>
-<body><h1>{title}</h1>
-{figure}
-<p id="caption">{caption}</p></body></html>
-"""
-
-
 def write_html(clusters: PostClusters, path: str | Path, *, title: str = "Posts by keyphrase") -> None:
     """Write a page in which a point shows its post, and a keyphrase can be clicked away; it needs no network.
 
@@ -332,6 +324,7 @@ def write_html(clusters: PostClusters, path: str | Path, *, title: str = "Posts 
     """
     try:
         import plotly.graph_objects as go
+        from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ImportError(_NEEDED) from error
     figure = go.Figure()
@@ -357,13 +350,15 @@ def write_html(clusters: PostClusters, path: str | Path, *, title: str = "Posts 
     figure.update_xaxes(showticklabels=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, zeroline=False, scaleanchor="x")
     config = {"displaylogo": False, "responsive": True}
-    page = _PAGE.format(
-        title=html.escape(title),
-        figure=figure.to_html(full_html=False, include_plotlyjs=True, config=config, div_id="clusters"),
-        caption=html.escape(clusters.caption()),
-    )
     with whole_files(path) as (partial,):
-        partial.write_text(page, encoding="utf-8")
+        write_page(
+            partial,
+            "clusters.html",
+            title=title,
+            caption=clusters.caption(),
+            plotly_js=Markup(get_plotlyjs()),
+            figure={**json.loads(figure.to_json()), "config": config},
+        )
 
 
 def _wrapped(text: str, width: int = 60, most: int = 300) -> str:
