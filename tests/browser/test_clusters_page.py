@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynkp.report.clusters import PostClusters, write_html
+from dynkp.report.cluster_figures import write_html
+from dynkp.report.clusters import PostClusters
 
 
 @pytest.fixture
