@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from dynkp.batches.masking_collator import MaskingCollator
+from dynkp.batches.masking_collator import MaskingCollator, SinglePostsCollator
 from dynkp.batches.targets import Targets, targets_of
 from dynkp.mechanics import gradient_similarity
 from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients
@@ -111,7 +111,9 @@ class AimKPTrainer(KeyphraseTrainer):
             )
         self.schedule = self.new_schedule()
         self.batches_similarity = self._choose_similarity_backend()
-        self.data_collator.alone = not self.batches_similarity
+        if not self.batches_similarity:
+            with_single_posts: Any = SinglePostsCollator(self.data_collator)
+            self.data_collator = with_single_posts
         self.stopwatch = Stopwatch(self.args.device)
 
     def new_schedule(self) -> StrideSchedule:
@@ -168,10 +170,11 @@ class AimKPTrainer(KeyphraseTrainer):
         count, prompt = len(inputs["id"]), inputs["prompt"]
         score = self._scorer(prompt["input_ids"].device)
         if not self.batches_similarity:
-            alone = inputs["alone"]
+            single_posts = inputs["single_posts"]
             each = [{name: [strides[name][post]] for name in strides} for post in range(count)]
-            masks = [self.masks_of(single, stride) for single, stride in zip(alone, each, strict=True)]
-            return PlainPostGradients(model, count), PlainViews(model, [single["prompt"] for single in alone], masks, score)
+            masks = [self.masks_of(single, stride) for single, stride in zip(single_posts, each, strict=True)]
+            prompts = [single["prompt"] for single in single_posts]
+            return PlainPostGradients(model, count), PlainViews(model, prompts, masks, score)
         width = prompt["input_ids"].shape[1]
         longest = width + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
         if reason := dropping_unsupported_reason(model, longest):
