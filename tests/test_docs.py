@@ -68,7 +68,7 @@ def test_python_blocks_compile_and_commands_name_files_that_exist(page: Path) ->
 
 
 def option_exists(option: str) -> bool:
-    sources = [REPOSITORY / "examples" / "train.py", REPOSITORY / "dynkp" / "data" / "mixing.py"]
+    sources = [REPOSITORY / "dynkp" / "training" / "run.py", REPOSITORY / "dynkp" / "data" / "mixing.py"]
     named = re.compile(rf"\b{option.lstrip('-').replace('-', '_')}\b")
     configs = (DynamicCoTConfig, MulCoTRDConfig)
     fields = {field.name for config in configs for field in dataclasses.fields(config)} | {"model_name_or_path", "config"}
