@@ -1,6 +1,6 @@
-"""mkdocs hook: equations become MathML when the site is built, so that pages need neither a script nor a network.
+r"""mkdocs hook: equations become MathML when the site is built, so that pages need neither a script nor a network.
 
-`pymdownx.arithmatex` finds `$...$`, `$$...$$`, `\\(...\\)` and `\\[...\\]` in pages and docstrings; this hook converts them.
+`pymdownx.arithmatex` finds `$...$`, `$$...$$`, `\(...\)` and `\[...\]` in pages and docstrings; this hook converts them.
 """
 
 from __future__ import annotations
