@@ -39,7 +39,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def posts(tmp_path: Path) -> str:
     return write(tmp_path / "posts.jsonl", POSTS)
 
