@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files
 from dynkp.report.clusters import MISSING_PACKAGE, PostClusters
 from dynkp.report.pages import write_page
 
@@ -61,7 +61,7 @@ def write_png(clusters: PostClusters, path: str | Path, *, title: str = "", dpi:
     figure.legend(handles, names, markerscale=2, frameon=False, loc="outside center right")
     axes.set(xticks=[], yticks=[], title=title.replace("$", r"\$"))
     axes.spines[:].set_color("#cccccc")
-    with whole_files(path) as (partial,):
+    with atomic_files(path) as (partial,):
         figure.savefig(partial, format="png", dpi=dpi)
 
 
@@ -108,7 +108,7 @@ def write_html(clusters: PostClusters, path: str | Path, *, title: str = "Posts 
     figure.update_xaxes(showticklabels=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, zeroline=False, scaleanchor="x")
     config = {"displaylogo": False, "responsive": True}
-    with whole_files(path) as (partial,):
+    with atomic_files(path) as (partial,):
         write_page(
             partial,
             "clusters.html",

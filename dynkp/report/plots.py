@@ -13,7 +13,6 @@ Needs the extra `plots` (matplotlib).
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator
@@ -25,7 +24,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files
+from dynkp.files.json_files import write_json
+from dynkp.files.json_lines import read_json_lines
 
 SUFFIXES = (".png", ".svg", ".pdf")
 COLUMNS = ("step", "modality", "stride", "cosine", "kept", "full_loss", "masked_loss")
@@ -257,23 +258,14 @@ def _to_table(visits: list[dict[str, Any]]) -> Any:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):  # incomplete: the run is still writing, or was killed
-                return
-            try:
-                visit = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}): give the visits.jsonl of an AimKP run"
-                ) from error
-            missing = [name for name in COLUMNS if name not in visit] if isinstance(visit, dict) else list(COLUMNS)
-            if missing:
-                raise ValueError(
-                    f"{path}, line {number} has no {', '.join(missing)}: this is not the visits.jsonl that AimKPTrainer writes "
-                    "with log_visits=True"
-                )
-            yield visit
+    for where, visit in read_json_lines(path, skip_torn=True):  # the run may still be writing it
+        missing = [name for name in COLUMNS if name not in visit] if isinstance(visit, dict) else list(COLUMNS)
+        if missing:
+            raise ValueError(
+                f"{where} has no {', '.join(missing)}: this is not the visits.jsonl that AimKPTrainer writes "
+                "with log_visits=True"
+            )
+        yield visit
 
 
 def _bin_numbers(rises: Any) -> _Array:
@@ -377,6 +369,6 @@ def _figure(path: str | Path, width: float, height: float = 4.0) -> Any:
 
 def _write(figure: Any, path: str | Path, numbers: dict[str, Any], visits: Visits) -> None:
     path = Path(path)
-    with whole_files(path.with_suffix(".json"), path) as (json_file, figure_file):
-        json_file.write_text(json.dumps({"visits": visits.path, "modalities": numbers}, indent=1) + "\n", encoding="utf-8")
+    with atomic_files(path.with_suffix(".json"), path) as (json_file, figure_file):
+        write_json(json_file, {"visits": visits.path, "modalities": numbers})
         figure.savefig(figure_file, format=path.suffix[1:].lower(), dpi=200)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files
 from dynkp.report.pages import write_page
 
 _THUMBNAIL_SIDE = 320
@@ -56,5 +55,5 @@ def write_preview(path: str | os.PathLike[str], title: str, summary: str, posts:
         >>> "<p>A dog &amp; &lt;more&gt;.</p>" in page.read_text()
         True
     """
-    with whole_files(Path(path)) as (partial,):
+    with atomic_files(path) as (partial,):
         write_page(partial, "preview.html", title=title, summary=summary, posts=posts, max_side=_THUMBNAIL_SIDE)

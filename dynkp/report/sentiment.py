@@ -10,15 +10,14 @@ Holds   rows and posts are matched by id, as in `dynkp.report.evaluation`; a pre
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dynkp.data.reasoning_tasks import SENTIMENTS, ReasoningTask, resolve_reasoning_task
+from dynkp.files.json_lines import write_json_lines
 from dynkp.prediction.prediction_files import listed, match_predictions
 from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, EmbeddingCache, chain_scores, floor_partners, mean_scores
 from dynkp.report.evaluation import check_ids
@@ -241,11 +240,10 @@ class SentimentEvaluation:
         Args:
             path: The file; missing folders are created.
         """
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for index in range(len(self.gold)):
-                for name, scores in self.post_scores.items():
-                    file.write(json.dumps({"system": name, **scores[index]}, ensure_ascii=False) + "\n")
+        rows = (
+            {"system": name, **scores[index]} for index in range(len(self.gold)) for name, scores in self.post_scores.items()
+        )
+        write_json_lines(path, rows)
 
     def tables(self) -> list[list[list[str]]]:
         """Return the tables, each as rows of cells with the column heads first, in percent.
