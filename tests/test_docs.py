@@ -20,6 +20,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from mkdocs.exceptions import PluginError
 
+from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
@@ -81,6 +82,31 @@ def option_exists(option: str) -> bool:
     configs = (DynamicCoTConfig, MulCoTRDConfig)
     fields = {field.name for config in configs for field in dataclasses.fields(config)} | {"model_name_or_path", "config"}
     return option.lstrip("-").replace("-", "_") in fields or any(named.search(path.read_text()) for path in sources)
+
+
+INDEXED = {"Dynamic CoT": DynamicCoTConfig, "AimKP": AimKPConfig, "MulCoT-RD": MulCoTRDConfig}
+
+
+@pytest.mark.parametrize("method", INDEXED)
+def test_the_paper_index_has_the_defaults_of_the_code(method: str) -> None:
+    """A row whose option is a field of the method's config states its default; every own option of the config is on the page."""
+    fields = {field.name: field for field in dataclasses.fields(INDEXED[method])}
+    section = (DOCS / "paper_index.md").read_text().partition(f"\n## {method}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert all(len(row) == 6 for row in rows)
+    checked = 0
+    for row in rows:
+        option, default = row[2].strip("`"), row[3].strip("`")
+        if option in fields:
+            assert default == str(fields[option].default), f"{option}: {default} on the page, {fields[option].default} in the code"
+            checked += 1
+    assert checked >= 8
+    missing = [name for name in INDEXED[method].__annotations__ if name in fields and f"`{name}`" not in section]
+    assert set(missing) <= NOT_OF_A_PAPER, missing
+
+
+# Where weights are put or read from, and how a schedule's arguments are passed on.
+NOT_OF_A_PAPER = {"assistant", "assistant_dtype", "assistant_device", "lr_scheduler_kwargs"}
 
 
 def test_equations_become_mathml() -> None:
