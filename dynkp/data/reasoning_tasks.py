@@ -32,7 +32,7 @@ _HEADER = re.compile(
 )
 
 
-class Prediction(NamedTuple):
+class ResponseChain(NamedTuple):
     """A model's output, read.
 
     Attributes:
@@ -133,7 +133,7 @@ class ReasoningTask:
         """Whether an output predicts the gold answer, so that its chain may be learned from."""
         return self.parse(output).prediction == self.answer(row)
 
-    def parse(self, output: str) -> Prediction:
+    def parse(self, output: str) -> ResponseChain:
         """Read an output of either prompt.
 
         The prediction is the label named in the first line of the field Prediction; without such a field, the bare word
@@ -155,7 +155,7 @@ class ReasoningTask:
             if not found or (self.labels and len(last.split()) == 1 and self._read(last)):
                 found = {**_headed_fields(before), PREDICTION: last}
         fields = {name: found[name] for name in ANALYSES if found.get(name)}
-        return Prediction(fields, self._read((found.get(PREDICTION) or "").partition("\n")[0]))
+        return ResponseChain(fields, self._read((found.get(PREDICTION) or "").partition("\n")[0]))
 
     def _read(self, line: str) -> str | None:
         """The answer in the line that holds the prediction."""

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 
 from dynkp.files.json_files import write_json
 from dynkp.files.whole_files import locked
-from dynkp.prediction.generation import Modality, plan_batches, prompt_row, prompt_size
+from dynkp.prediction.batch_plan import plan_batches, prompt_size
+from dynkp.prediction.engine import Engine
+from dynkp.prediction.generation_tasks import Modality, prompt_columns
 
 logger = logging.getLogger(__name__)
 
 # A post's id and the number of the decode.
 Key = tuple[str, int]
-# Predicts a batch of rows, with a seed where outputs are sampled.
-Generator = Callable[..., list[Any]]
 
 
 class PredictionRun:
@@ -52,7 +52,7 @@ class PredictionRun:
 
     Example:
         >>> run = PredictionRun(posts, "out/predictions.jsonl", {"model": "out"}, batch_size=8)
-        >>> run.start(), run.predict(generator, run.pending()), run.finish()
+        >>> run.start(), run.predict(engine, run.pending()), run.finish()
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PredictionRun:
         self.ids: list[str] = []
         sizes = []
         for index, row in enumerate(posts):
-            row = prompt_row(row, index, modality)
+            row = prompt_columns(row, index, modality)
             self.ids.append(row["id"])
             sizes.append(prompt_size(row))
             digest.update(_prompt_content(row))
@@ -150,7 +150,7 @@ class PredictionRun:
 
     def predict(
         self,
-        generator: Generator,
+        engine: Engine,
         batches: Iterable[tuple[int, list[int]]],
         *,
         rank: int = 0,
@@ -160,7 +160,7 @@ class PredictionRun:
         """Predict this process's share of the batches, and append the rows.
 
         Args:
-            generator: a [`TransformersGenerator`] or its equal.
+            engine: predicts a batch of posts.
             batches: what `pending` returned.
             rank: this process's number, from 0; it takes every `num_ranks`-th batch.
             num_ranks: the number of processes.
@@ -175,10 +175,10 @@ class PredictionRun:
             tqdm(total=len(keys), desc=f"Predicting{share}", unit="post", disable=not progress or rank != 0) as bar,
         ):
             for decode, batch in mine:
-                rows = [prompt_row(self.posts[index], index, self.modality) for index in batch]
+                rows = [prompt_columns(self.posts[index], index, self.modality) for index in batch]
                 seed = None if self.seed is None else self.seed + decode
                 lines = []
-                for row in generator(rows, seed=seed):
+                for row in engine(rows, seed=seed):
                     # A batch of which a kill let some rows through is computed again as a whole, and completed.
                     if (row["id"], decode) not in self.done:
                         written = {**row, "decode": decode} if self.decodes > 1 else row
