@@ -290,7 +290,7 @@ def test_files_that_are_no_predictions(
     ("lines", "message"),
     [
         (['{"id": "1", "text": "a"}', '{"id": "1", "text": "b"}'], "repeated_id"),
-        (['{"id": "1", "text": "a", "image": "../posts.jsonl"}'], "leaves the image folder"),
+        (['{"id": "1", "text": "a", "image": "../posts.jsonl"}'], "is outside the image folder"),
         (['{"id": "1", "text": "a", "image": "nowhere.png"}'], "nowhere.png"),
         (['{"id": "1"}'], "neither text nor image"),
         (['{"id": "1", "text": "a"'], "line 1: not valid JSON"),

@@ -248,7 +248,7 @@ def test_cmkp_s_raw_files(tmp_path):
         ({"image": "a/b.png"}, "x_src.txt", "has a folder"),
         ({"image": picture()}, "x.jsonl", "embedded image: say with output_image_dir="),
         ({"image": "no.png"}, "x.parquet", "say with image_dir="),
-        ({"image": b"no picture"}, "x.parquet", "not a picture"),
+        ({"image": b"no picture"}, "x.parquet", "not an image"),
         ({"text": 3}, "x.jsonl", "wrong_type: text must be a string"),
         ({"text": "\ud83d"}, "x.jsonl", "bad_unicode"),
         ({"when": datetime.date(2026, 11, 21)}, "x.jsonl", "column 'when' holds .* drop="),
@@ -268,7 +268,11 @@ def test_what_a_form_cannot_hold(tmp_path, post, form, message):
 
 def test_pictures_that_cannot_be_embedded(tmp_path):
     (tmp_path / "half.png").write_bytes(picture()[:40])
-    for name, message in (("none.png", "there is no file"), ("half.png", "is not a picture"), ("../a.png", "leaves the image")):
+    for name, message in (
+        ("none.png", "there is no file"),
+        ("half.png", "is not an image"),
+        ("../a.png", "is outside the image"),
+    ):
         with pytest.raises(InvalidPostsError, match=f"post 'p' .*{message}"):
             convert_posts([{**POST, "image": name}], tmp_path / "x.parquet", image_dir=tmp_path)
     assert os.listdir(tmp_path) == ["half.png"]

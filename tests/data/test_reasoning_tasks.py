@@ -245,7 +245,7 @@ def test_parsing_takes_linear_time() -> None:
 
 
 def test_what_cannot_be_asked_or_taught_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"post '7': aspect=' ', and task 'masc' asks about an aspect"):
+    with pytest.raises(ValueError, match=r"post '7': aspect=' ', but task 'masc' asks about an aspect"):
         MASC.chain_prompt({**ROW, "aspect": " "})
     with pytest.raises(ValueError, match=r"post '7': label='good' is none of positive, neutral, negative"):
         MASC.label_target({**ROW, "label": "good"})
