@@ -23,17 +23,17 @@ from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradient
 from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
 from dynkp.mechanics.modality_masking import (
     Mask,
-    dropping_unsupported_reason,
     image_token_counts,
     keep_mask,
     pool,
     random_keep_mask,
+    why_tokens_cannot_be_dropped,
 )
 from dynkp.mechanics.stride_schedule import StrideSchedule
 from dynkp.objectives.filtering import keep_variants, variant_weights
-from dynkp.objectives.token_loss import target_loss
+from dynkp.objectives.token_loss import PostLosses, target_loss
 from dynkp.trainer.aimkp_config import AimKPConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
 from dynkp.trainer.stopwatch import Stopwatch
 from dynkp.trainer.visit_log import VisitLog
 
@@ -177,7 +177,7 @@ class AimKPTrainer(KeyphraseTrainer):
             return PlainPostGradients(model, count), PlainViews(model, prompts, masks, score)
         width = prompt["input_ids"].shape[1]
         longest = width + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
-        if reason := dropping_unsupported_reason(model, longest):
+        if reason := why_tokens_cannot_be_dropped(model, longest):
             self._announce(f"Masked tokens are masked, not left out, which costs more: {reason}.")
         starts = None
         if self.shares_prompt and "text" in strides and not reason:
@@ -207,7 +207,7 @@ class AimKPTrainer(KeyphraseTrainer):
 
         def losses(posts: Sequence[int]) -> torch.Tensor:
             log_probs = views.log_probs(view, targets, posts)
-            return self.weigh(target_loss(log_probs, targets_of(targets, posts)["weights"][:, : log_probs.shape[1]])).total
+            return self.normalized(target_loss(log_probs, targets_of(targets, posts)["weights"][:, : log_probs.shape[1]])).total
 
         return losses
 
@@ -295,7 +295,7 @@ class AimKPTrainer(KeyphraseTrainer):
     def _choose_similarity_backend(self) -> bool:
         if self.args.similarity_backend == "plain":
             return False
-        reason = gradient_similarity.unsupported_reason(self.model)
+        reason = gradient_similarity.why_gradients_cannot_be_batched(self.model)
         if reason is None:
             return True
         if self.args.similarity_backend == "batched":
