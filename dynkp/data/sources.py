@@ -194,7 +194,7 @@ def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path |
 
 
 def _stored_row(post: Mapping[str, Any], root: str | None) -> dict[str, Any]:
-    """A post as a row of a JSON Lines file; its pictures are in the image folder afterwards."""
+    """Return a post as a row of a JSON Lines file, after copying its images into the image folder."""
     row = {key: value for key, value in post.items() if key not in ("images", LOAD_FINDINGS)}
     return row | {"images": [_stored(image, root, post["id"]) for image in post["images"]]}
 
