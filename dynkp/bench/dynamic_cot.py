@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 
-from dynkp.batches.targets import Targets, select, targets_of
+from dynkp.batches.targets import select, targets_of
 from dynkp.bench.measure import Setting, Step, first_round, median_seconds
 from dynkp.bench.steps import TwoPassTrainer, fine_tune, train
 from dynkp.bench.workload import QUICK, Sizes, build_model, build_processor, build_trainer, columns, draw_posts
@@ -164,9 +164,8 @@ def oracle(bench: Bench) -> torch.Tensor:
         length = batch["reasoning" if easy else "direct"]["lengths"][index]
         groups.setdefault((easy, prompt_length, length), []).append(index)
     losses = []
-    for (easy, prompt_length, length), indices in groups.items():
-        targets: Any = targets_of(batch["reasoning" if easy else "direct"], indices)
-        targets = Targets(**{**targets, **{key: targets[key][:, :length] for key in ("input_ids", "mask", "weights")}})
+    for (easy, prompt_length, _), indices in groups.items():
+        targets = targets_of(batch["reasoning" if easy else "direct"], indices)
         prompt = {key: select(value, indices) for key, value in batch["prompt"].items()}
         prompt.update({key: prompt[key][:, -prompt_length:] for key in ("input_ids", "attention_mask")})
         losses.append(fine_tune(bench.ours.model, prompt, targets, share=len(indices) / len(bench.easy)))

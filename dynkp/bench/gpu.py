@@ -379,6 +379,6 @@ def _aimkp(bench: Bench, case: Case) -> dict[str, Step]:
     )
     return {
         "sft": partial(sft, bench.sft_trainer, labelled_inputs(batch["prompt"], batch["direct"])),
-        "published": partial(train_masked, published, {**single, "alone": [single]}, STRIDES[0]),
+        "published": partial(train_masked, published, {**single, "single_posts": [single]}, STRIDES[0]),
         **{f"ours_{stride}": partial(train_masked, ours, batch, stride) for stride in STRIDES},
     }

@@ -20,11 +20,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import send_to_device
 
+from dynkp.batches.two_task_collator import TwoTaskCollator
 from dynkp.bench.measure import Setting, Step, first_round, median_seconds
 from dynkp.bench.steps import train
 from dynkp.bench.workload import QUICK, Sizes, build_model, build_processor, build_trainer, columns, draw_posts
@@ -93,14 +94,14 @@ class Bench:
 
     def with_cache(self, top_k: int) -> MulCoTRDTrainer:
         """Write the batch's soft labels to a folder of their own, and build a trainer that reads them."""
-        vocabulary = self.assistant.vocabulary
+        vocabulary, collator = self.assistant.vocabulary, cast(TwoTaskCollator, self.plain.data_collator)
         folder = f"{self.folder}/top-{top_k}"
         settings = {"task": task_fingerprint(self.plain.task), "temperature": TEMPERATURE, "vocabulary": vocabulary}
         writer = SoftLabelWriter(folder, settings, self.processor.tokenizer)
         write_soft_labels(
             writer,
             self.assistant,
-            self.plain.data_collator,
+            collator,
             self.plain.train_dataset,
             top_k=min(top_k, vocabulary),
             temperature=TEMPERATURE,

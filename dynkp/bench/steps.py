@@ -13,8 +13,8 @@ from torch import nn
 
 from dynkp.batches.targets import Targets, mixed_targets
 from dynkp.objectives.switching import below_threshold
+from dynkp.objectives.token_loss import PostLosses
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
-from dynkp.trainer.keyphrase_trainer import PostLosses
 
 
 def train(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -28,8 +28,8 @@ def train(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
         The loss, a scalar without graph, in nats.
     """
     trainer.model.zero_grad()
-    weight = torch.as_tensor(sum(trainer.post_weights(batch)), device=trainer.args.device)
-    loss = trainer.training_step(trainer.model, dict(batch), weight)
+    [inputs], denominator = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
+    loss = trainer.training_step(trainer.model, inputs, denominator)
     trainer.end_of_step()
     return loss
 
@@ -59,19 +59,20 @@ def fine_tune(model: nn.Module, prompt: dict[str, Any], targets: Targets, share:
     Args:
         model: A LLaVA-shaped model.
         prompt: The processor's output for B prompts of equal lengths.
-        targets: B targets of equal lengths.
+        targets: B targets of equal lengths, maybe padded for longer ones.
         share: What the batch's loss is multiplied by: the share of its posts in the step.
 
     Returns:
         `share` times the mean loss per token, a scalar without graph, in nats.
     """
-    ids = targets["input_ids"]
-    if not (targets["mask"].all() and prompt["attention_mask"].all()):
+    length = max(targets["lengths"])
+    ids = targets["input_ids"][:, :length]
+    if not (targets["mask"][:, :length].all() and prompt["attention_mask"].all()):
         raise ValueError("prompts or targets have different lengths; fine_tune computes batches without padding only")
     inputs = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], ids[:, :-1]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = model(**inputs, logits_to_keep=ids.shape[1], use_cache=False).logits
+    logits = model(**inputs, logits_to_keep=length, use_cache=False).logits
     loss = share * nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     loss.backward()
     return loss.detach()

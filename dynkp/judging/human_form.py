@@ -20,8 +20,9 @@ from typing import Any
 
 from dynkp.chat.post_stream import PostStream, SourcePost
 from dynkp.chat.settings import RunPaths
-from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files, write_text
+from dynkp.files.json_files import read_json, write_json
+from dynkp.files.json_lines import write_json_lines
 from dynkp.judging.candidates import LABELS, Candidate
 from dynkp.judging.prompts import check_judgeable, checked_ranks
 from dynkp.judging.ranks import CRITERIA, Judgement, rank_tables
@@ -159,7 +160,7 @@ def write_form(
         "systems": sorted({system for source in drawn for one in candidates[source.id] for system in one.systems}),
         "posts": [{"id": source.id, "order": [list(one.systems) for one in candidates[source.id]]} for source in drawn],
     }
-    with whole_files(Path(path), key_path(path)) as (page, key_file):
+    with atomic_files(Path(path), key_path(path)) as (page, key_file):
         with page.open("w", encoding="utf-8", errors="replace") as file:
             file.write(_head(title, form))
             for number, source in enumerate(shown, start=1):
@@ -289,11 +290,9 @@ def write_judgements(
 ) -> None:
     """Write a row per judgement, and the report as JSON and as tables, all named after the output."""
     paths = RunPaths(output)
-    with whole_files(paths.output) as (rows,):
-        lines = (json.dumps(judgement.row(ties), ensure_ascii=False) + "\n" for judgement in judgements)
-        rows.write_text("".join(lines), encoding="utf-8", errors="replace")
+    write_json_lines(paths.output, (judgement.row(ties) for judgement in judgements), errors="replace")
     write_json(paths.report, report)
-    paths.table.write_text(rank_tables(report) + "\n", encoding="utf-8")
+    write_text(paths.table, rank_tables(report) + "\n")
 
 
 def _read_key(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -316,10 +315,7 @@ def _by_post(answers: Any, path: str | os.PathLike[str]) -> dict[str, dict[str, 
 
 
 def _read(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict) or set(names) - set(content) or not isinstance(content["form"], str):
         raise ValueError(f"{path}: must be a JSON object with {', '.join(names)}, the first a string")
     return content

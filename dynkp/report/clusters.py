@@ -23,7 +23,7 @@ import numpy as np
 
 from dynkp.data.images import open_image
 from dynkp.data.rows import fold_keyphrase
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files, write_text
 
 PROJECTIONS = ("tsne", "pca")
 # Okabe and Ito's, which colour-blind readers tell apart; from the ninth keyphrase on the marks differ too.
@@ -307,7 +307,7 @@ def write_png(clusters: PostClusters, path: str | Path, *, title: str = "", dpi:
     figure.legend(handles, names, markerscale=2, frameon=False, loc="outside center right")
     axes.set(xticks=[], yticks=[], title=title.replace("$", r"\$"))
     axes.spines[:].set_color("#cccccc")
-    with whole_files(path) as (partial,):
+    with atomic_files(path) as (partial,):
         figure.savefig(partial, format="png", dpi=dpi)
 
 
@@ -362,8 +362,7 @@ def write_html(clusters: PostClusters, path: str | Path, *, title: str = "Posts 
         figure=figure.to_html(full_html=False, include_plotlyjs=True, config=config, div_id="clusters"),
         caption=html.escape(clusters.caption()),
     )
-    with whole_files(path) as (partial,):
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _wrapped(text: str, width: int = 60, most: int = 300) -> str:

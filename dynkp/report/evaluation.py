@@ -9,15 +9,14 @@ Holds   predictions and posts are matched by id, never by position; missing, rep
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynkp.files.json_lines import write_json_lines
 from dynkp.mmkp_f1.evaluation import allowed_subsets
 from dynkp.mmkp_f1.outputs import list_statistics
 from dynkp.mmkp_f1.scoring import KeyphraseScorer, PostScores
@@ -238,8 +237,8 @@ class Evaluation:
             }
             for name, subsets in self.post_scores.items()
         }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+
+        def rows() -> Iterator[dict[str, Any]]:
             for index, post in enumerate(self.gold):
                 for name, subsets in self.post_scores.items():
                     scores = {
@@ -247,7 +246,9 @@ class Evaluation:
                         for subset, one in subsets.items()
                         if (place := places[name][subset].get(index)) is not None
                     }
-                    file.write(json.dumps({"id": post.id, "system": name, "scores": scores}, ensure_ascii=False) + "\n")
+                    yield {"id": post.id, "system": name, "scores": scores}
+
+        write_json_lines(path, rows())
 
     # --- tables ---
 

@@ -13,7 +13,6 @@ Extra `plots` (matplotlib).
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files
+from dynkp.files.json_files import write_json
+from dynkp.files.json_lines import read_json_lines
 
 SUFFIXES = (".png", ".svg", ".pdf")
 COLUMNS = ("step", "modality", "stride", "cosine", "kept", "full_loss", "masked_loss")
@@ -233,23 +234,14 @@ class _Course:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):  # torn: what writes it is not done, or was killed
-                return
-            try:
-                visit = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}): give the visits.jsonl of an AimKP run"
-                ) from error
-            lacking = [name for name in COLUMNS if name not in visit] if isinstance(visit, dict) else list(COLUMNS)
-            if lacking:
-                raise ValueError(
-                    f"{path}, line {number} has no {', '.join(lacking)}: this is not the visits.jsonl that AimKPTrainer writes "
-                    "with log_visits=True"
-                )
-            yield visit
+    for where, visit in read_json_lines(path, skip_torn=True):  # the run may still be writing it
+        lacking = [name for name in COLUMNS if name not in visit] if isinstance(visit, dict) else list(COLUMNS)
+        if lacking:
+            raise ValueError(
+                f"{where} has no {', '.join(lacking)}: this is not the visits.jsonl that AimKPTrainer writes "
+                "with log_visits=True"
+            )
+        yield visit
 
 
 def _rise(full_loss: float, masked_loss: float) -> float | None:
@@ -376,6 +368,6 @@ def _figure(path: str | Path, width: float, height: float = 4.0) -> Any:
 
 def _write(figure: Any, path: str | Path, numbers: dict[str, Any], visits: Visits) -> None:
     path = Path(path)
-    with whole_files(path.with_suffix(".json"), path) as (json_file, figure_file):
-        json_file.write_text(json.dumps({"visits": visits.path, "modalities": numbers}, indent=1) + "\n", encoding="utf-8")
+    with atomic_files(path.with_suffix(".json"), path) as (json_file, figure_file):
+        write_json(json_file, {"visits": visits.path, "modalities": numbers})
         figure.savefig(figure_file, format=path.suffix[1:].lower(), dpi=200)

@@ -13,10 +13,10 @@ import html
 import io
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynkp.data.images import ImageError, open_image
+from dynkp.files.atomic import write_text
 
 _THUMBNAIL = 320
 
@@ -75,7 +75,7 @@ def write_preview(path: str | os.PathLike[str], title: str, summary: str, posts:
         f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n{articles}\n</main>\n</body>\n</html>\n"
     )
-    Path(path).write_text(page, encoding="utf-8", errors="replace")
+    write_text(path, page, errors="replace")
 
 
 def _article(post: PreviewPost) -> str:

@@ -9,16 +9,15 @@ Holds   rows and posts are matched by id, as in `dynkp.report.evaluation`; a pre
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dynkp.data.reasoning_tasks import SENTIMENTS, ReasoningTask, resolve_reasoning_task
+from dynkp.files.json_lines import write_json_lines
 from dynkp.prediction.prediction_files import listed, match_predictions
 from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, EmbeddedOnce, chain_scores, floor_partners, mean_scores
 from dynkp.report.tables import percent
@@ -208,11 +207,10 @@ class SentimentEvaluation:
 
     def write_posts(self, path: str | os.PathLike[str]) -> None:
         """Write every post's scores as JSONL: `id`, `system`, `label`, `prediction`, `right` and, with chains, `chain`."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for index in range(len(self.gold)):
-                for name, scores in self.post_scores.items():
-                    file.write(json.dumps({"system": name, **scores[index]}, ensure_ascii=False) + "\n")
+        rows = (
+            {"system": name, **scores[index]} for index in range(len(self.gold)) for name, scores in self.post_scores.items()
+        )
+        write_json_lines(path, rows)
 
     # --- tables ---
 

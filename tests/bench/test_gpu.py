@@ -110,7 +110,7 @@ def part_of(value: torch.Tensor, post: int, count: int) -> torch.Tensor:
 def test_aimkp_s_ways_agree(name: str, tmp_path: Path) -> None:
     bench, count = exact_bench(name, tmp_path), 3
     batch = draw_batch(name, bench.model, count, TINY)
-    batch["alone"] = [
+    batch["single_posts"] = [
         {
             "prompt": {key: part_of(value, post, count) for key, value in batch["prompt"].items()},
             "layouts": batch["layouts"][post : post + 1],

@@ -39,7 +39,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def posts(tmp_path: Path) -> str:
     return write(tmp_path / "posts.jsonl", POSTS)
 
@@ -207,9 +207,9 @@ def test_an_id_may_be_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "a", "keyphrases": ["dog"]', "line 2: not JSON"),
+        ('{"id": "a", "keyphrases": ["dog"]', "line 2: not valid JSON"),
         ('{"id": "a", "keyphra', "the line is torn"),
-        ("\n", "line 2: not JSON"),
+        ("\n", "line 2: not valid JSON"),
         ("[]\n", "line 2: a prediction must be an object with 'id' and 'keyphrases'"),
         ('{"id": "a"}\n', "line 2: a prediction must be an object"),
         ('{"id": null, "keyphrases": []}\n', "line 2: 'id' must be a string"),
@@ -218,7 +218,7 @@ def test_an_id_may_be_a_number(tmp_path: Path) -> None:
         ('{"id": "a", "keyphrases": NaN}\n', "'keyphrases' must be a list of strings, got nan"),
         ('{"id": "a", "keyphrases": [], "decode": "first"}\n', "'decode' must be a whole number"),
         ('{"id": "a", "keyphrases": [], "output_words": NaN}\n', "'output_words' must be a number, got nan"),
-        ("[" * 100_000 + "\n", "line 2: not JSON"),
+        ("[" * 100_000 + "\n", "line 2: not usable JSON"),
     ],
 )
 def test_lines_that_are_no_predictions(
