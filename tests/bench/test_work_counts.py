@@ -1,10 +1,10 @@
-"""What a step computes, counted exactly: no clock, so a loss of speed shows on the busiest machine.
+"""The work of the trainers' steps, counted exactly and without a clock, so that a busy machine cannot hide a loss of speed.
 
-Holds: a step of Dynamic CoT runs the vision tower once, every prompt once and the reasoning of easy posts only; a step of
-AimKP runs the vision tower once, what stands in front of a post's text once, and of a masked view the kept tokens only;
-the matrix products' FLOPs, backward included, stay within docs/performance.md's goals (a CPU's attention kernels are not
-counted, and are the same in all ways). Pictures are decoded and processed by the dataloader's workers, where there are any;
-a resumed epoch decodes no picture of the posts it skips.
+Holds: a step of Dynamic CoT runs the vision tower once, every prompt once and the reasoning targets of easy posts only; a step
+of AimKP runs the vision tower once, the tokens in front of a post's text once, and of a masked view the kept tokens only; the
+FLOPs of the trainers' matrix products, backward included, stay within docs/performance.md's goals (a CPU's attention kernels
+are not counted, and are the same in all ways). Images are decoded and processed by the data loader's workers, if there are
+any; a resumed epoch decodes no image of the posts it skips.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SIZES = Sizes(
 
 
 class Work:
-    """Shapes of what went through the language model's first layer, (posts, tokens), and the vision tower, (pictures,)."""
+    """Shapes of the inputs of the language model's first layer, (posts, tokens), and of the vision tower, (images,)."""
 
     def __init__(self, model: Any):
         model = causal_lm_of(model)
         self.passes: list[tuple[int, int]] = []
-        self.pictures: list[int] = []
+        self.images: list[int] = []
         self.hooks = [
             model.get_decoder().layers[0].register_forward_pre_hook(self._decode, with_kwargs=True),
             model.get_encoder(modality="image").register_forward_pre_hook(self._encode, with_kwargs=True),
@@ -58,7 +58,7 @@ class Work:
         self.passes.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
 
     def _encode(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.pictures.append(len(args[0] if args else kwargs["pixel_values"]))
+        self.images.append(len(args[0] if args else kwargs["pixel_values"]))
 
 
 def aimkp(folder: Path, posts: list[dict[str, Any]], **options: Any) -> AimKPTrainer:
@@ -95,7 +95,7 @@ def test_dynamic_cot_computes_prompts_once(gamma: str | None, easy: int, tmp_pat
     prompt, direct = batch["prompt"]["input_ids"].shape[1], max(batch["direct"]["lengths"])
     work = Work(trainer.model)
     trainer.train()
-    assert work.pictures == [4]
+    assert work.images == [4]
     # The prompt without its last token; that token and the answer without its last.
     expected = [(4, prompt - 1), (4, direct)]
     if easy:
@@ -116,7 +116,7 @@ def test_aimkp_computes_kept_tokens_only(stride: int, tmp_path: Path) -> None:
     assert masked_text and masked_image
     work = Work(trainer.model)
     trainer.train()
-    assert work.pictures == [4]
+    assert work.images == [4]
     begins = layout.text.start
     assert work.passes == [
         (4, begins),  # for two views
@@ -132,7 +132,7 @@ def test_aimkp_s_first_epoch_is_plain_fine_tuning(tmp_path: Path) -> None:
     batch = trainer.data_collator(posts)
     work = Work(trainer.model)
     trainer.train()
-    assert work.pictures == [4]
+    assert work.images == [4]
     assert work.passes == [(4, batch["prompt"]["input_ids"].shape[1] + max(batch["direct"]["lengths"]) - 1)]
 
 
@@ -169,12 +169,12 @@ def test_aimkp_s_flops(tmp_path: Path) -> None:
     assert published == pytest.approx(3.0, abs=0.01) and published >= 1.5 * found[2]
 
 
-# Pictures
+# Images
 
 
 @contextmanager
 def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable[[], list[tuple[int, str]]]]:
-    """The process and the post of every picture that the collator decodes, workers' included."""
+    """The process and the post of every image that the collator decodes, workers' included."""
     stock = renderers.open_image
 
     def noting(image: Any, *, post_id: str) -> Any:
@@ -194,7 +194,7 @@ def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_decode_and_process_pictures(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_decode_and_process_images(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with decoded_by(monkeypatch, tmp_path / "notes") as notes:
         trainer = trainer_of("llava", tmp_path, equal_posts(8), gamma="inf", dataloader_num_workers=workers, num_train_epochs=1,
                              max_steps=-1)  # fmt: skip
@@ -218,7 +218,7 @@ def test_workers_decode_and_process_pictures(workers: int, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_epoch_decodes_no_skipped_picture(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_epoch_decodes_no_skipped_image(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"gamma": "inf", "num_train_epochs": 1, "max_steps": -1, "dataloader_num_workers": workers, "save_steps": 9,
                "save_strategy": "steps"}  # fmt: skip
     with decoded_by(monkeypatch, tmp_path / "notes") as notes:
@@ -233,7 +233,7 @@ def test_a_resumed_epoch_decodes_no_skipped_picture(workers: int, tmp_path: Path
 
 
 @pytest.mark.parametrize(("workers", "files", "accumulation"), [(0, 1, 2), (1, 1, 1), (2, 1, 1), (2, 2, 1)])
-def test_a_resumed_stream_decodes_no_skipped_picture(
+def test_a_resumed_stream_decodes_no_skipped_image(
     workers: int, files: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows are read again from the start; with two files, by two workers."""
