@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 
 from dynkp import cli, score_keyphrases
-from dynkp.report.evaluation import Evaluation, gold_posts
-from dynkp.report.tables import latex_table, markdown_table
 
 POSTS = [
     {"id": "a", "text": "my dog at the sea", "keyphrases": ["dog", "summer"]},
@@ -242,7 +240,7 @@ def test_lines_that_are_no_predictions(
         (["--train-keyphrases", "EMPTY"], "there is no keyphrase in it"),
         (["--train-keyphrases", "/nowhere.txt"], "/nowhere.txt"),
         (["--posts", "/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["--posts", "BLANK"], "posts with a blank keyphrase: 'x'. Leave"),
+        (["--posts", "BLANK"], "posts with an empty keyphrase: 'x'. Remove"),
         (["--posts", "BARE"], "posts without keyphrases, which cannot be scored: 'x', 'y'"),
     ],
 )
@@ -267,23 +265,8 @@ def test_figures_may_go_into_a_pipe(posts: str, tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_systems_need_names_of_their_own() -> None:
-    evaluation = Evaluation(gold_posts(POSTS), resamples=0)
-    evaluation.add("x", ROWS)
-    with pytest.raises(ValueError, match="two systems are called 'x'"):
-        evaluation.add("x", ROWS)
-    with pytest.raises(ValueError, match="ids that several posts have: 'a'"):
-        gold_posts([POSTS[0], POSTS[0]])
-
-
 def test_crossed_subsets(posts: str, tmp_path: Path) -> None:
     train = write(tmp_path / "train.txt", ["dog\n"])
     common = ["--predictions", write(tmp_path / "p.jsonl", ROWS), "--posts", posts, "--train-keyphrases", train]
     found = report(tmp_path, *common, "--subsets", "present&seen", "absent&unseen")
     assert {name: subset["posts"] for name, subset in found["subsets"].items()} == {"present&seen": 1, "absent&unseen": 3}
-
-
-def test_tables_escape_what_names_hold() -> None:
-    rows = [["system", "F1"], ["a|b_50%", "1.0"]]
-    assert markdown_table(rows).splitlines()[2] == r"| a\|b_50% | 1.0 |"
-    assert r"a|b\_50\% & 1.0 \\" in latex_table(rows)
