@@ -89,7 +89,7 @@ INDEXED = {"Dynamic CoT": DynamicCoTConfig, "AimKP": AimKPConfig, "MulCoT-RD": M
 
 @pytest.mark.parametrize("method", INDEXED)
 def test_the_paper_index_has_the_defaults_of_the_code(method: str) -> None:
-    """A row whose option is a field of the method's config states its default; every own option of the config is on the page."""
+    """A row whose option is a field of the method's config states its default; every own option is on the page."""
     fields = {field.name: field for field in dataclasses.fields(INDEXED[method])}
     section = (DOCS / "paper_index.md").read_text().partition(f"\n## {method}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
@@ -98,7 +98,9 @@ def test_the_paper_index_has_the_defaults_of_the_code(method: str) -> None:
     for row in rows:
         option, default = row[2].strip("`"), row[3].strip("`")
         if option in fields:
-            assert default == str(fields[option].default), f"{option}: {default} on the page, {fields[option].default} in the code"
+            assert default == str(fields[option].default), (
+                f"{option}: {default} on the page, {fields[option].default} in the code"
+            )
             checked += 1
     assert checked >= 8
     missing = [name for name in INDEXED[method].__annotations__ if name in fields and f"`{name}`" not in section]
@@ -137,11 +139,12 @@ class Settings:
 
 
 def score(losses, weights=None):
-    """Score losses with [`Settings`] and [`Unknown`].
+    """Score losses with [`~sample.Settings`] and [`Unknown`].
 
     Args:
         losses (`torch.Tensor` of shape `(B, T)`): nats per token.
-        weights ([`Settings`]): as above: not a type.
+        weights ([`Settings`] or [`~other.package.Weights`] or
+            `None`, *optional*): as above: not a type.
 
     Returns:
         `torch.Tensor`: one per post,
@@ -153,6 +156,16 @@ def score(losses, weights=None):
     >>> score([1])
     1
     ```
+    """
+'''
+
+SOURCE += '''
+
+def count(losses) -> int:
+    """Count losses.
+
+    Returns:
+        The number of losses: at least 0.
     """
 '''
 
@@ -169,12 +182,14 @@ def test_docstrings_as_the_reference_reads_them(tmp_path: Path, caplog: pytest.L
     assert text.value == "Score losses with [`Settings`][sample.Settings] and `Unknown`."
     assert [(argument.name, str(argument.annotation)) for argument in arguments.value] == [
         ("losses", "torch.Tensor of shape (B, T)"),
-        ("weights", "Settings"),
+        ("weights", "Settings or Weights or None"),
     ]
     assert arguments.value[1].description == "as above: not a type."
     assert str(returns.value[0].annotation) == "torch.Tensor"
     assert returns.value[0].description == "one per post,\non two lines."
     assert examples.value == [(griffe.DocstringSectionKind.examples, ">>> score([1])\n1")]
+    count = package["count"].docstring.parsed[1].value[0]
+    assert (str(count.annotation), count.description) == ("int", "The number of losses: at least 0.")
     rate = package["Settings.rate"]
     assert rate.docstring.value == "Learning rate, 5 % of the other." and str(rate.value) == "5e-05"
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
