@@ -22,6 +22,9 @@ FENCED_EXAMPLE = re.compile(r"^Examples:\n\n?[ ]*```python\n([ ]*>>>.*?)\n[ ]*``
 TYPED_ARGUMENT = re.compile(
     r"^([ ]+\*{0,2}\w+(?:, \*{0,2}\w+)* )\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\):(?=\s)", re.MULTILINE
 )
+# A list right below a line of text, which Markdown would take for its continuation.
+LIST = re.compile(r"^([ ]*)((?!- )\S.*)\n(?=\1- )", re.MULTILINE)
+CALLED = re.compile(r"^Returns \(.*\):$", re.MULTILINE)  # what an object returns when it is called
 RESULT = re.compile(r"^((?:Returns|Yields):\n[ ]+)(.*)$", re.MULTILINE)
 TYPED_RESULT = re.compile(r"(\[?`[^:]+`\]?|[\w.]+(?:\[.*\])?(?: \| [\w.\[\]]+)*):(?= |$)")
 MARKUP = re.compile(r"(?:\[`|`\]|`)(?:~(?:\w+\.)+)?|\*(?=\w)|(?<=\w)\*")
@@ -79,7 +82,9 @@ class DocstringExtension(griffe.Extension):
         text = FENCED_EXAMPLE.sub(lambda match: f"Examples:\n{textwrap.indent(textwrap.dedent(match[1]), '    ')}", text)
         # The space: griffe strips closing parentheses from the types of attributes.
         text = TYPED_ARGUMENT.sub(lambda match: f"{match[1]}({plain(match[2])} ):", text)
+        text = CALLED.sub("Returns:", text)
         text = RESULT.sub(self._result, text)
+        text = LIST.sub(r"\1\2\n\n", text)
         return REFERENCE.sub(self._link, text)
 
     @staticmethod
