@@ -36,16 +36,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from dynkp.batches.targets import mixed_targets, select, targets_of
+from dynkp.batches.targets import mixed_targets, targets_of
 from dynkp.bench import dynamic_cot
 from dynkp.bench.measure import Setting, Step, environment, median_seconds
 from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, Posts, batch_of, build_model, draw_posts, plain_inputs
-from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients, why_gradients_cannot_be_batched
-from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
-from dynkp.mechanics.modality_masking import MODALITIES, Mask, image_token_counts, keep_mask, why_tokens_cannot_be_dropped
+from dynkp.mechanics.gradient_similarity import why_gradients_cannot_be_batched
+from dynkp.mechanics.masked_views import BatchedViews, MaskedViews, PlainViews
+from dynkp.mechanics.modality_masking import MODALITIES
 from dynkp.mechanics.shared_prompt import Scorer, causal_lm_of, score_targets
-from dynkp.objectives.filtering import variant_weights
-from dynkp.objectives.token_loss import target_loss
+from dynkp.objectives.filtering import filtered_loss, keep_variants
 from dynkp.trainer.keyphrase_trainer import fused_score_targets
 
 HEADINGS = ("model, trained", "case", "the other way", "other / SFT", "ours / SFT", "other / ours",
@@ -359,13 +358,20 @@ def _aimkp(bench: _Bench, case: Case) -> dict[str, Step]:
 def published(model: nn.Module, posts: Posts, stride: int, score: Scorer = score_targets) -> torch.Tensor:
     """AimKP as published: for one post after the other, a forward and a backward per view, masked tokens in their place."""
     model.zero_grad()
+    count = len(posts.layouts)
+    singles = [
+        {
+            "prompt": {key: _post_of(value, post, count) for key, value in posts.prompt.items()},
+            "layouts": posts.layouts[post : post + 1],
+            "id": [str(post)],
+        }
+        for post in range(count)
+    ]
     total = torch.zeros((), device=posts.direct["mask"].device)
-    for post in range(len(posts.layouts)):
-        prompt = {key: _post_of(value, post, len(posts.layouts)) for key, value in posts.prompt.items()}
-        layouts, width = posts.layouts[post : post + 1], prompt["input_ids"].shape[1]
-        masks = {name: Mask(keep_mask(layouts, name, [stride], width)) for name in MODALITIES}
-        views = PlainViews(model, [prompt], [masks], score)
-        total += _learn(PlainPostGradients(model, 1), views, posts, [post])
+    for post, single in enumerate(singles):
+        batch = {**single, "alone": [single]}
+        views = PlainViews(model, batch, {name: [stride] for name in MODALITIES}, score=score)
+        total += _learn(views, posts, [post])
     return total / posts.direct["weights"].sum()
 
 
@@ -374,30 +380,21 @@ def masked_views(model: nn.Module, posts: Posts, stride: int, score: Scorer = sc
     if reason := why_gradients_cannot_be_batched(model):
         raise ValueError(reason)
     model.zero_grad()
-    count, width = len(posts.layouts), posts.prompt["input_ids"].shape[1]
-    masks = {name: Mask(keep_mask(posts.layouts, name, [stride] * count, width)) for name in MODALITIES}
-    drop = why_tokens_cannot_be_dropped(model, width + max(posts.direct["lengths"])) is None
-    starts = [layout.text.start for layout in posts.layouts] if drop else None
-    gradients = PostGradients(model, count, image_token_counts(model, posts.prompt))
-    with gradients.rows(range(count)):
-        views = BatchedViews(model, posts.prompt, masks, starts, drop, score)
-    return _learn(gradients, views, posts, list(range(count))) / posts.direct["weights"].sum()
+    count = len(posts.layouts)
+    batch = {"prompt": posts.prompt, "layouts": posts.layouts, "id": [str(post) for post in range(count)]}
+    strides = {name: [stride] * count for name in MODALITIES}
+    views = BatchedViews(model, batch, strides, longest_target=max(posts.direct["lengths"]), score=score)
+    return _learn(views, posts, list(range(count))) / posts.direct["weights"].sum()
 
 
-def _learn(
-    gradients: PostGradients | PlainPostGradients, views: BatchedViews | PlainViews, posts: Posts, rows: list[int]
-) -> torch.Tensor:
+def _learn(views: MaskedViews, posts: Posts, rows: list[int]) -> torch.Tensor:
     """Every view's gradients, their cosines, and the update; every variant is kept, so that all cases cost the same."""
-    targets, names = targets_of(posts.direct, rows), (FULL, *MODALITIES)
-
-    def losses(view: str, chosen: Sequence[int]) -> torch.Tensor:
-        return target_loss(views.log_probs(view, targets, chosen), select(targets["weights"], list(chosen))).total
-
-    for number, view in enumerate(names):
-        gradients.add(view, partial(losses, view), retain_graph=number + 1 < len(names))
-    cosines = torch.stack([gradients.cosines(name) for name in MODALITIES], dim=1)
-    weights = variant_weights(cosines.isfinite()) / posts.direct["weights"].sum()
-    loss = gradients.loss(dict(zip(names, weights.unbind(dim=1), strict=True)))
+    targets = targets_of(posts.direct, rows)
+    for view in views:
+        views.backward(view, targets, over_tokens=True)
+    kept = keep_variants(views.cosines(), None)
+    full, variants = views.losses()
+    loss = filtered_loss(full, variants, kept).sum() / posts.direct["weights"].sum()
     loss.backward()
     return loss.detach() * posts.direct["weights"].sum()
 
