@@ -12,10 +12,10 @@ class Branches(TypedDict):
 
     `prompt` are the prompts of one branch, whole. `ends` has, per branch, the columns behind the first `shared` ones:
     `input_ids` (B, W), `attention_mask` (B, W), left-padded. A branch whose prompts do not begin like the others has no
-    end but, in `apart`, its own whole prompts.
+    end but, in `separate`, its own whole prompts.
     """
 
     prompt: dict[str, Any]
     shared: int
     ends: dict[str, dict[str, torch.Tensor]]
-    apart: dict[str, dict[str, Any]]
+    separate: dict[str, dict[str, Any]]

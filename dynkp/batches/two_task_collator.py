@@ -86,14 +86,16 @@ class TwoTaskCollator:
         }
         behind = max(len(label) - _common(label, chain) for label, chain in zip(*tokens.values(), strict=True))
         if not self._can_share(prompt, tokens["label"], behind):
-            apart = {"label": prompt, "chain": self._collators["chain"].collate_prompts(rows, images)}
-            return Branches(prompt=prompt, shared=0, ends={}, apart=apart)
+            separate = {"label": prompt, "chain": self._collators["chain"].collate_prompts(rows, images)}
+            return Branches(prompt=prompt, shared=0, ends={}, separate=separate)
         ends = {
             kind: [chosen[len(label) - behind :] for label, chosen in zip(tokens["label"], tokens[kind], strict=True)]
             for kind in tokens
         }
         shared = prompt["input_ids"].shape[1] - behind
-        return Branches(prompt=prompt, shared=shared, ends={kind: self._padded(rest) for kind, rest in ends.items()}, apart={})
+        return Branches(
+            prompt=prompt, shared=shared, ends={kind: self._padded(rest) for kind, rest in ends.items()}, separate={}
+        )
 
     def _can_share(self, prompt: Mapping[str, Any], tokens: Sequence[list[int]], behind: int) -> bool:
         """Whether the last `behind` columns are what the tokenizer made of the prompts' ends, and text stands before them."""
@@ -136,7 +138,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _lengths(branches: Branches, kind: str) -> list[int]:
     """Tokens of each post's prompt of one kind."""
-    if kind in branches["apart"]:
-        return branches["apart"][kind]["attention_mask"].sum(dim=1).tolist()
+    if kind in branches["separate"]:
+        return branches["separate"][kind]["attention_mask"].sum(dim=1).tolist()
     beginning = branches["prompt"]["attention_mask"][:, : branches["shared"]]
     return (beginning.sum(dim=1) + branches["ends"][kind]["attention_mask"].sum(dim=1)).tolist()

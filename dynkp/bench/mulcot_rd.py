@@ -40,7 +40,7 @@ from dynkp.objectives.distillation import (
     soft_label_divergence,
     truncate,
 )
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.objectives.token_loss import TargetLoss, sum_per_post
 
 SUITE = "mulcot_rd"
 HEADINGS = (
@@ -158,36 +158,33 @@ def twice(model: nn.Module, batch: Batch) -> torch.Tensor:
 def cached(model: nn.Module, batch: Batch) -> torch.Tensor:
     device = batch.branches["prompt"]["input_ids"].device
     labels = batch.cache.of_batch(batch.ids, {task: _on_host(answers) for task, answers in batch.answers.items()})
-    says = {
+    soft_labels = {
         task: SoftLabels(parts["ids"].to(device), parts["log_probs"].to(device), parts["rest"].to(device), parts["vocabulary"])
         for task, parts in labels.items()
     }
-    return _step(model, SharedBranches, batch, says)
+    return _step(model, SharedBranches, batch, soft_labels)
 
 
 def online(model: nn.Module, assistant: Assistant, batch: Batch) -> torch.Tensor:
     return _step(model, SharedBranches, batch, assistant.logits(batch.branches, batch.answers))
 
 
-def _step(model: nn.Module, backend: Any, batch: Batch, says: dict[str, Any]) -> torch.Tensor:
+def _step(model: nn.Module, backend: Any, batch: Batch, soft_labels: dict[str, Any]) -> torch.Tensor:
     """`MulCoTRDTrainer.compute_post_losses` and the mean over posts."""
     model.zero_grad()
     student = backend(model, batch.branches)
     losses: list[TargetLoss] = []
     for task, answers in batch.answers.items():
         logits = student.logits(task, answers)
-        loss = _per_post(hard_label_loss(logits, answers["input_ids"][answers["mask"]]), answers)
-        if says:
-            loss = distilled(loss, _per_post(soft_label_divergence(logits, says[task], TEMPERATURE), answers), WEIGHT)
+        loss = sum_per_post(hard_label_loss(logits, answers["input_ids"][answers["mask"]]), answers["mask"])
+        if soft_labels:
+            divergence = soft_label_divergence(logits, soft_labels[task], TEMPERATURE)
+            loss = distilled(loss, sum_per_post(divergence, answers["mask"]), WEIGHT)
         losses.append(loss)
     total, weight = multitask_loss(losses, [1.0] * len(losses))
     mean = total.sum() / weight.sum()
     mean.backward()
     return mean.detach()
-
-
-def _per_post(values: torch.Tensor, answers: Targets) -> TargetLoss:
-    return target_loss(-values.new_zeros(answers["mask"].shape).masked_scatter(answers["mask"], values), answers["mask"])
 
 
 def compare(student: nn.Module, assistant: Assistant, whole: Batch) -> float:
@@ -238,7 +235,7 @@ def draw_batch(assistant: Assistant, sizes: Sizes, folder: str, top_k: int) -> B
         prompt={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels},
         shared=beginning.shape[1],
         ends={task: {"input_ids": end, "attention_mask": torch.ones_like(end)} for task, end in ends.items()},
-        apart={},
+        separate={},
     )
     answers = {"label": targets(LABEL_TOKENS), "chain": targets(sizes.reasoning_tokens)}
     post_ids = [str(index) for index in range(sizes.batch)]

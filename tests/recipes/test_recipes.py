@@ -92,7 +92,7 @@ def test_mulcot_rd_recipes_have_the_papers_settings(name: str, dropout: float) -
     parser = TrlParser((DataArguments, MulCoTRDConfig, ModelConfig, PredictionArguments, TinyModelArguments))
     given = ["--config", str(REPOSITORY / f"examples/recipes/{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
     data, args, model_args, *_ = parser.parse_args_and_config(given)
-    assert data.method == "mulcot_rd" and args.task == "masc" and args.weights() == {"label": 1.0, "chain": 1.0}
+    assert data.method == "mulcot_rd" and args.task == "masc" and args.parsed_task_weights == {"label": 1.0, "chain": 1.0}
     assert (args.distillation_weight, args.temperature, args.kd_positions) == (0.3, 2.0, "answer")
     assert (args.assistant, args.soft_labels) == (None, None), "the student's recipe says where they go; λ is 0 until then"
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, dropout)
