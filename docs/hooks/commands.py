@@ -28,4 +28,5 @@ def command_reference() -> str:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Replace the marker by the command reference."""
     return markdown.replace(MARKER, command_reference()) if MARKER in markdown else markdown

@@ -261,7 +261,8 @@ class PlainViews(MaskedViews):
 
     Args:
         model (`torch.nn.Module`): causal (vision-)language model, or a PEFT model around one.
-        batch (`dict`): as for [`BatchedViews`], with `alone`: B batches of one post each.
+        batch (`dict`): a batch of B posts, as [`~dynkp.batches.masking_collator.SinglePostsCollator`] collates it: with
+            `single_posts`, B batches of one post each.
         strides (`Mapping[str, Sequence[int]]`): as for [`BatchedViews`].
         masking ([`Masking`], *optional*): as for [`BatchedViews`].
         score ([`~dynkp.mechanics.shared_prompt.Scorer`], *optional*): as for [`BatchedViews`].
@@ -276,7 +277,7 @@ class PlainViews(MaskedViews):
         *,
         score: Scorer = score_targets,
     ):
-        singles = batch["alone"]
+        singles = batch["single_posts"]
         super().__init__(PlainPostGradients(model, len(singles)), _indices_of_views(batch["layouts"], strides))
         self.model, self.score = model, score
         self.prompts = [single["prompt"] for single in singles]

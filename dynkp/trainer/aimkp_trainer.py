@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from dynkp.batches.masking_collator import MaskingCollator
+from dynkp.batches.masking_collator import MaskingCollator, SinglePostsCollator
 from dynkp.batches.targets import Targets
 from dynkp.mechanics.gradient_similarity import why_gradients_cannot_be_batched
 from dynkp.mechanics.masked_views import FULL, BatchedViews, MaskedViews, Masking, PlainViews
@@ -99,7 +99,9 @@ class AimKPTrainer(KeyphraseTrainer):
             )
         self.schedule = self.new_schedule()
         self.batches_similarity = self._choose_similarity_backend()
-        self.data_collator.alone = not self.batches_similarity
+        if not self.batches_similarity:
+            with_single_posts: Any = SinglePostsCollator(self.data_collator)
+            self.data_collator = with_single_posts
         self.stopwatch = Stopwatch(self.args.device)
 
     def new_schedule(self) -> StrideSchedule:

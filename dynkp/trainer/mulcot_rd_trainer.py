@@ -291,5 +291,5 @@ class WithSoftLabels:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collator(rows)
-        answers = {task: batch[task] for task in MulCoTRDTrainer.target_kinds}
+        answers = {"label": batch["label"], "chain": batch["chain"]}
         return {**batch, "soft_labels": self.cache.of_batch(batch["id"], answers)}

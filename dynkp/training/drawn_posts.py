@@ -21,7 +21,7 @@ from datasets import Dataset
 from dynkp import DynamicCoTConfig, DynamicCoTTrainer, KeyphraseTask, generate_keyphrases, write_predictions
 from dynkp.data.baselines import most_frequent_keyphrase
 from dynkp.files.json_files import write_json
-from dynkp.report.scores import summarise, table
+from dynkp.report.scores import comparison_table, score_predictions
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from dynkp.synthetic.world import describe_posts, draw_posts
 
@@ -91,7 +91,7 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
                     progress=not args.disable_tqdm,
                 )
             )
-            systems[name] = summarise(predictions, test_posts, train_keyphrases)
+            systems[name] = score_predictions(predictions, test_posts, train_keyphrases)
             if modality == "both":
                 write_predictions(output_dir / f"predictions.{strategy}.jsonl", predictions)
                 write_predictions(output_dir / "predictions.jsonl", predictions)
@@ -99,10 +99,11 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
 
     frequent = most_frequent_keyphrase(train_posts.select_columns(["keyphrases"]))
     constant = [{"id": post_id, "keyphrases": [frequent]} for post_id in test_posts["id"]]
-    systems[f"most frequent ({frequent})"] = summarise(constant, test_posts, train_keyphrases)
+    systems[f"most frequent ({frequent})"] = score_predictions(constant, test_posts, train_keyphrases)
     write_json(output_dir / "metrics.json", {"strategy": args.strategy, "systems": systems, "logs": logs})
     print(
-        f"\n{table(systems)}\n\nPercent, convention cmkp; unseen: compositions of seen words that no training post has. "
+        f"\n{comparison_table(systems)}\n\n"
+        "Percent, convention cmkp; unseen: compositions of seen words that no training post has. "
         f"{time.perf_counter() - started:.0f} s in all.\nWritten: {output_dir}/predictions.jsonl, {output_dir}/metrics.json"
     )
 

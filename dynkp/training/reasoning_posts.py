@@ -12,7 +12,7 @@ from dynkp.batches.reasoning_renderer import PromptKind
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.files.json_files import write_json
-from dynkp.report.scores import summarise, table
+from dynkp.report.scores import comparison_table, score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
 from dynkp.report.tables import markdown_table
 
@@ -78,8 +78,8 @@ def evaluate(
     scores: dict[str, Any]
     if isinstance(task, KeyphraseReasoningTask):
         train_keyphrases = {phrase for phrases in trainer.train_dataset["keyphrases"] for phrase in phrases}
-        scores = {"systems": {"mulcot_rd": summarise(answers["label"], eval_posts, train_keyphrases)}}
-        print(f"\n{table(scores['systems'])}\n\nPercent, convention cmkp.")
+        scores = {"systems": {"mulcot_rd": score_predictions(answers["label"], eval_posts, train_keyphrases)}}
+        print(f"\n{comparison_table(scores['systems'])}\n\nPercent, convention cmkp.")
     else:
         evaluation = SentimentEvaluation(labelled_posts(eval_posts, task.labels), task=task)
         evaluation.add("mulcot_rd", answers["label"], answers["chain"])

@@ -63,7 +63,7 @@ from dynkp.data.mixing import PostMixtureConfig, load_mixture
 from dynkp.data.tasks import resolve_task
 from dynkp.files.json_files import write_json
 from dynkp.report.evaluation import Evaluation, gold_posts
-from dynkp.report.scores import summarise, table
+from dynkp.report.scores import comparison_table, score_predictions
 from dynkp.report.tables import markdown_table
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from dynkp.training import drawn_posts, reasoning_posts
@@ -341,17 +341,18 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, data: DataArguments
     systems, by_modality = {}, Evaluation(gold_posts(eval_posts), convention=trainer.args.eval_convention, resamples=0)
     for number, (modality, rows) in enumerate(predictions.items()):
         system = name if modality == "both" else f"{name}, {modality} only"
-        systems[system] = summarise(rows, eval_posts, train_keyphrases)
+        systems[system] = score_predictions(rows, eval_posts, train_keyphrases)
         by_modality.add(system, rows)
         write_predictions(output_dir / ("predictions.jsonl" if not number else f"predictions.{modality}.jsonl"), rows)
     for system, lists in (baselines(train_posts, eval_posts) if has_keyphrases else {}).items():
         constant = [{"id": post_id, "keyphrases": list_} for post_id, list_ in zip(eval_posts["id"], lists, strict=True)]
-        systems[system] = summarise(constant, eval_posts, train_keyphrases)
+        systems[system] = score_predictions(constant, eval_posts, train_keyphrases)
     write_json(
         output_dir / "metrics.json",
         {"method": data.method, "strategy": name, "systems": systems, "log": trainer.state.log_history},
     )
-    print(f"\n{table(systems)}\n\nPercent, convention cmkp. Written: {output_dir}/predictions.jsonl, {output_dir}/metrics.json")
+    written = f"{output_dir}/predictions.jsonl, {output_dir}/metrics.json"
+    print(f"\n{comparison_table(systems)}\n\nPercent, convention cmkp. Written: {written}")
     if len(predictions) > 1:
         print(f"\n{markdown_table(by_modality.modality_table())}\n\nPercent, convention {trainer.args.eval_convention}.")
 

@@ -141,7 +141,7 @@ def assert_twins_agree(fast: Any, plain: Any, model: torch.nn.Module) -> None:
     everything = {variant: ramp * (1 + index) for index, variant in enumerate(plain.values)}
     some = {variant: ramp * (kept if index % 2 else 1 - kept / 2) for index, variant in enumerate(plain.values)}
     only_first = {variant: ramp * (index == 0) for index, variant in enumerate(plain.values)}
-    left_out = {variant: 1 - kept for variant in list(plain.values)[1:]}
+    left_out = dict.fromkeys(list(plain.values)[1:], 1 - kept)
     for weights in (everything, some, only_first, left_out):
         one, two = weighted(fast, weights), weighted(plain, weights)
         assert one.item() == pytest.approx(two.item(), abs=TOLERANCE)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.prompt_layout import ImageGrid, PromptLayout, locate
+from dynkp.batches.image_grids import ImageGrid
+from dynkp.batches.prompt_layout import PromptLayout, locate
 from dynkp.mechanics import shared_prompt
 from dynkp.mechanics.modality_masking import (
     encode,
