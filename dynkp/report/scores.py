@@ -1,7 +1,7 @@
 """A run's figures: one dictionary per system, and the table that compares systems.
 
 Given   predictions of some posts and the posts themselves.
-Gives   scores of convention `cmkp` with the figures that belong beside them: share of reasoning, length of the output.
+Gives   scores with the figures that belong beside them: share of reasoning, length of the output.
 Holds   predictions and posts are matched by id, never by position; a missing or unknown id is an error.
 """
 
@@ -18,7 +18,10 @@ from dynkp.report.tables import markdown_table, percent
 
 
 def summarise(
-    predictions: Iterable[Mapping[str, Any]], posts: Iterable[Mapping[str, Any]], train_keyphrases: Iterable[str] | None
+    predictions: Iterable[Mapping[str, Any]],
+    posts: Iterable[Mapping[str, Any]],
+    train_keyphrases: Iterable[str] | None,
+    convention: str = "cmkp",
 ) -> dict[str, Any]:
     """Score one system's predictions.
 
@@ -26,6 +29,7 @@ def summarise(
         predictions: rows with `id` and `keyphrases`; of `reasoned`, `output_words` and `output_tokens`, what there is.
         posts: rows with `id`, `text` and `keyphrases`, each predicted exactly once.
         train_keyphrases: what makes a keyphrase "seen"; `None` leaves "seen" and "unseen" out.
+        convention: of the scores, as in [`score_keyphrases`].
 
     Returns:
         `dict` with `convention`, `posts`, `subsets` (as [`score_keyphrases`] gives them), `empty_share`,
@@ -43,8 +47,9 @@ def summarise(
         [post.keyphrases for post in gold],
         texts=[post.text for post in gold],
         train_keyphrases=train_keyphrases,
+        convention=convention,
     )
-    return {"convention": "cmkp", "posts": len(rows), "subsets": scores, **list_statistics(lists), **output_means(rows)}
+    return {"convention": convention, "posts": len(rows), "subsets": scores, **list_statistics(lists), **output_means(rows)}
 
 
 def table(systems: Mapping[str, Mapping[str, Any]], subsets: Sequence[str] = ("all", "seen", "unseen")) -> str:
