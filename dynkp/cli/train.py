@@ -103,6 +103,15 @@ class TrainParser(OneLineErrors, TrlParser):
         """Write the help with all options of TRL and transformers."""
         return self._help(everything=True)
 
+    def format_own_help(self) -> str:
+        """Write the help of what only this method has, or sets otherwise than TRL."""
+        actions = {action.dest: action for action in reversed(self._actions) if not isinstance(action, _STORE_FALSE)}
+        formatter = self._get_formatter()
+        formatter.start_section(f"dynkp train --method {self.method}")
+        formatter.add_arguments([actions[name] for name in self._of_method()])
+        formatter.end_section()
+        return formatter.format_help()
+
     def _help(self, everything: bool) -> str:
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
@@ -214,6 +223,11 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 def parser() -> TrainParser:
     """Build the parser of the default method; docs/cli.md is made of its help."""
     return TrainParser()
+
+
+def reference() -> list[str]:
+    """Write what docs/cli.md shows: the help of the default method, and of the others their own options."""
+    return [TrainParser().format_help(), *(TrainParser(method).format_own_help() for method in list(METHODS)[1:])]
 
 
 def read_options(argv: Sequence[str]) -> TrainingOptions | None:
