@@ -34,4 +34,5 @@ def helps(module: Any) -> list[str]:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Replace the marker by the command reference."""
     return markdown.replace(MARKER, command_reference()) if MARKER in markdown else markdown

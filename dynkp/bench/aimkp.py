@@ -149,7 +149,7 @@ def sft(bench: Bench) -> torch.Tensor:
     """One forward and backward, the mean over target tokens."""
     model, targets = bench.ours.model, bench.batch["direct"]
     model.zero_grad()
-    log_probs = bench.ours.open_prompt(model, bench.batch["prompt"], continuations=1).log_probs(targets)
+    log_probs = bench.ours.open_prompt(model, bench.batch["prompt"]).log_probs(targets)
     loss = target_loss(log_probs, targets["weights"]).total.sum() / targets["weights"].sum()
     loss.backward()
     return loss.detach()

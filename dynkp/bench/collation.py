@@ -10,7 +10,6 @@ Pictures are of smoothed noise, about 0.25 bytes a pixel, as photographs are in 
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.bench.measure import Setting, environment
 from dynkp.data.sources import load_posts
+from dynkp.files.json_lines import write_json_lines
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 
 HEADINGS = ("pictures", "workers", "posts/s", "ms per post of the training process's CPU", "KiB per picture")
@@ -103,7 +103,7 @@ def write_posts(folder: Path, texts: list[str], size: tuple[int, int] | None) ->
         for number, text in enumerate(texts)
     ]
     file = folder / "posts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(file, rows)
     return file, statistics.mean(picture.stat().st_size for picture in pictures) / 1024 if pictures else 0.0
 
 

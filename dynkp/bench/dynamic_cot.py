@@ -28,9 +28,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from dynkp.batches.targets import Targets, mixed_targets, select
 from dynkp.bench.measure import Setting, Step, environment, median_seconds, peak_bytes
 from dynkp.mechanics.shared_prompt import PlainPrompt, Scorer, SharedPrompt, score_targets
-from dynkp.objectives.switching import below_threshold, mixed_loss
+from dynkp.objectives.switching import below_threshold, switched_loss
 from dynkp.objectives.token_loss import target_loss
-from dynkp.trainer.dynamic_cot_trainer import loss_of
 from dynkp.trainer.keyphrase_trainer import freeze_vision_tower
 
 SUITE = "dynamic_cot"
@@ -181,9 +180,9 @@ def naive(model: nn.Module, batch: Batch, score: Scorer = score_targets) -> torc
     """A pass to decide, a pass to learn."""
     model.zero_grad()
     with torch.no_grad():
-        direct = loss_of(PlainPrompt(model, batch.prompt, score), batch.direct, None)
+        direct = PlainPrompt(model, batch.prompt, score).loss(batch.direct)
     targets = mixed_targets(batch.direct, batch.reasoning, below_threshold(direct.mean, batch.gamma))
-    loss = loss_of(PlainPrompt(model, batch.prompt, score), targets, None).mean.mean()
+    loss = PlainPrompt(model, batch.prompt, score).loss(targets).mean.mean()
     loss.backward()
     return loss.detach()
 
@@ -192,13 +191,10 @@ def ours(model: nn.Module, batch: Batch, score: Scorer = score_targets) -> torch
     """`DynamicCoTTrainer.compute_post_losses` and the mean over posts."""
     model.zero_grad()
     prompt = SharedPrompt(model, batch.prompt, score)
-    direct = loss_of(prompt, batch.direct, None)
-    chosen = below_threshold(direct.mean.detach(), batch.gamma)
-    if chosen.all():
-        direct = direct.detach()
-    reasoning = loss_of(prompt, batch.reasoning, chosen)
-    total, weight = mixed_loss(direct, reasoning, (~chosen).to(direct.total.dtype), chosen.to(direct.total.dtype))
-    loss = total.sum() / weight.sum()
+    direct = prompt.loss(batch.direct)
+    chosen = below_threshold(direct.mean, batch.gamma)
+    reasoning = prompt.loss(batch.reasoning, chosen)
+    loss = switched_loss(chosen, reasoning, direct).mean.mean()
     loss.backward()
     return loss.detach()
 
@@ -307,7 +303,7 @@ def draw_batch(model: nn.Module, sizes: Sizes, scenario: Scenario) -> Batch:
     }
     direct, reasoning = targets(sizes.direct_tokens), targets(sizes.reasoning_tokens)
     with torch.no_grad():
-        losses = loss_of(PlainPrompt(model, prompt), direct, None).mean
+        losses = PlainPrompt(model, prompt).loss(direct).mean
     gamma = _threshold(losses.tolist(), easy=round(scenario.easy_share * sizes.batch))
     return Batch(prompt, direct, reasoning, gamma, below_threshold(losses, gamma).tolist())
 

@@ -40,9 +40,9 @@ from dynkp.batches.targets import mixed_targets, select, targets_of
 from dynkp.bench import dynamic_cot
 from dynkp.bench.measure import Setting, Step, environment, median_seconds
 from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, Posts, batch_of, build_model, draw_posts, plain_inputs
-from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients, unsupported_reason
+from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients, why_gradients_cannot_be_batched
 from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
-from dynkp.mechanics.modality_masking import MODALITIES, Mask, dropping_unsupported_reason, image_token_counts, keep_mask
+from dynkp.mechanics.modality_masking import MODALITIES, Mask, image_token_counts, keep_mask, why_tokens_cannot_be_dropped
 from dynkp.mechanics.shared_prompt import Scorer, causal_lm_of, score_targets
 from dynkp.objectives.filtering import variant_weights
 from dynkp.objectives.token_loss import target_loss
@@ -371,12 +371,12 @@ def published(model: nn.Module, posts: Posts, stride: int, score: Scorer = score
 
 def masked_views(model: nn.Module, posts: Posts, stride: int, score: Scorer = score_targets) -> torch.Tensor:
     """AimKP as `AimKPTrainer` computes it."""
-    if reason := unsupported_reason(model):
+    if reason := why_gradients_cannot_be_batched(model):
         raise ValueError(reason)
     model.zero_grad()
     count, width = len(posts.layouts), posts.prompt["input_ids"].shape[1]
     masks = {name: Mask(keep_mask(posts.layouts, name, [stride] * count, width)) for name in MODALITIES}
-    drop = dropping_unsupported_reason(model, width + max(posts.direct["lengths"])) is None
+    drop = why_tokens_cannot_be_dropped(model, width + max(posts.direct["lengths"])) is None
     starts = [layout.text.start for layout in posts.layouts] if drop else None
     gradients = PostGradients(model, count, image_token_counts(model, posts.prompt))
     with gradients.rows(range(count)):

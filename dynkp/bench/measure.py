@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def environment(setting: Setting) -> dict[str, Any]:
         "threads": setting.threads,
         "clock": setting.clock,
         "repeats": setting.repeats,
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "versions": {
             "python": platform.python_version(),
             "dynkp": dynkp.__version__,  # it may run from a checkout that is not installed

@@ -15,7 +15,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dynkp.batches.prompt_layout import ImageGrid, PromptLayout
+from dynkp.batches.image_grids import ImageGrid
+from dynkp.batches.prompt_layout import PromptLayout
 from dynkp.batches.targets import Targets
 from dynkp.bench.dynamic_cot import Batch
 from dynkp.mechanics.shared_prompt import causal_lm_of

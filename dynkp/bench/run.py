@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dynkp.files.json_files import write_json
 
 # Suite -> (module with `run(setting)`, `HEADINGS` and `cells(row)`, one line of help).
 SUITES = {
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_line(suite.cells(row)), flush=True)
             rows.append(row)
             if arguments.json:  # after every row: what is measured is not lost to an interruption
-                arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+                write_json(arguments.json, rows)
         print(f"\n{_provenance(rows[-1])}; {time.perf_counter() - began:.0f} s in all\n", flush=True)
     return 0
 

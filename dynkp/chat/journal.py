@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import locked
+from dynkp.files.locks import OutputLock
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,9 @@ class AnswerJournal:
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = locked(self.folder / "lock", self.folder)
+        self._lock = OutputLock(self.folder / "lock", self.folder)
         self._mutex = threading.Lock()
+        self._writer = -1
         self._places: dict[bytes, int] = {}
         self._readers: dict[int, int] = {}
         self._tokens: Counter[tuple[int, str]] = Counter()
@@ -191,11 +192,12 @@ class AnswerJournal:
 
     def close(self) -> None:
         """Close the files; another run may have them."""
-        if not self._lock_file.closed:
+        if self._writer >= 0:
             self.sync()
             for file in (self._writer, self._index_writer, self._settled_writer, *self._readers.values()):
                 os.close(file)
-            self._lock_file.close()
+            self._writer = -1
+            self._lock.close()
 
     def __enter__(self) -> AnswerJournal:
         return self

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _draw(arguments: argparse.Namespace) -> None:
     from dynkp.data.sources import load_posts
     from dynkp.files.json_files import write_json
-    from dynkp.report.clusters import cluster_posts, write_html, write_png
+    from dynkp.report.cluster_figures import write_html, write_png
+    from dynkp.report.clusters import cluster_posts
 
     clusters = cluster_posts(
         load_posts(arguments.posts, image_dir=arguments.image_dir, split=arguments.split),

@@ -209,11 +209,7 @@ def _augment(arguments: argparse.Namespace) -> None:
     added = posts.select(right).map(
         lambda row: {"rationale": chains[row["id"]], "id": f"{row['id']}#assistant"}, load_from_cache_file=False
     )
-    output = Path(arguments.output)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    write_posts_jsonl(concatenate_datasets([posts, added]), partial, image_dir=arguments.image_dir)
-    partial.replace(output)
+    write_posts_jsonl(concatenate_datasets([posts, added]), arguments.output, image_dir=arguments.image_dir)
     print(
         f"{arguments.output}: {len(posts):,} posts and {len(right):,} more with a chain of the assistant's, which wrote "
         f"{len(chains):,} chains, {len(right) / max(1, len(chains)):.1%} of them right"

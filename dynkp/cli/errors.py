@@ -68,7 +68,7 @@ def report(command: str, error: BaseException, debug: bool) -> int | None:
         The exit status; None for an error that is not the user's, which should be raised again.
     """
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as in `dynkp recipes NAME | head`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - Python flushes it at its end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return RUN_FAILED
     if debug and not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)

@@ -171,6 +171,7 @@ def _keyphrases(arguments: argparse.Namespace) -> Any:
 
 
 def _write_results(arguments: argparse.Namespace, evaluation: Any) -> None:
+    from dynkp.files.atomic import write_text
     from dynkp.files.json_files import write_json
     from dynkp.report.tables import latex_table, markdown_table
 
@@ -180,9 +181,9 @@ def _write_results(arguments: argparse.Namespace, evaluation: Any) -> None:
     if arguments.json:
         write_json(arguments.json, evaluation.report())
     if arguments.markdown:
-        _write(arguments.markdown, text)
+        write_text(arguments.markdown, text + "\n")
     if arguments.latex:
-        _write(arguments.latex, "\n\n".join([f"% {evaluation.caption()}", *map(latex_table, tables)]))
+        write_text(arguments.latex, "\n\n".join([f"% {evaluation.caption()}", *map(latex_table, tables)]) + "\n")
     if arguments.per_post:
         evaluation.write_posts(arguments.per_post)
 
@@ -221,8 +222,3 @@ def _silent(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text + "\n", encoding="utf-8")

@@ -67,8 +67,8 @@ def _resample(arguments: argparse.Namespace) -> None:
     from dynkp.data.conversion import convert_posts
     from dynkp.data.resampling import overlap_table, resample
     from dynkp.data.statistics import describe_posts, statistics_table
+    from dynkp.files.atomic import atomic_files
     from dynkp.files.json_files import write_json
-    from dynkp.files.whole_files import whole_files
     from dynkp.report.tables import markdown_table
 
     sources = {"train": arguments.train, "test": arguments.test}
@@ -92,7 +92,7 @@ def _resample(arguments: argparse.Namespace) -> None:
         ),
     }
 
-    with whole_files(*names) as (train_file, test_file, table_file, report_file):
+    with atomic_files(*names) as (train_file, test_file, table_file, report_file):
         options: dict[str, Any] = {"output_format": "jsonl", "output_image_dir": arguments.output_image_dir}
         convert_posts(_rows(sources, {"train": new.train}), train_file, **options)
         convert_posts(_rows(sources, {"test": new.test, "train": new.moved_kept}), test_file, **options)

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _describe(arguments: argparse.Namespace) -> None:
     from dynkp.data.statistics import describe_posts, lists_keyphrases, load_keyphrases, statistics_table
+    from dynkp.files.atomic import write_text
     from dynkp.files.json_files import write_json
     from dynkp.report.tables import markdown_table
 
@@ -88,8 +89,7 @@ def _describe(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, splits)
     if arguments.markdown:
-        Path(arguments.markdown).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.markdown).write_text(table + "\n", encoding="utf-8")
+        write_text(arguments.markdown, table + "\n")
 
 
 def _posts(source: str, split: str) -> Any:

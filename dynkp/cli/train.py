@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import shlex
 import sys
@@ -146,7 +147,7 @@ class TrainParser(OneLineErrors, TrlParser):
         ancestors = [
             cls for cls in self.config_class.__mro__ if issubclass(cls, KeyphraseConfig) and cls is not KeyphraseConfig
         ]
-        declared = [name for cls in ancestors for name in cls.__dict__.get("__annotations__", {}) if not name.startswith("_")]
+        declared = [name for cls in ancestors for name in inspect.get_annotations(cls) if not name.startswith("_")]
         return sorted(declared, key=lambda name: name in KeyphraseConfig.__dataclass_fields__)
 
     def read(self, argv: Sequence[str], config: Mapping[str, Any], source: str = "") -> TrainingOptions:
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Interrupted: after Ctrl-C, with the command that continues the run.
         RunFailedError: if there is too little memory.
     """
-    argv = [word for word in (sys.argv[1:] if argv is None else argv)]
+    argv = list(sys.argv[1:] if argv is None else argv)
     argv = [word for word, following in zip(argv, [*argv[1:], ""], strict=True) if not _is_debug(word, following)]
     log_to_stderr()
     options = read_options(argv)

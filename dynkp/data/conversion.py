@@ -27,7 +27,7 @@ from dynkp.data.posts import Finding, InvalidPostsError, PostReport
 from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS, READ_COLUMNS, Normaliser, extra_type
 from dynkp.data.sources import read_rows, store_image
 from dynkp.data.tasks import TASKS
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files, atomic_folder
 
 OUTPUT_FORMATS = ("jsonl", "parquet", "llava", "cmkp")
 JOIN_FORMAT = "{text}\n{column}: {value}"
@@ -324,7 +324,7 @@ class _JsonLines:
 
 @contextmanager
 def _jsonl(path: Path) -> Iterator[_Writer]:
-    with whole_files(path) as (partial,), open(partial, "w", encoding="utf-8") as file:
+    with atomic_files(path) as (partial,), open(partial, "w", encoding="utf-8") as file:
         yield _JsonLines(file)
 
 
@@ -366,7 +366,7 @@ class _Llava:
 @contextmanager
 def _llava(path: Path) -> Iterator[_Writer]:
     lines = path.suffix == ".jsonl"
-    with whole_files(path) as (partial,), open(partial, "w", encoding="utf-8") as file:
+    with atomic_files(path) as (partial,), open(partial, "w", encoding="utf-8") as file:
         yield _Llava(file, lines)
         file.write("" if lines else "\n]\n")
 
@@ -430,7 +430,7 @@ def _cmkp(path: Path) -> Iterator[_Writer]:
         raise ValueError(f"{base}_trg.txt would be read with the new {path}: move it away")
     # The text last: without it the others are not found.
     companions = {"ocr": f"{base}_ocr_final.txt", "attributes": f"{base}_attribute_cleaned.txt"}
-    with whole_files(*companions.values(), path) as (*beside, partial), ExitStack() as stack:
+    with atomic_files(*companions.values(), path) as (*beside, partial), ExitStack() as stack:
         text = stack.enter_context(open(partial, "w", encoding="utf-8"))
         yield _Cmkp(Path(base).name, text, dict(zip(companions, beside, strict=True)), stack)
 
@@ -531,20 +531,13 @@ class _Parquet:
 @contextmanager
 def _parquet(path: Path, features: Features, shard_bytes: int) -> Iterator[_Writer]:
     if path.suffix == ".parquet":
-        with whole_files(path) as (partial,):
+        with atomic_files(path) as (partial,):
             yield from _closing(_Parquet(partial, features, None))
         return
     if path.exists():
         raise ValueError(f"{path} exists: a folder of shards is written anew; name another one or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
-    partial.mkdir()
-    try:
+    with atomic_folder(path) as partial:
         yield from _closing(_Parquet(partial, features, shard_bytes))
-        partial.rename(path)
-    finally:
-        _remove(partial)
 
 
 def _closing(writer: _Parquet) -> Iterator[_Writer]:
@@ -553,11 +546,3 @@ def _closing(writer: _Parquet) -> Iterator[_Writer]:
         writer.flush()
     finally:
         writer.close()
-
-
-def _remove(folder: Path) -> None:
-    """Remove what an earlier try left: shards only."""
-    if folder.is_dir():
-        for file in folder.glob("*.parquet"):
-            file.unlink()
-        folder.rmdir()

@@ -7,7 +7,6 @@ dropped only when asked for, and then counted and listed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from dynkp.data.images import ImageError, check_image, open_image
 from dynkp.data.rows import CONTENT, CONVERSATION, IDENTITY, LOAD_FINDINGS, Posts, fold_keyphrase, normalise_posts
 from dynkp.data.tasks import keyphrase_problem
+from dynkp.files.json_lines import json_line, write_json_lines
 
 __all__ = [
     "Finding",
@@ -92,12 +92,7 @@ class PostReport:
 
     def write_jsonl(self, path: str | Path) -> None:
         """Write one JSON row (`id`, `index`, `code`, `message`) for each finding; the file is replaced."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(_json_line(finding) for finding in self.findings)
-
-
-def _json_line(finding: Finding) -> str:
-    return json.dumps(asdict(finding), ensure_ascii=False) + "\n"
+        write_json_lines(path, map(asdict, self.findings))
 
 
 class InvalidPostsError(ValueError):
@@ -232,7 +227,7 @@ def validate_posts(
     report = validator.report
     if isinstance(posts, IterableDataset):
         if report_file is not None:
-            Path(report_file).write_text("", encoding="utf-8")
+            write_json_lines(report_file, ())
         check = _StreamCheck(validator, on_invalid, report_file, check_images)
         checked = posts.filter(check, with_indices=True)
         return checked.remove_columns(LOAD_FINDINGS), report
@@ -297,7 +292,7 @@ class _StreamCheck:
             return True
         if self.report_file is not None and (new := set(findings) - self.written):
             with open(self.report_file, "a", encoding="utf-8") as file:
-                file.writelines(_json_line(finding) for finding in findings if finding in new)
+                file.writelines(json_line(asdict(finding)) for finding in findings if finding in new)
             self.written |= new
         if self.on_invalid == "error":
             raise InvalidPostsError.of(report)

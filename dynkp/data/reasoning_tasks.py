@@ -332,6 +332,7 @@ REASONING_TASKS: dict[str, ReasoningTask] = {
         ),
     )
 }
+"""The tasks of MulCoT-RD by name: `msc` and `masc` (sentiment of a post, and towards an aspect) and `keyphrases`."""
 
 
 def resolve_reasoning_task(task: str | ReasoningTask) -> ReasoningTask:

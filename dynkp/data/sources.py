@@ -35,6 +35,9 @@ from dynkp.data.rows import (
     row_types,
     undecoded,
 )
+from dynkp.files.atomic import write_bytes
+from dynkp.files.json_files import parse_json
+from dynkp.files.json_lines import write_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -176,11 +179,14 @@ def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path |
         ValueError: naming the post, if it has a picture and there is no `image_dir`.
     """
     root = None if image_dir is None else os.path.realpath(image_dir)
-    with open(path, "w", encoding="utf-8") as file:
-        for post in posts.with_format(None) if isinstance(posts, Dataset) else posts:
-            row = {key: value for key, value in post.items() if key not in ("images", LOAD_FINDINGS)}
-            row["images"] = [_stored(image, root, post["id"]) for image in post["images"]]
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    plain = posts.with_format(None) if isinstance(posts, Dataset) else posts
+    write_json_lines(path, (_stored_row(post, root) for post in plain), allow_nan=False)
+
+
+def _stored_row(post: Mapping[str, Any], root: str | None) -> dict[str, Any]:
+    """A post as a row of a JSON Lines file; its pictures are in the image folder afterwards."""
+    row = {key: value for key, value in post.items() if key not in ("images", LOAD_FINDINGS)}
+    return row | {"images": [_stored(image, root, post["id"]) for image in post["images"]]}
 
 
 def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
@@ -219,9 +225,7 @@ def store_image(data: bytes, folder: str, name: str | None = None) -> str:
         target = os.path.join(folder, name)
     if not os.path.exists(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        partial = f"{target}.{os.getpid()}.partial"
-        Path(partial).write_bytes(data)
-        os.replace(partial, target)
+        write_bytes(target, data)
     return str(name)
 
 
@@ -351,7 +355,7 @@ def _read_json(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if index == 0 and line.lstrip().startswith("["):
             yield from enumerate_ids(_read_array(path), stem)
             return
-        row = _parse(line, where)
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a row must be a JSON object, got {line:.80}")
         yield f"{stem}-{index}", row
@@ -359,21 +363,11 @@ def _read_json(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_array(path: str) -> list[dict[str, Any]]:
-    rows = _parse("\n".join(line for _, line in read_lines(path)), path)
+    rows = parse_json("\n".join(line for _, line in read_lines(path)), path)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, element {index}: a row must be a JSON object, got {row!r:.80}")
     return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise ValueError(f"{where}{at}: not valid JSON ({error.msg}, column {error.colno}): {text:.80}") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 10,000 deep
-        raise ValueError(f"{where}: not usable JSON ({error})") from error
 
 
 def _read_cmkp(path: str) -> Iterator[dict[str, Any]]:

@@ -149,6 +149,7 @@ TASKS = {
         KeyphraseTask("aimkp", "What phrases should be used to tag the media?", separator=", "),
     )
 }
+"""The keyphrase tasks by name: `dynamic_cot` (answers joined by "; ") and `aimkp` (prompt as printed, joined by ", ")."""
 
 
 def resolve_task(task: str | KeyphraseTask) -> KeyphraseTask:

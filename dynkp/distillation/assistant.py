@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynkp.batches.branches import Branches
 from dynkp.batches.targets import Targets
 from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches
-from dynkp.mechanics.shared_prompt import causal_lm_of, unsupported_reason
+from dynkp.mechanics.shared_prompt import causal_lm_of, why_prompts_cannot_be_shared
 from dynkp.models.checkpoints import find_checkpoint, load_model, load_processor
 
 
@@ -38,7 +38,7 @@ class Assistant:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, shares_prompt: bool = True):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.shares_prompt = shares_prompt and unsupported_reason(model) is None
+        self.shares_prompt = shares_prompt and why_prompts_cannot_be_shared(model) is None
 
     @classmethod
     def load(cls, name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Assistant:

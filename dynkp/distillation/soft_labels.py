@@ -29,8 +29,9 @@ from dynkp.batches.targets import Targets
 from dynkp.batches.two_task_collator import TwoTaskCollator
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.distillation.assistant import Assistant
-from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import locked
+from dynkp.files.atomic import atomic_files
+from dynkp.files.json_files import read_json, write_json
+from dynkp.files.locks import OutputLock
 from dynkp.models.checkpoints import find_checkpoint
 from dynkp.models.fingerprints import weights_fingerprint
 from dynkp.objectives.distillation import SoftLabels, soft_label_divergence, truncate
@@ -93,7 +94,7 @@ class SoftLabelWriter:
         self.folder = Path(folder)
         self.rank = rank
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.folder / f"writer-{rank}.lock")
+        self._lock = OutputLock(self.folder / f"writer-{rank}.lock")
         settings = json.loads(json.dumps(settings))
         if (self.folder / _META).exists():
             _compare(self.folder, _settings(self.folder), settings)
@@ -131,12 +132,9 @@ class SoftLabelWriter:
         }
         number = len(list(self.folder.glob(f"labels-{self.rank}-*.safetensors")))
         path = self.folder / f"labels-{self.rank}-{number:05}.safetensors"
-        partial = path.with_suffix(".partial")
         placed = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(placed, partial, metadata={"entries": json.dumps(entries)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_files(path) as (partial,):
+            save_file(placed, partial, metadata={"entries": json.dumps(entries)})
         self.places |= {(post_id, task): Place(path.name, first, length) for post_id, task, first, length in entries}
         self._pending.clear()
 
@@ -362,7 +360,7 @@ def _some(top_k: int) -> list[int]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _META).read_text(encoding="utf-8"))["settings"]
+        return read_json(folder / _META)["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _META} is damaged ({error}). Delete the folder, and write the labels again.") from error
 

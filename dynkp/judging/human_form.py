@@ -10,7 +10,6 @@ Holds   the form stands alone: pictures are in it, nothing is fetched, what post
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,94 +19,20 @@ from typing import Any
 
 from dynkp.chat.post_stream import PostStream, SourcePost
 from dynkp.chat.settings import RunPaths
-from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files, write_text
+from dynkp.files.json_files import read_json, write_json
+from dynkp.files.json_lines import write_json_lines
 from dynkp.judging.candidates import LABELS, Candidate
 from dynkp.judging.prompts import check_judgeable, checked_ranks
 from dynkp.judging.ranks import CRITERIA, Judgement, rank_tables
-from dynkp.report.preview import picture_element
+from dynkp.report.pages import write_page
 
-_PICTURE_SIDE = 640
+_IMAGE_SIDE = 640
 _QUESTIONS = {
     "correctness": "Do the phrases match the author's, or could they stand in their place?",
     "relevance": "Do they belong to what the post says and shows?",
     "usefulness": "As hashtags, would they help the post to be spread, found or sorted?",
 }
-
-_STYLE = """\
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 25%, transparent); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 0 1rem 4rem; }
-header { position: sticky; top: 0; background: Canvas; padding: .75rem 0; border-bottom: 1px solid var(--line); z-index: 1;
-  display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: center; }
-header output { font-variant-numeric: tabular-nums; }
-section { display: grid; grid-template-columns: minmax(0, 20rem) minmax(0, 1fr); gap: 1.5rem; padding: 1.5rem 0;
-  border-bottom: 1px solid var(--line); scroll-margin-top: 4rem; }
-section.done h2::after { content: " \\2713"; color: #2e7d32; }
-img { max-width: 100%; border-radius: 4px; display: block; margin-bottom: .5rem; }
-h2 { font-size: 1rem; margin: 0; }
-p { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; margin-top: 1rem; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .6rem .4rem 0; border-top: 1px solid var(--line);
-  overflow-wrap: anywhere; font-weight: normal; }
-thead th { font-weight: 600; }
-select, input, button { font: inherit; padding: .2rem .4rem; }
-.note { font-size: .875rem; opacity: .8; }
-@media (max-width: 44rem) { section { grid-template-columns: 1fr; } }
-"""
-
-_SCRIPT = """\
-"use strict";
-const form = document.body.dataset.form, place = "dynkp-judge-" + form;
-const name = document.querySelector("#annotator"), said = document.querySelector("#progress");
-const sections = [...document.querySelectorAll("section")];
-function ranks(section) {
-  const found = {};
-  for (const select of section.querySelectorAll("select")) {
-    const { criterion, label } = select.dataset;
-    if (select.value) (found[criterion] ??= {})[label] = Number(select.value);
-  }
-  return found;
-}
-function isDone(section) { return [...section.querySelectorAll("select")].every((select) => select.value); }
-function answers() {
-  const posts = sections.map((section) => ({ id: section.dataset.post, ranks: ranks(section), complete: isDone(section) }));
-  return { form, annotator: name.value.trim(), answers: posts };
-}
-function show() {
-  const done = sections.filter(isDone).length;
-  sections.forEach((section) => section.classList.toggle("done", isDone(section)));
-  said.textContent = `${done} of ${sections.length} posts ranked`;
-}
-function save() {
-  show();
-  try {
-    localStorage.setItem(place, JSON.stringify(answers()));
-  } catch {
-    said.textContent += "; this browser keeps nothing: export before you close the page";
-  }
-}
-function restore() {
-  let saved = null;
-  try { saved = JSON.parse(localStorage.getItem(place)); } catch { return; }
-  if (!saved) return;
-  name.value = saved.annotator;
-  const byPost = new Map(saved.answers.map((answer) => [answer.id, answer.ranks]));
-  for (const section of sections)
-    for (const select of section.querySelectorAll("select"))
-      select.value = byPost.get(section.dataset.post)?.[select.dataset.criterion]?.[select.dataset.label] ?? "";
-}
-document.addEventListener("input", save);
-document.querySelector("#export").addEventListener("click", () => {
-  if (!name.reportValidity()) return;
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(answers(), null, 1)], { type: "application/json" }));
-  link.download = `answers-${name.value.trim().replace(/[^\\p{L}\\p{N}]+/gu, "-")}.json`;
-  link.click();
-  URL.revokeObjectURL(link.href);
-});
-restore();
-show();
-"""
 
 
 def key_path(form: str | os.PathLike[str]) -> Path:
@@ -159,12 +84,17 @@ def write_form(
         "systems": sorted({system for source in drawn for one in candidates[source.id] for system in one.systems}),
         "posts": [{"id": source.id, "order": [list(one.systems) for one in candidates[source.id]]} for source in drawn],
     }
-    with whole_files(Path(path), key_path(path)) as (page, key_file):
-        with page.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(_head(title, form))
-            for number, source in enumerate(shown, start=1):
-                file.write(_section(source.post, candidates[source.id], number))
-            file.write(f"</main>\n<script>\n{_SCRIPT}</script>\n</body>\n</html>\n")
+    with atomic_files(Path(path), key_path(path)) as (page, key_file):
+        write_page(
+            page,
+            "human_form.html",
+            package="dynkp.judging",
+            title=title,
+            form=form,
+            questions=_QUESTIONS,
+            posts=(_form_values(source, candidates[source.id], number) for number, source in enumerate(shown, start=1)),
+            max_side=_IMAGE_SIDE,
+        )
         write_json(key_file, key)
     return {"drawn": len(drawn), "shown": len(shown), "left_out": len(posts) - len(fit)}
 
@@ -179,42 +109,15 @@ def _is_fit(source: SourcePost) -> bool:
     return True
 
 
-def _head(title: str, form: str) -> str:
-    questions = "\n".join(f"<li><b>{name}</b>: {text}</li>" for name, text in _QUESTIONS.items())
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n"
-        f'<body data-form="{form}">\n<header>\n<label>Your name <input id="annotator" required autocomplete="name"></label>\n'
-        '<output id="progress"></output>\n<button id="export" type="button">Export answers</button>\n</header>\n<main>\n'
-        f"<h1>{html.escape(title)}</h1>\n<p>Rank each post's suggestions from 1, the best, by three questions. Equally good "
-        "ones get the same rank. What you enter is kept in this browser; when you are done, export your answers and send "
-        f"the file back.</p>\n<ul>\n{questions}\n</ul>\n"
-    )
-
-
-def _section(post: Mapping[str, Any], candidates: Sequence[Candidate], number: int) -> str:
-    pictures = "\n".join(picture_element(image, post["id"], _PICTURE_SIDE) for image in post["images"])
-    heads = "".join(f'<th scope="col">{name}</th>' for name in CRITERIA)
-    options = '<option value=""></option>' + "".join(f"<option>{rank}</option>" for rank in range(1, len(candidates) + 1))
-    rows = []
-    for label, candidate in zip(LABELS[: len(candidates)], candidates, strict=True):
-        phrases = "; ".join(map(html.escape, candidate.keyphrases)) or '<span class="note">nothing</span>'
-        cells = "".join(
-            f'<td><select data-criterion="{name}" data-label="{label}" aria-label="{name} of {label}, post {number}">{options}'
-            "</select></td>"
-            for name in CRITERIA
-        )
-        rows.append(f'<tr><th scope="row">{label}: {phrases}</th>{cells}</tr>')
-    gold = html.escape("; ".join(post["keyphrases"]))
-    return (
-        f'<section data-post="{html.escape(post["id"], quote=True)}">\n<div>{pictures or "no picture"}</div>\n<div>\n'
-        f"<h2>Post {number}</h2>\n<p>{html.escape(post['text'])}</p>\n<p>Author's keyphrases: <b>{gold}</b></p>\n"
-        f'<table>\n<thead><tr><th scope="col">suggestion</th>{heads}</tr></thead>\n<tbody>{"".join(rows)}</tbody>\n</table>\n'
-        "</div>\n</section>\n"
-    )
+def _form_values(source: SourcePost, candidates: Sequence[Candidate], number: int) -> dict[str, Any]:
+    """What the template shows of a post."""
+    post = source.post
+    letters = LABELS[: len(candidates)]
+    return {
+        "number": number,
+        **{name: post[name] for name in ("id", "text", "keyphrases", "images")},
+        "candidates": {letter: one.keyphrases for letter, one in zip(letters, candidates, strict=True)},
+    }
 
 
 @dataclass(frozen=True)
@@ -289,11 +192,9 @@ def write_judgements(
 ) -> None:
     """Write a row per judgement, and the report as JSON and as tables, all named after the output."""
     paths = RunPaths(output)
-    with whole_files(paths.output) as (rows,):
-        lines = (json.dumps(judgement.row(ties), ensure_ascii=False) + "\n" for judgement in judgements)
-        rows.write_text("".join(lines), encoding="utf-8", errors="replace")
+    write_json_lines(paths.output, (judgement.row(ties) for judgement in judgements), errors="replace")
     write_json(paths.report, report)
-    paths.table.write_text(rank_tables(report) + "\n", encoding="utf-8")
+    write_text(paths.table, rank_tables(report) + "\n")
 
 
 def _read_key(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -316,10 +217,7 @@ def _by_post(answers: Any, path: str | os.PathLike[str]) -> dict[str, dict[str, 
 
 
 def _read(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict) or set(names) - set(content) or not isinstance(content["form"], str):
         raise ValueError(f"{path}: must be a JSON object with {', '.join(names)}, the first a string")
     return content

@@ -23,8 +23,9 @@ from dynkp.chat.post_stream import PostStream, SourcePost
 from dynkp.chat.request import ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from dynkp.chat.settings import RunPaths, RunSettings
+from dynkp.files.atomic import atomic_files, write_text
 from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import whole_files
+from dynkp.files.json_lines import json_line
 from dynkp.judging.candidates import load_candidates
 from dynkp.judging.prompts import JudgeDialogue, read_ranks, response_format
 from dynkp.judging.ranks import CRITERIA, TIES, Judgement, rank_report, rank_tables
@@ -218,7 +219,7 @@ class JudgeRun:
         settings, paths = self.settings, self.paths
         counts: Counter[str] = Counter()
         judgements: list[Judgement] = []
-        with whole_files(paths.errors, paths.output) as (errors, output):
+        with atomic_files(paths.errors, paths.output) as (errors, output):
             with output.open("w", encoding="utf-8", errors="replace") as ranks, errors.open("w", encoding="utf-8") as failures:
                 for place, source in enumerate(self.stream):
                     key = self.run.keys.get(place)
@@ -229,12 +230,12 @@ class JudgeRun:
                     found = self._judgement(source, row)
                     if isinstance(found, Judgement):
                         judgements.append(found)
-                        ranks.write(_line(found.row(settings.ties)))
+                        ranks.write(json_line(found.row(settings.ties)))
                     else:
                         reason, error = found
                         counts[reason] += 1
                         said = {"reason": reason, "error": error, "reply": row.get("text")}
-                        failures.write(_line({"index": source.index, "id": source.id, **said}))
+                        failures.write(json_line({"index": source.index, "id": source.id, **said}))
         report: dict[str, Any] = {
             "posts": counts.total() + len(judgements),
             "ranked": len(judgements),
@@ -257,7 +258,7 @@ class JudgeRun:
             "settings": {"posts": Path(settings.posts).name, **made, **self.dialogue.describe()},
         }
         write_json(paths.report, {**report, **recorded})
-        paths.table.write_text(rank_tables(report) + "\n" if judgements else "No post is ranked.\n", encoding="utf-8")
+        write_text(paths.table, rank_tables(report) + "\n" if judgements else "No post is ranked.\n")
         return report
 
     def _judgement(self, source: SourcePost, row: Mapping[str, Any]) -> Judgement | tuple[str, str]:
@@ -272,10 +273,6 @@ class JudgeRun:
             return Judgement(source.id, order, read_ranks(row["text"], len(candidates)), self.settings.model)
         except ValueError as error:
             return UNREADABLE, f"{self.settings.max_replies} answers, the last: {error}"
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def summarise(report: Mapping[str, Any]) -> str:

@@ -219,7 +219,8 @@ class PostGradients(_VariantGradients):
     0.02 at LoRA's 0.05); compare with dropout 0.
 
     Args:
-        model: causal (vision-)language model, or a PEFT model around one, that [`unsupported_reason`] has no objection to.
+        model: causal (vision-)language model (or a PEFT model around one) for which [`why_gradients_cannot_be_batched`] returns
+            `None`.
         count: B, the number of posts.
         image_tokens (`Sequence[int]`, *optional*): B numbers of image tokens, 0 for a post without picture. They tell
             which rows of the vision tower and the projector belong to which post: rows are in the order of the posts,
@@ -390,7 +391,7 @@ class PostGradients(_VariantGradients):
                     yield by_post[post] * _wide(outputs.T @ inputs)
 
 
-def unsupported_reason(model: nn.Module) -> str | None:
+def why_gradients_cannot_be_batched(model: nn.Module) -> str | None:
     """Why gradients of this model's posts cannot be told apart in a batch; `None` if they can.
 
     Example: it is `None` for LLaVA with LoRA on its linear layers and a trained projector; it names the LM head where

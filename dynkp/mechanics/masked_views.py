@@ -34,7 +34,7 @@ class BatchedViews:
         starts (`Sequence[int]`, *optional*): B first slots that the full and the text-masked view do not share; every picture
             must lie in front of them. Nothing is shared, if `None`.
         drop: whether masked tokens are left out rather than masked; where
-            [`~dynkp.mechanics.modality_masking.dropping_unsupported_reason`] objects, neither drop nor share.
+            [`~dynkp.mechanics.modality_masking.why_tokens_cannot_be_dropped`] objects, neither drop nor share.
         score ([`Scorer`], *optional*): how hidden states become log-probabilities.
     """
 

@@ -137,7 +137,7 @@ def distilled(hard: TargetLoss, soft: TargetLoss, weight: float) -> TargetLoss:
 
     Example: a CE of 2.0 and a KL of 1.0 at λ = 0.25 make 1.75.
     """
-    return TargetLoss(((1 - weight) * hard.mean + weight * soft.mean) * hard.weight, hard.weight)
+    return TargetLoss(((1 - weight) * hard.mean + weight * soft.mean) * hard.tokens, hard.tokens)
 
 
 def multitask_loss(
@@ -160,7 +160,7 @@ def multitask_loss(
     """
     pairs = list(zip(losses, weights, strict=True))
     if over_tokens:
-        sums = zip(*((w * loss.total, w * loss.weight) for loss, w in pairs), strict=True)
+        sums = zip(*((w * loss.total, w * loss.tokens) for loss, w in pairs), strict=True)
         numerator, denominator = (torch.stack(parts).sum(dim=0) for parts in sums)
         return numerator, denominator
     total = torch.stack([w * loss.mean for loss, w in pairs]).sum(dim=0)

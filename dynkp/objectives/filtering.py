@@ -115,4 +115,4 @@ def filtered_loss(
         `tuple[torch.Tensor, torch.Tensor]`: numerator and denominator, each `(B,)`.
     """
     totals = torch.stack([variant.total for variant in variants], dim=1)
-    return combine(full.total, totals, kept, reduction), full.weight
+    return combine(full.total, totals, kept, reduction), full.tokens

@@ -30,9 +30,10 @@ from transformers import (
     ProcessorMixin,
 )
 
-from dynkp.batches.collators import PairedTargetCollator
+from dynkp.batches.collators import ChatCollator
+from dynkp.batches.keyphrase_renderer import KeyphraseRenderer
 from dynkp.batches.reasoning_renderer import PromptKind, ReasoningRenderer
-from dynkp.batches.renderers import PromptRenderer
+from dynkp.batches.renderers import ChatRenderer
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask
 from dynkp.data.tasks import END_THINK, TAGS, THINK, KeyphraseTask, count_words
 
@@ -249,15 +250,6 @@ def prompt_size(row: Mapping[str, Any]) -> tuple[int, int]:
     return count, len(str(row.get("prompt") or row.get("text") or ""))
 
 
-class _OpenedRenderer(PromptRenderer):
-    """Prompts with the first words of the answer behind them."""
-
-    opening = ""
-
-    def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
-        return super().prompt(row, num_images) + self.opening
-
-
 class Dialogue:
     """What a model is asked about a post, and how its output is read; the same for every backend.
 
@@ -274,13 +266,12 @@ class Dialogue:
     prefix = ""
     opening_tokens = 0
 
-    def __init__(self, renderer: PromptRenderer, modality: Modality = "both"):
+    def __init__(self, renderer: ChatRenderer, modality: Modality = "both"):
         if modality not in ("both", "text", "image"):
             raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
         self.modality = modality
         self.renderer = renderer
-        self.collator = PairedTargetCollator(renderer.processor)
-        self.collator.renderer = renderer
+        self.collator = ChatCollator(renderer)
         tokenizer = self.tokenizer = renderer.tokenizer
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
@@ -338,22 +329,23 @@ class PostDialogue(Dialogue):
         mode: Mode = "auto",
         modality: Modality = "both",
     ):
-        renderer = _OpenedRenderer(processor, task)
-        super().__init__(renderer, modality)
         if mode not in ("auto", "think", "direct"):
             raise ValueError(f"mode={mode!r} is not known: use 'auto', 'think' or 'direct'")
-        self.mode = mode
+        renderer = KeyphraseRenderer(processor, task)
         opened = renderer.prompt({"text": "?"}, 0).rstrip().endswith(THINK)
         if opened and mode == "direct":
             raise ValueError(
-                f"mode='direct': the chat template of {self.tokenizer.name_or_path!r} itself writes {THINK} behind the prompt; "
-                "use 'auto' or 'think', or a template that leaves it to the model"
+                f"mode='direct': the chat template of {renderer.tokenizer.name_or_path!r} itself writes {THINK} behind the "
+                "prompt; use 'auto' or 'think', or a template that leaves it to the model"
             )
         if mode == "think" and not opened:
             # With the blanks, if any, that the template puts between prompt and answer.
             example = {"text": "?", "keyphrases": ["keyphrase"], "rationale": "why"}
             before, tag, _ = (renderer.reasoning_target(example, 0) or "").partition(THINK)
-            renderer.opening = before + THINK if tag else THINK
+            renderer = KeyphraseRenderer(processor, task, opening=before + THINK if tag else THINK)
+        super().__init__(renderer, modality)
+        self.mode = mode
+        self.task = renderer.task
         # An output cut off inside its reasoning has no answer, whoever opened it.
         self.prefix = THINK if opened else renderer.opening.lstrip()
         self.opening_tokens = len(self.tokenizer(renderer.opening, add_special_tokens=False)["input_ids"])
@@ -373,7 +365,7 @@ class PostDialogue(Dialogue):
         return start, anywhere, blank
 
     def read(self, post_id: str, raw: str, output_tokens: int, prompt_tokens: int) -> Prediction:
-        answer = self.renderer.task.parse(raw)
+        answer = self.task.parse(raw)
         return Prediction(
             id=post_id,
             keyphrases=answer.keyphrases,
@@ -410,7 +402,7 @@ class ReasoningDialogue(Dialogue):
     ):
         renderer = ReasoningRenderer(processor, task, prompt)
         super().__init__(renderer, modality)
-        self.task, self.prompt = renderer.reasoning_task, prompt
+        self.task, self.prompt = renderer.task, prompt
 
     def read(self, post_id: str, raw: str, output_tokens: int, prompt_tokens: int) -> ReasoningPrediction:
         prediction = ReasoningPrediction(

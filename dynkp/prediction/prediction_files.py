@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from dynkp.files.json_lines import read_json_lines, write_json_lines
 
 
 def read_predictions(path: str | os.PathLike[str], answer: str = "keyphrases") -> list[dict[str, Any]]:
@@ -21,17 +21,7 @@ def read_predictions(path: str | os.PathLike[str], answer: str = "keyphrases") -
     Raises:
         ValueError: naming file and line, if a line is not a prediction.
     """
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                torn = "" if line.endswith(b"\n") else ": the line is torn, so the run was killed; have dynkp predict finish it"
-                raise ValueError(f"{where}: not JSON ({error}){torn}") from error
-            rows.append(_checked(row, where, answer))
-    return rows
+    return [_checked(row, where, answer) for where, row in read_json_lines(path)]
 
 
 def _checked(row: Any, where: str, answer: str) -> dict[str, Any]:
@@ -115,22 +105,7 @@ def write_predictions(path: str | os.PathLike[str], predictions: Iterable[Mappin
         >>> write_predictions("out/predictions.jsonl", generate_keyphrases(model, processor, posts))
         5372
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, since a rename across file systems is not atomic.
-    partial = path.with_name(f".{path.name}.partial")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in predictions:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+    return write_json_lines(path, predictions)
 
 
 # How many ids an error shows.

@@ -19,12 +19,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import locked
+from dynkp.files.atomic import atomic_files
+from dynkp.files.json_files import read_json, write_json
+from dynkp.files.json_lines import LineAppender, repair_last_line
+from dynkp.files.locks import OutputLock, output_lock
 from dynkp.prediction.generation import Modality, plan_batches, prompt_row, prompt_size
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class PredictionRun:
         batches = plan_batches(sizes, batch_size)
         self.done: set[Key] = set()
         self.plan = [(decode, batch) for decode in range(decodes) for batch in batches]
-        self._lock: BinaryIO | None = None
+        self._lock: OutputLock | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -100,7 +102,7 @@ class PredictionRun:
         if not self.meta.exists():
             raise ValueError(f"{self.output} has rows, but {self.meta.name}, which says what made them, is missing. {remedy}")
         try:
-            recorded = json.loads(self.meta.read_text(encoding="utf-8"))["settings"]
+            recorded = read_json(self.meta)["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.meta} is damaged ({error}). {remedy}") from error
         differing = [
@@ -130,12 +132,12 @@ class PredictionRun:
             BlockingIOError: if another run is writing to the output.
             ValueError: as when the run was made, if another run has come and gone since.
         """
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         # Before anything is looked at: what another run is just writing looks like a torn line, or like nothing done.
-        self._lock = locked(self.output)
+        self._lock = output_lock(self.output)
         self._check_settings()
         for file in self._files():
-            _repair(file)
+            if repair_last_line(file, lambda line: _key(line) is not None):
+                logger.info("%s: its last line was torn; its post is predicted again.", file)
         write_json(self.meta, {"settings": self.settings, "info": dict(info or {})})
 
     def pending(self) -> list[tuple[int, list[int]]]:
@@ -171,21 +173,16 @@ class PredictionRun:
         keys = {(self.ids[index], decode) for decode, batch in mine for index in batch}
         share = f" (process 1 of {num_ranks})" if num_ranks > 1 else ""
         with (
-            path.open("ab") as file,
+            LineAppender(path) as file,
             tqdm(total=len(keys), desc=f"Predicting{share}", unit="post", disable=not progress or rank != 0) as bar,
         ):
             for decode, batch in mine:
                 rows = [prompt_row(self.posts[index], index, self.modality) for index in batch]
                 seed = None if self.seed is None else self.seed + decode
-                lines = []
-                for row in generator(rows, seed=seed):
-                    # A batch of which a kill let some rows through is computed again as a whole, and completed.
-                    if (row["id"], decode) not in self.done:
-                        written = {**row, "decode": decode} if self.decodes > 1 else row
-                        lines.append(json.dumps(written, ensure_ascii=False) + "\n")
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+                # A batch of which a killed run wrote some rows is computed again as a whole, and completed.
+                new = [row for row in generator(rows, seed=seed) if (row["id"], decode) not in self.done]
+                file.append_rows({**row, "decode": decode} if self.decodes > 1 else row for row in new)
+                file.sync()
                 bar.update(len(batch))
 
     def finish(self) -> list[dict[str, Any]]:
@@ -204,12 +201,8 @@ class PredictionRun:
         if missing := [key for key in order if key not in rows]:
             raise RuntimeError(f"{len(missing)} of {len(order)} predictions are missing, first {missing[0]}; run it again")
         if files != [self.output] or [key for key, _ in lines] != order:
-            partial = self.output.with_name(f".{self.output.name}.partial")
-            with partial.open("wb") as file:
+            with atomic_files(self.output) as (partial,), partial.open("wb") as file:
                 file.writelines(rows[key] + b"\n" for key in order)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.output)
             for shard in files:
                 if shard != self.output:
                     shard.unlink()
@@ -239,20 +232,6 @@ def _key(line: bytes) -> Key | None:
         return row["id"], row.get("decode", 0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _repair(file: Path) -> None:
-    """Complete the last line with its line break, or cut off what there is of it."""
-    with file.open("rb+") as stream:
-        content = stream.read()
-        end = content.rfind(b"\n") + 1
-        if end == len(content):
-            return
-        if _key(content[end:]) is not None:
-            stream.write(b"\n")
-        else:
-            logger.info("%s: its last line was torn; its post is predicted again.", file)
-            stream.truncate(end)
 
 
 def _prompt_content(row: Mapping[str, Any]) -> bytes:

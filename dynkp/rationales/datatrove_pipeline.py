@@ -13,7 +13,6 @@ Needs the extra `datatrove`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 
+from dynkp.files.json_lines import json_line, read_json_lines, write_json_lines
 from dynkp.rationales.run import RationaleRun, RationaleSettings
 
 _POST = "post"
@@ -54,8 +54,7 @@ class AskTeacher(PipelineStep):
         folder.mkdir(parents=True, exist_ok=True)
         posts, output = (folder / f"{rank:05d}.{kind}.jsonl" for kind in ("posts", "rationales"))
         # Written again by a task that is started again: the same lines, which the journal knows.
-        with posts.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(document.metadata[_POST], ensure_ascii=False) + "\n" for document in data)
+        write_json_lines(posts, (document.metadata[_POST] for document in data))
         settings = dataclasses.replace(
             self.settings, posts=str(posts), output=str(output), shard=(1, 1), keep_all=False, progress=False
         )
@@ -69,16 +68,14 @@ class AskTeacher(PipelineStep):
         self.stat_update("rationales", value=report["written"])
         for reason, count in {**report["rejected"], "failed": outcome.failed}.items():
             self.stat_update(f"without_{reason}", value=count)
-        with output.open(encoding="utf-8") as file:
-            for line in file:
-                post = json.loads(line)
-                yield Document(text=post["rationale"], id=post["id"], metadata={_POST: post})
+        for _, post in read_json_lines(output):
+            yield Document(text=post["rationale"], id=post["id"], metadata={_POST: post})
 
 
 def _read_post(self: Any, data: dict[str, Any], path: str, id_in_file: int | str) -> dict[str, Any]:
     """datatrove's adapter for reading: the text is the whole post, as documents without text are left out."""
     post = {"id": f"{Path(path).stem}-{id_in_file}", **data}
-    return {"text": json.dumps(post, ensure_ascii=False), "id": str(post["id"]), "metadata": {_POST: post}}
+    return {"text": json_line(post), "id": str(post["id"]), "metadata": {_POST: post}}
 
 
 def _write_post(self: Any, document: Document) -> dict[str, Any]:

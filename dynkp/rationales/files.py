@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.post_stream import PostStream, SourcePost
 from dynkp.chat.settings import RunPaths
-from dynkp.files.json_files import write_json
-from dynkp.files.whole_files import whole_files
+from dynkp.files.atomic import atomic_files
+from dynkp.files.json_files import read_json, write_json
+from dynkp.files.json_lines import json_line
 from dynkp.rationales.filters import FILTERS, RationaleFilter
 from dynkp.rationales.near_copies import NearCopies
 from dynkp.report.preview import PreviewPost, write_preview
@@ -173,7 +174,7 @@ class _Writer:
 
     def __enter__(self) -> _Writer:
         with contextlib.ExitStack() as stack:
-            partials = stack.enter_context(whole_files(self.paths.errors, self.paths.output))
+            partials = stack.enter_context(atomic_files(self.paths.errors, self.paths.output))
             self._errors, self._output = (
                 stack.enter_context(path.open("w", encoding="utf-8", errors="replace")) for path in partials
             )
@@ -184,11 +185,11 @@ class _Writer:
         self._stack.__exit__(*error)
 
     def output(self, row: Mapping[str, Any], post_id: str) -> None:
-        self._output.write(json.dumps({**row, "id": post_id}, ensure_ascii=False) + "\n")
+        self._output.write(json_line({**row, "id": post_id}))
 
     def error(self, index: int, post_id: str, reason: str, message: str, rationale: str | None) -> None:
         row = {"index": index, "id": post_id, "reason": reason, "error": message, "rationale": rationale}
-        self._errors.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._errors.write(json_line(row))
 
 
 class _Sample:
@@ -255,7 +256,7 @@ def merge_shards(
     """
     paths = RunPaths(output)
     shards = _shards(paths)
-    reports = [json.loads(shard.report.read_text(encoding="utf-8")) for shard in shards]
+    reports = [read_json(shard.report) for shard in shards]
     for shard, report in zip(shards, reports, strict=True):
         if report["open"]:
             raise ValueError(f"{shard.output} is not finished: {report['open']} posts are open. Run its --shard again")

@@ -16,24 +16,24 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from dynkp.batches.masking_collator import MaskingCollator
+from dynkp.batches.masking_collator import MaskingCollator, SinglePostsCollator
 from dynkp.batches.targets import Targets, targets_of
 from dynkp.mechanics import gradient_similarity
 from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients
 from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
 from dynkp.mechanics.modality_masking import (
     Mask,
-    dropping_unsupported_reason,
     image_token_counts,
     keep_mask,
     pool,
     random_keep_mask,
+    why_tokens_cannot_be_dropped,
 )
 from dynkp.mechanics.stride_schedule import StrideSchedule
 from dynkp.objectives.filtering import keep_variants, variant_weights
-from dynkp.objectives.token_loss import target_loss
+from dynkp.objectives.token_loss import PostLosses, target_loss
 from dynkp.trainer.aimkp_config import AimKPConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
 from dynkp.trainer.stopwatch import Stopwatch
 from dynkp.trainer.visit_log import VisitLog
 
@@ -111,7 +111,9 @@ class AimKPTrainer(KeyphraseTrainer):
             )
         self.schedule = self.new_schedule()
         self.batches_similarity = self._choose_similarity_backend()
-        self.data_collator.alone = not self.batches_similarity
+        if not self.batches_similarity:
+            with_single_posts: Any = SinglePostsCollator(self.data_collator)
+            self.data_collator = with_single_posts
         self.stopwatch = Stopwatch(self.args.device)
 
     def new_schedule(self) -> StrideSchedule:
@@ -168,13 +170,14 @@ class AimKPTrainer(KeyphraseTrainer):
         count, prompt = len(inputs["id"]), inputs["prompt"]
         score = self._scorer(prompt["input_ids"].device)
         if not self.batches_similarity:
-            alone = inputs["alone"]
+            single_posts = inputs["single_posts"]
             each = [{name: [strides[name][post]] for name in strides} for post in range(count)]
-            masks = [self.masks_of(single, stride) for single, stride in zip(alone, each, strict=True)]
-            return PlainPostGradients(model, count), PlainViews(model, [single["prompt"] for single in alone], masks, score)
+            masks = [self.masks_of(single, stride) for single, stride in zip(single_posts, each, strict=True)]
+            prompts = [single["prompt"] for single in single_posts]
+            return PlainPostGradients(model, count), PlainViews(model, prompts, masks, score)
         width = prompt["input_ids"].shape[1]
         longest = width + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
-        if reason := dropping_unsupported_reason(model, longest):
+        if reason := why_tokens_cannot_be_dropped(model, longest):
             self._announce(f"Masked tokens are masked, not left out, which costs more: {reason}.")
         starts = None
         if self.shares_prompt and "text" in strides and not reason:
@@ -204,7 +207,7 @@ class AimKPTrainer(KeyphraseTrainer):
 
         def losses(posts: Sequence[int]) -> torch.Tensor:
             log_probs = views.log_probs(view, targets, posts)
-            return self.weigh(target_loss(log_probs, targets_of(targets, posts)["weights"][:, : log_probs.shape[1]])).total
+            return self.normalized(target_loss(log_probs, targets_of(targets, posts)["weights"][:, : log_probs.shape[1]])).total
 
         return losses
 
@@ -292,7 +295,7 @@ class AimKPTrainer(KeyphraseTrainer):
     def _choose_similarity_backend(self) -> bool:
         if self.args.similarity_backend == "plain":
             return False
-        reason = gradient_similarity.unsupported_reason(self.model)
+        reason = gradient_similarity.why_gradients_cannot_be_batched(self.model)
         if reason is None:
             return True
         if self.args.similarity_backend == "batched":

@@ -64,14 +64,13 @@ class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
     args: DynamicAimKPConfig
 
     def choose_targets(self, views: Views, inputs: dict[str, Any]) -> Targets:
-        chosen, direct, posts = self.may_reason(inputs), inputs["direct"], range(len(inputs["id"]))
-        nobody = torch.zeros_like(chosen, dtype=torch.float32)
-        loss = TargetLoss(nobody, nobody)
-        if observed := self.args.strategy == "dynamic":
+        """Choose the target of each post by its direct loss given the full input (Dynamic CoT, Eq. 5)."""
+        _, reasons = self.candidates(inputs)
+        direct = TargetLoss(*torch.zeros(2, len(reasons), device=reasons.device))
+        if self.args.strategy == "dynamic":
             with torch.no_grad():
-                log_probs = views.log_probs(FULL, direct, posts)
-                loss = target_loss(log_probs, direct["weights"][:, : log_probs.shape[1]])
-            chosen = chosen & below_threshold(loss.mean, self.gamma.value)  # Eq. 5 of Dynamic CoT
-        # What a post was taught is in `full_loss`: here no target's loss is known but the direct one's.
-        self.record_choices(inputs, loss, loss, chosen, (nobody, nobody), observed=observed)
-        return mixed_targets(direct, inputs["reasoning"], chosen)
+                log_probs = views.log_probs(FULL, inputs["direct"], range(len(inputs["id"])))
+                direct = target_loss(log_probs, inputs["direct"]["weights"][:, : log_probs.shape[1]])
+            reasons = reasons & below_threshold(direct.mean, self.gamma.value)  # Eq. 5 of Dynamic CoT
+        self.record_choices(inputs, reasons, direct)  # the loss that is trained on is AimKP's `full_loss`
+        return mixed_targets(inputs["direct"], inputs["reasoning"], reasons)

@@ -24,10 +24,10 @@ from dynkp.distillation.assistant import Assistant, check_vocabularies
 from dynkp.distillation.soft_labels import SoftLabelCache
 from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches, everywhere_mask
 from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss, multitask_loss, soft_label_divergence
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.objectives.token_loss import PostLosses, TargetLoss, target_loss
 from dynkp.prediction.generation import generate_reasoning
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
 from dynkp.trainer.label_evaluation import label_metrics
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 from dynkp.trainer.preparation import keep_answerable, prepare_posts
@@ -176,7 +176,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
 
     def _per_post(self, name: str, values: torch.Tensor, where: torch.Tensor, inputs: dict[str, Any]) -> TargetLoss:
         loss = target_loss(-values.new_zeros(where.shape).masked_scatter(where, values), where)
-        self.record(name, loss.mean, ~repeated_posts(inputs) & (loss.weight > 0))
+        self.record(name, loss.mean, ~repeated_posts(inputs) & (loss.tokens > 0))
         return loss
 
     # What a keyphrase trainer asks of a method with tasks of its own
@@ -187,7 +187,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     # Every post is taught both tasks, or its label alone where it has no chain: nothing depends on losses.
     knows_targets = True
 
-    def post_weights(self, batch: dict[str, Any]) -> Sequence[float]:
+    def denominators(self, batch: dict[str, Any]) -> Sequence[float]:
         if not self.normalizes_over_tokens:
             return [1] * len(batch["id"])
         weights = self.args.weights()
@@ -253,5 +253,5 @@ class WithSoftLabels:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collator(rows)
-        answers = {task: batch[task] for task in MulCoTRDTrainer.target_kinds}
+        answers = {"label": batch["label"], "chain": batch["chain"]}
         return {**batch, "soft_labels": self.cache.of_batch(batch["id"], answers)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.lengths import post_lengths
 from dynkp.data.posts import validate_posts
 from dynkp.data.reasoning_tasks import ReasoningTask
+from dynkp.files.json_lines import write_json_lines
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any
         )
     if main:
         report_file = Path(args.output_dir) / f"too_long_posts.{name}.jsonl"
-        report_file.write_text("".join(json.dumps(length._asdict()) + "\n" for length in too_long), encoding="utf-8")
+        write_json_lines(report_file, (length._asdict() for length in too_long))
         logger.warning("%d %s posts are dropped: their prompts fill `max_length`; see %s.", len(too_long), name, report_file)
     dropped = {length.id for length in too_long}
     return dataset.select([index for index, length in enumerate(lengths) if length.id not in dropped])

@@ -10,6 +10,9 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
+from dynkp.files.atomic import atomic_files
+from dynkp.files.json_lines import LineAppender
+
 
 class VisitLog:
     """Appends to a file of the run's folder; used by the main process only.
@@ -27,10 +30,9 @@ class VisitLog:
     def write(self, visits: Iterable[Mapping[str, Any]], state: TrainerState) -> None:
         """Append one optimizer step's visits: `id` first, then `epoch` and `step`, then the rest; NaN and infinity as null."""
         when = {"epoch": round(state.epoch or 0.0, 6), "step": state.global_step}
-        with self.path.open("a", encoding="utf-8") as file:
-            for visit in visits:
-                row = {"id": visit["id"], **when} | {key: _finite(value) for key, value in visit.items()}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = ({"id": visit["id"], **when} | {key: _finite(value) for key, value in visit.items()} for visit in visits)
+        with LineAppender(self.path) as file:
+            file.append_rows(rows)
 
     def begin(self, last_step: int) -> None:
         """Make the file hold exactly the steps up to `last_step`, after which training begins."""
@@ -43,16 +45,14 @@ class VisitLog:
                 number += 1
             self.path.rename(aside)
             return
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with self.path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
+        with self.path.open("rb") as old, atomic_files(self.path) as (partial,), partial.open("wb") as new:
             for line in old:
                 try:
-                    keep = line.endswith("\n") and json.loads(line)["step"] <= last_step
+                    keep = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
                 except ValueError:
                     keep = False
                 if keep:
                     new.write(line)
-        partial.replace(self.path)
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ def closing_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
     """Lay several systems' scores out for a terminal.
 
     Args:
-        systems: name -> what [`summarise`] returned, all of the same convention.
+        systems: name -> what [`score_predictions`] returned, all of the same convention.
 
     Returns:
         The table, in percent, and below it what its columns are. Long names are cut.

@@ -22,7 +22,7 @@ from dynkp import DynamicCoTConfig, DynamicCoTTrainer, KeyphraseTask, generate_k
 from dynkp.data.baselines import most_frequent_keyphrase
 from dynkp.files.json_files import write_json
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
-from dynkp.report.scores import summarise
+from dynkp.report.scores import score_predictions
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from dynkp.synthetic.world import describe_posts, draw_posts
 from dynkp.training.closing import closing_table, wrapped
@@ -102,7 +102,7 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
                     progress=not args.disable_tqdm,
                 )
             )
-            systems[name] = summarise(predictions, test_posts, train_keyphrases, args.eval_convention)
+            systems[name] = score_predictions(predictions, test_posts, train_keyphrases, convention=args.eval_convention)
             if modality == "both":
                 outputs += predictions
                 write_predictions(output_dir / f"predictions.{strategy}.jsonl", predictions)
@@ -111,7 +111,9 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
 
     frequent = most_frequent_keyphrase(train_posts.select_columns(["keyphrases"]))
     constant = [{"id": post_id, "keyphrases": [frequent]} for post_id in test_posts["id"]]
-    systems[f"most frequent ({frequent})"] = summarise(constant, test_posts, train_keyphrases, args.eval_convention)
+    systems[f"most frequent ({frequent})"] = score_predictions(
+        constant, test_posts, train_keyphrases, convention=args.eval_convention
+    )
     write_json(output_dir / "metrics.json", {"strategy": args.strategy, "systems": systems, "logs": logs})
     print(f"\n{closing_table(systems)}\n")
     print(wrapped("Unseen are compositions of seen words that no training post has."))

@@ -14,7 +14,7 @@ from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, re
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.files.json_files import write_json
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
-from dynkp.report.scores import summarise
+from dynkp.report.scores import score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
 from dynkp.training.closing import aligned, closing_table, wrapped
 
@@ -101,7 +101,9 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOp
     if isinstance(task, KeyphraseReasoningTask):
         train_keyphrases = {phrase for phrases in trainer.train_dataset["keyphrases"] for phrase in phrases}
         convention = trainer.args.eval_convention
-        scores = {"systems": {"mulcot_rd": summarise(answers["label"], eval_posts, train_keyphrases, convention)}}
+        scores = {
+            "systems": {"mulcot_rd": score_predictions(answers["label"], eval_posts, train_keyphrases, convention=convention)}
+        }
         print(f"\n{closing_table(scores['systems'])}")
         advice = advice_on_empty_outputs(answers["label"], limits["label"], str(output_dir / "predictions.jsonl"))
     else:

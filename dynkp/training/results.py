@@ -13,7 +13,7 @@ from dynkp.data.baselines import most_frequent_keyphrase, nearest_neighbour_keyp
 from dynkp.files.json_files import write_json
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
 from dynkp.report.evaluation import Evaluation, gold_posts
-from dynkp.report.scores import summarise
+from dynkp.report.scores import score_predictions
 from dynkp.training.closing import aligned, closing_table, wrapped
 from dynkp.training.options import TrainingOptions
 
@@ -46,12 +46,12 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOp
     systems, by_modality = {}, Evaluation(gold_posts(eval_posts), convention=convention, resamples=0)
     for number, (modality, rows) in enumerate(predictions.items()):
         system = name if modality == "both" else f"{name}, {modality} only"
-        systems[system] = summarise(rows, eval_posts, train_keyphrases, convention)
+        systems[system] = score_predictions(rows, eval_posts, train_keyphrases, convention=convention)
         by_modality.add(system, rows)
         write_predictions(output_dir / ("predictions.jsonl" if not number else f"predictions.{modality}.jsonl"), rows)
     for system, lists in (baselines(train_posts, eval_posts) if has_keyphrases else {}).items():
         constant = [{"id": post_id, "keyphrases": list_} for post_id, list_ in zip(eval_posts["id"], lists, strict=True)]
-        systems[system] = summarise(constant, eval_posts, train_keyphrases, convention)
+        systems[system] = score_predictions(constant, eval_posts, train_keyphrases, convention=convention)
     write_json(
         output_dir / "metrics.json",
         {"method": method, "strategy": name, "systems": systems, "log": trainer.state.log_history},

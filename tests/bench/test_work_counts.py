@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynkp.batches import collators
+from dynkp.batches import renderers
 from dynkp.batches.collators import SkippingCollator
 from dynkp.bench import aimkp as aimkp_bench
 from dynkp.bench import dynamic_cot as dynamic_cot_bench
@@ -163,7 +163,7 @@ def test_aimkp_s_flops(tmp_path: Path) -> None:
 @contextmanager
 def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable[[], list[tuple[int, str]]]]:
     """The process and the post of every picture that the collator decodes, workers' included."""
-    stock = collators.open_image
+    stock = renderers.open_image
 
     def noting(image: Any, *, post_id: str) -> Any:
         with file.open("a") as notes:  # a line this short is written at once
@@ -171,7 +171,7 @@ def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable
         return stock(image, post_id=post_id)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collators, "open_image", noting)
+        patch.setattr(renderers, "open_image", noting)
 
         def notes() -> list[tuple[int, str]]:
             lines = file.read_text().splitlines() if file.exists() else []

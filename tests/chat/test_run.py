@@ -306,7 +306,7 @@ def test_the_bar_shows_speed_time_left_and_cost(tmp_path: Path, capsys: pytest.C
 
 def test_a_limit_of_cost_needs_counts_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_posts(tmp_path, [f"post {n}" for n in range(50)])
-    monkeypatch.setattr("teacher_server.USAGE", None)
+    monkeypatch.setattr("tests.support.chat_server.USAGE", None)
     with serve(latency=0.05) as (url, server):
         outcome, _ = ask(tmp_path, url, prices={"m": Price(1.0, 1.0)}, max_cost=1.0)
         assert (outcome.stopped, outcome.settled, len(server.bodies)) == ("server", 1, 1)

@@ -476,7 +476,7 @@ class StandIn(types.ModuleType):
         self.request.LoRARequest = LoRARequest
 
 
-@pytest.fixture()
+@pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch, folder: Path) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "vllm", stand_in)

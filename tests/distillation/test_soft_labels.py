@@ -220,12 +220,12 @@ def assert_same(one: Any, other: Any) -> None:
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """SIGKILL between two files; then the same call."""
     script = (
-        "import sys, time; from tests import conftest; from pathlib import Path\n"
+        "import os, sys, time; from tests import conftest; from pathlib import Path\n"
         "from tests.distillation import test_soft_labels as t; t.soft_labels._ANSWERS_PER_FILE = 2\n"
-        "replace = Path.replace\n"
-        "def slowly(self, target):\n"
-        "    time.sleep(0.3); replace(self, target); print('written', flush=True)\n"
-        "Path.replace = slowly\n"
+        "replace = os.replace\n"
+        "def slowly(partial, target):\n"
+        "    time.sleep(0.3); replace(partial, target); print('written', flush=True)\n"
+        "os.replace = slowly\n"
         "t.write(Path(sys.argv[1]), t.posts_of(count=12))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "killed")]

@@ -156,7 +156,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     form = tmp_path / "form.html"
     write_form(form, *make(tmp_path))
     (tmp_path / "torn.json").write_text('{"form": ')
-    with pytest.raises(ValueError, match=r"torn\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"torn\.json: not valid JSON"):
         read_answers([tmp_path / "torn.json"], [key_path(form)])
     with pytest.raises(ValueError, match=r"answers-Ann\.json: must be a JSON object with form, systems, posts"):
         read_answers([], [answer(form, "Ann")])

@@ -24,7 +24,7 @@ from dynkp.mechanics.gradient_similarity import (
     PlainPostGradients,
     PostGradients,
     _dot_of_products,
-    unsupported_reason,
+    why_gradients_cannot_be_batched,
 )
 from dynkp.mechanics.shared_prompt import SharedPrompt, prompt_positions, score_targets
 from tests.support.posts import rows
@@ -135,7 +135,7 @@ def assert_twins_agree(fast: Any, plain: Any, model: torch.nn.Module) -> None:
     everything = {variant: ramp * (1 + index) for index, variant in enumerate(plain.losses)}
     some = {variant: ramp * (kept if index % 2 else 1 - kept / 2) for index, variant in enumerate(plain.losses)}
     only_first = {variant: ramp * (index == 0) for index, variant in enumerate(plain.losses)}
-    left_out = {variant: 1 - kept for variant in list(plain.losses)[1:]}
+    left_out = dict.fromkeys(list(plain.losses)[1:], 1 - kept)
     for weights in (everything, some, only_first, left_out):
         one, two = fast.loss(weights), plain.loss(weights)
         assert one.item() == pytest.approx(two.item(), abs=TOLERANCE)
@@ -151,7 +151,7 @@ def checkpoint(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_one_post_at_a_time(family: str, checkpointing: bool) -> None:
     model, collator, posts = lora_and_projector(family)
-    assert unsupported_reason(model) is None
+    assert why_gradients_cannot_be_batched(model) is None
     with exact_float64(model):
         if checkpointing:
             checkpoint(model)
@@ -201,7 +201,7 @@ def test_every_parameter_of_language_model_and_projector(family: str) -> None:
     for name, weight in model.named_parameters():
         tied = family == "gemma3" and "embed_tokens" in name
         weight.requires_grad = not tied and not any(part in name for part in vision)
-    assert unsupported_reason(model) is None
+    assert why_gradients_cannot_be_batched(model) is None
     with exact_float64(model):
         fast, plain = (with_all_variants(way, model, collator, posts) for way in (PostGradients, PlainPostGradients))
         assert_twins_agree(fast, plain, model)
@@ -416,19 +416,19 @@ def test_a_variant_is_added_once_and_weighed_only_if_added() -> None:
 
 def test_what_needs_the_plain_way_is_named_and_the_plain_way_does_it() -> None:
     dora, collator, posts = lora_and_projector("llama", use_dora=True)
-    assert "DoRA" in (unsupported_reason(dora) or "")
+    assert "DoRA" in (why_gradients_cannot_be_batched(dora) or "")
     plain = with_all_variants(PlainPostGradients, dora, collator, posts)
     assert any("magnitude" in name for name in delivered(dora, plain.loss({"full": torch.ones(4)})))
 
     model, _ = build("llama")
-    assert "LM head" in (unsupported_reason(model) or "")
+    assert "LM head" in (why_gradients_cannot_be_batched(model) or "")
     tied, _ = build("gemma3")
-    assert "shared between modules" in (unsupported_reason(tied) or "")
+    assert "shared between modules" in (why_gradients_cannot_be_batched(tied) or "")
     replayed, _ = build("llava")
     replayed.requires_grad_(False)
     replayed.model.multi_modal_projector.gate = torch.nn.Parameter(torch.ones(1))
     replayed.model.multi_modal_projector.dropout = torch.nn.Dropout(0.1)
-    assert "dropout" in (unsupported_reason(replayed) or "")
+    assert "dropout" in (why_gradients_cannot_be_batched(replayed) or "")
 
 
 # Ranks ---------------------------------------------------------------------------------------------------------------

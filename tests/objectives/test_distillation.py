@@ -170,7 +170,7 @@ def test_one_task_by_hand() -> None:
     hard = TargetLoss(torch.tensor([4.0, 0.0]), torch.tensor([2.0, 0.0]))
     soft = TargetLoss(torch.tensor([3.0, 0.0]), torch.tensor([3.0, 0.0]))
     loss = distilled(hard, soft, 0.25)
-    assert loss.mean.tolist() == [1.75, 0.0] and loss.weight.tolist() == [2.0, 0.0]
+    assert loss.mean.tolist() == [1.75, 0.0] and loss.tokens.tolist() == [2.0, 0.0]
     assert distilled(hard, soft, 0.0).mean.tolist() == [2.0, 0.0] and distilled(hard, soft, 1.0).mean.tolist() == [1.0, 0.0]
 
 

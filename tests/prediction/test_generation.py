@@ -21,8 +21,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from dynkp.batches.collators import PairedTargetCollator
+from dynkp.batches.keyphrase_renderer import KeyphraseRenderer
 from dynkp.batches.reasoning_renderer import ReasoningRenderer
-from dynkp.batches.renderers import PromptRenderer
 from dynkp.prediction.generation import (
     PostDialogue,
     ReasoningDialogue,
@@ -62,7 +62,7 @@ def predict(model, processor, rows, **options):
 @torch.no_grad()
 def greedy(model, processor, post: dict, steps: int) -> list[int]:
     """One post, no padding, no cache, no `generate`."""
-    renderer = PromptRenderer(processor)
+    renderer = KeyphraseRenderer(processor)
     text = renderer.prompt(post, len(post["images"]))
     inputs = processor(text=[text], images=[post["images"]], add_special_tokens=False, return_tensors="pt")
     prompt_length = inputs["input_ids"].shape[1]
@@ -144,7 +144,7 @@ def test_a_datasets_dataset_and_conversational_rows():
     rows = [{"id": str(index), "text": text, "images": []} for index, text in enumerate(["a dog", "the sea"])]
     expected = predict(model, processor, rows)
     assert predict(model, processor, Dataset.from_list(rows)) == expected
-    task = PromptRenderer(processor).task
+    task = KeyphraseRenderer(processor).task
     conversations = [{"id": row["id"], "prompt": task.prompt(row["text"])} for row in rows]
     assert predict(model, processor, conversations) == expected
     with pytest.raises(ValueError, match="post '0': modality='text' needs rows with `text` and `images`"):

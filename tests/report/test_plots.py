@@ -145,7 +145,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
         (json.dumps(visit(1, "text", None, 1.0)) + "\n", "no visits"),
         ('{"id": "a", "step": 1, "chosen": "direct"}\n', "line 1 has no modality, stride, cosine"),
         ("[1]\n", "line 1 has no step"),
-        (json.dumps(visit(1, "text", 0.5, 1.0)) + "\nid,step\n", "line 2 is not JSON"),
+        (json.dumps(visit(1, "text", 0.5, 1.0)) + "\nid,step\n", "line 2: not valid JSON"),
     ],
 )
 def test_what_is_no_log_is_refused(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def test_matching() -> None:
         evaluation.add("mine", ANSWERS)
     for posts, message in (
         ([], "no posts to score"),
-        ([*POSTS, POSTS[0]], "several posts have: 'a'"),
+        ([*POSTS, POSTS[0]], "several posts have the same id: 'a'"),
         ([{"id": "x", "label": "happy"}], "label is none of positive, neutral, negative: 'x'"),
     ):
         with pytest.raises(ValueError, match=message):

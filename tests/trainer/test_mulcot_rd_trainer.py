@@ -308,7 +308,7 @@ def test_adapters_are_trained_alike_on_both_backends(tmp_path: Path) -> None:
 
 def test_prompts_that_do_not_begin_alike_are_trained_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each by itself, and this is said once; a batch of one post still equals one of two."""
-    from tests.batches.test_two_task_collator import InstructionFirst
+    from tests.support.reasoning_trainers import InstructionFirst
 
     late = InstructionFirst("late", "How?", {"Text_analysis": "why"})
     runs = []

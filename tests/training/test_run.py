@@ -37,7 +37,7 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture()
+@pytest.fixture
 def tweets(shared: Path, tmp_path: Path) -> list[str]:
     train_file = head(shared / "data/cmkp/valid.jsonl", 48, tmp_path / "train.jsonl")
     eval_file = head(shared / "data/cmkp/test.jsonl", 20, tmp_path / "eval.jsonl")
@@ -165,7 +165,7 @@ def test_killed_and_continued(tweets: list[str], tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "out/predictions.jsonl") == read_jsonl(tmp_path / "whole/predictions.jsonl")
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_model(tmp_path: Path) -> str:
     """A folder with a tiny model that was trained for a step."""
     posts = [{"id": str(index), "text": f"goal number {index}", "keyphrases": ["mufc"]} for index in range(4)]
