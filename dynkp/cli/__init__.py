@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 import dynkp
 from dynkp.cli.errors import DONE, USER_ERROR, report, silence_libraries
@@ -51,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         print(f"dynkp {dynkp.__version__}")
         return DONE
-    debug = "--debug" in arguments
-    while arguments[:1] == ["--debug"]:
-        del arguments[0]
+    debug, arguments = _without_debug(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return DONE if arguments else USER_ERROR
@@ -70,6 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def _without_debug(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Take out `--debug`; with one of these values it is an option of transformers, for `train`."""
+    kept = [
+        word
+        for word, following in pairwise([*arguments, "-"])
+        if word != "--debug" or following in ("underflow_overflow", "tpu_metrics_debug")
+    ]
+    return len(kept) < len(arguments), kept
 
 
 def _help() -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from dynkp.data.choices import did_you_mean
+from dynkp.data.paths import check_path
 
 # What `add_argument` can be called on.
 Options = Any  # a parser or a group of one
@@ -21,20 +22,31 @@ Options = Any  # a parser or a group of one
 class OneLineErrors(argparse.ArgumentParser):
     """A parser whose errors are one line, and suggest what a misspelt option or value was meant to be."""
 
+    _given: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
         """Print the error without the usage, which may be hundreds of lines long, and exit with status 2."""
+        if message.startswith("the following arguments are required"):
+            message += self._misspelt()
         end = "" if message.endswith((".", "?")) else "."
         print(f"{self.prog}: error: {message}{end} `{self.prog} --help` lists the options.", file=sys.stderr)
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an unknown option is an error with the known one that is most like it."""
+        self._given = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
-            hint = "" if option is None else did_you_mean(option, self.option_names())
-            self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._misspelt()}")
         return parsed
+
+    def _misspelt(self) -> str:
+        """The suggestion for the first word that looks like an option and is none, as the rest of an error."""
+        known = self.option_names()
+        options = (word.partition("=")[0] for word in self._given if word.startswith("--"))
+        unknown = next((option for option in options if not any(name.startswith(option) for name in known)), "")
+        hint = did_you_mean(unknown, known)
+        return f". There is no option {unknown}.{hint}" if hint else ""
 
     def option_names(self) -> list[str]:
         """The long options, those of sub-commands included."""
@@ -52,11 +64,13 @@ class CommandParser(OneLineErrors):
     """The parser of a sub-command.
 
     Args:
-        command: its name, such as `"predict"`.
-        description, epilog: as argparse takes them; their line breaks are kept.
+        command: its name, such as `"predict"`; argparse gives the parsers of sub-commands a `prog` in its place.
+        description: what it does; line breaks are kept.
+        epilog: examples, below the options; as `description`.
+        **options: what else argparse takes.
     """
 
-    def __init__(self, command: str, description: str, epilog: str | None = None, **options: Any) -> None:
+    def __init__(self, command: str = "", description: str | None = None, epilog: str | None = None, **options: Any) -> None:
         options = {"prog": f"dynkp {command}", **options}
         super().__init__(
             description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **options
@@ -129,6 +143,26 @@ class _OldSpelling(argparse.Action):
     ) -> None:
         print(f"{parser.prog}: {option_string} is now called {self.new}; the old name still works.", file=sys.stderr)
         setattr(namespace, self.dest, values)
+
+
+def check_inputs(arguments: argparse.Namespace, *names: str, kind: str = "file or folder") -> None:
+    """Refuse files and folders that do not exist, before anything is read.
+
+    Args:
+        arguments: the parsed command line.
+        *names: options whose value is the name of a file, a folder or a Hub dataset, or a list of them; a name that ends in
+            `_dir` must be a folder.
+        kind: what the others may be; with `"file"` there must be one, and otherwise the name may be a Hub id.
+
+    Raises:
+        FileNotFoundError: naming option, value and what lies beside it under a similar name.
+    """
+    for name in names:
+        given = getattr(arguments, name, None) or []
+        is_folder = name.endswith("_dir")
+        for value in [given] if isinstance(given, str) else given:
+            or_hub_id = not is_folder and kind != "file"
+            check_path(value, f"--{name.replace('_', '-')}", "folder" if is_folder else kind, or_hub_id=or_hub_id)
 
 
 # --- types of values ---

@@ -95,6 +95,9 @@ class TrainParser(OneLineErrors, TrlParser):
             add_help=False,
         )
         _add_selection(self)
+        (debug,) = (action for action in self._actions if action.dest == "debug")
+        debug.nargs, debug.const = "?", debug.default
+        debug.help = "Show the traceback of an error. With a value, transformers' option of this name."
 
     def format_help(self) -> str:
         """Write the help: the method's own options, those of the data, then those that all methods share."""
@@ -131,7 +134,7 @@ class TrainParser(OneLineErrors, TrlParser):
 
     def _sections(self, everything: bool) -> Iterator[tuple[str, Sequence[str]]]:
         """Titles and the options below them; an option belongs to the first section that names it."""
-        yield "what to run", ("method", "recipe", "config", "help", "help_all", "traceback")
+        yield "what to run", ("method", "recipe", "config", "help", "help_all", "debug")
         yield f"options of the method {self.method}", self._of_method()
         yield "posts", ("train_file", "eval_file", "eval_posts", "image_dir", *_names(DataArguments))
         yield "prediction after the training", _names(PredictionArguments)
@@ -217,8 +220,6 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="A recipe of your own: YAML, an option per line.")
     parser.add_argument("-h", "--help", action="store_true", help="Show this help.")
     parser.add_argument("--help-all", action="store_true", help="Show all options, those of TRL and transformers too.")
-    # Under another name than its own: transformers has an option `--debug VALUE`.
-    parser.add_argument("--traceback", action="store_true", help="Show the traceback of an error; so does --debug alone.")
 
 
 def parser() -> TrainParser:
@@ -303,7 +304,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunFailedError: if there is too little memory.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [word for word, following in zip(argv, [*argv[1:], ""], strict=True) if not _is_debug(word, following)]
     log_to_stderr()
     options = read_options(argv)
     if options is None:
@@ -353,8 +353,3 @@ def how_to_continue(argv: Sequence[str], output_dir: str) -> str:
 def _program() -> str:
     script = sys.argv[0]
     return f"python {script}" if Path(script).name == "train.py" else "dynkp train"
-
-
-def _is_debug(word: str, following: str) -> bool:
-    """Whether a word is our flag `--debug`, which `dynkp.cli` acts upon, and not transformers' option with a value."""
-    return word == "--debug" and (not following or following.startswith("-"))

@@ -35,7 +35,7 @@ def check_path(name: str, option: str, kind: str = "file or folder", *, or_hub_i
     Args:
         name: a path or a Hub id.
         option: how the error calls it.
-        kind: `"folder"` or `"file or folder"`.
+        kind: `"file"`, `"folder"` or `"file or folder"`.
         or_hub_id: whether a name that does not look like a path may be a Hub id; otherwise it must exist.
 
     Raises:
@@ -47,7 +47,7 @@ def check_path(name: str, option: str, kind: str = "file or folder", *, or_hub_i
         Traceback (most recent call last):
         FileNotFoundError: model='./nowhere': there is no such folder
     """
-    exists = os.path.isdir if kind == "folder" else os.path.exists
+    exists = {"file": os.path.isfile, "folder": os.path.isdir}.get(kind, os.path.exists)
     if exists(name) or (or_hub_id and not is_path(name)):
         return
     parent = os.path.dirname(name.rstrip("/"))
