@@ -180,13 +180,13 @@ def _ask(arguments: argparse.Namespace) -> int:
 def _written(run: Any) -> int:
     """Write and print the results; how many posts failed."""
     from dynkp.judging.ranks import rank_tables
-    from dynkp.judging.run import FAILED, INVALID, UNREADABLE, summarise
+    from dynkp.judging.run import FAILED, INVALID, UNREADABLE, judging_summary
 
     report = run.write()
     if report["ranked"]:
         print(rank_tables(report) + "\n")
     cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
-    print(f"{run.paths.output}: {summarise(report)}; {run.outcome.requests:,} requests{cost}")
+    print(f"{run.paths.output}: {judging_summary(report)}; {run.outcome.requests:,} requests{cost}")
     return report[FAILED] + report[INVALID] + report[UNREADABLE]
 
 
@@ -204,7 +204,8 @@ def _human(arguments: argparse.Namespace) -> int:
     alike = counts["drawn"] - counts["shown"]
     print(
         f"{arguments.human}: {counts['shown']:,} posts to rank; on {alike:,} more all systems agree; "
-        f"{counts['left_out']:,} posts cannot be judged\n{key_path(arguments.human)}: which system is which, not for annotators"
+        f"{counts['unjudgeable']:,} posts cannot be judged\n"
+        f"{key_path(arguments.human)}: which system is which, not for annotators"
     )
     return DONE
 

@@ -182,11 +182,11 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 
 def _write(run: Any) -> None:
-    from dynkp.rationales.files import summarise
+    from dynkp.rationales.files import rationale_summary
 
     report = run.write()
     cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
-    print(f"{run.paths.output}: {summarise(report)}; {run.outcome.requests:,} requests{cost}")
+    print(f"{run.paths.output}: {rationale_summary(report)}; {run.outcome.requests:,} requests{cost}")
     if run.settings.preview:
         print(f"{run.paths.preview}: {run.settings.preview} posts to look at")
 
@@ -217,7 +217,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from dynkp.rationales.files import merge_shards, summarise
+    from dynkp.rationales.files import merge_shards, rationale_summary
 
     report = merge_shards(
         arguments.output,
@@ -225,7 +225,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         near_copies="near_copy" in arguments.filters,
         progress=not arguments.no_progress,
     )
-    print(f"{arguments.output}: {summarise(report)}")
+    print(f"{arguments.output}: {rationale_summary(report)}")
     return SOME_FAILED if report["request_failed"] or report["invalid_post"] else DONE
 
 

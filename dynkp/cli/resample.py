@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _resample(arguments: argparse.Namespace) -> None:
     from dynkp.data.conversion import convert_posts
     from dynkp.data.resampling import overlap_table, resample
-    from dynkp.data.statistics import describe_posts, statistics_table
+    from dynkp.data.statistics import split_statistics, statistics_table
     from dynkp.files.atomic import atomic_files
     from dynkp.files.json_files import write_json
     from dynkp.report.tables import markdown_table
@@ -76,7 +76,7 @@ def _resample(arguments: argparse.Namespace) -> None:
         raise ValueError(f"no training post would stay: each has a keyphrase that {arguments.test} does not have")
     if not new.test and not new.moved_kept:
         raise ValueError(f"--target-overlap {arguments.target_overlap} leaves no test post: training knows them all")
-    given = {split: describe_posts(_posts(source, split)) for split, source in sources.items()}
+    given = {split: split_statistics(_posts(source, split)) for split, source in sources.items()}
     old, moved = given["train"], len(new.moved)
     steps = {
         "given": (given["train"], given["test"], new.overlap_before),
@@ -93,8 +93,8 @@ def _resample(arguments: argparse.Namespace) -> None:
         convert_posts(_rows(sources, {"test": new.test, "train": new.moved_kept}), test_file, **options)
         phrases = {phrase for post in _posts(str(train_file), "train", "json") for phrase in post["keyphrases"]}
         splits = {
-            "train": describe_posts(_posts(str(train_file), "train", "json")),
-            "test": describe_posts(_posts(str(test_file), "test", "json"), phrases),
+            "train": split_statistics(_posts(str(train_file), "train", "json")),
+            "test": split_statistics(_posts(str(test_file), "test", "json"), phrases),
         }
         steps["resampled"] = (splits["train"], splits["test"], new.overlap)
         tables = [markdown_table(rows) for rows in (overlap_table(steps), statistics_table(splits))]

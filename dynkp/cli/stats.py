@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _describe(arguments: argparse.Namespace) -> None:
-    from dynkp.data.statistics import describe_posts, lists_keyphrases, load_keyphrases, statistics_table
+    from dynkp.data.statistics import lists_keyphrases, load_keyphrases, split_statistics, statistics_table
     from dynkp.files.atomic import write_text
     from dynkp.files.json_files import write_json
     from dynkp.report.tables import markdown_table
@@ -74,11 +74,11 @@ def _describe(arguments: argparse.Namespace) -> None:
     elif arguments.train:
         posts = _posts(arguments.train, "train")
         train_keyphrases = [phrase for row in posts.select_columns(["keyphrases"]) for phrase in row["keyphrases"] or []]
-        splits["train"] = describe_posts(posts)
+        splits["train"] = split_statistics(posts)
     stems = [Path(source).stem for source in arguments.test]
     names = ["test"] if len(stems) == 1 else stems if len({*stems, "train"}) > len(stems) else arguments.test
     for name, source in zip(names, arguments.test, strict=True):
-        splits[name] = describe_posts(_posts(source, "test"), train_keyphrases)
+        splits[name] = split_statistics(_posts(source, "test"), train_keyphrases)
     table = markdown_table(statistics_table(splits))
     print(table)
     if arguments.json:

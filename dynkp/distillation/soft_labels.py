@@ -35,7 +35,7 @@ from dynkp.files.locks import OutputLock
 from dynkp.models.checkpoints import find_checkpoint
 from dynkp.models.fingerprints import weights_fingerprint
 from dynkp.objectives.distillation import SoftLabels, soft_label_divergence, truncate
-from dynkp.prediction.generation import plan_batches, prompt_size
+from dynkp.prediction.batch_plan import plan_batches, prompt_size
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from dynkp.files.atomic import atomic_files
 from dynkp.files.json_files import read_json, write_json
 from dynkp.files.json_lines import LineAppender, repair_last_line
 from dynkp.files.locks import OutputLock, output_lock
-from dynkp.prediction.generation import Modality, plan_batches, prompt_row, prompt_size
+from dynkp.prediction.batch_plan import plan_batches, prompt_size
+from dynkp.prediction.engine import Engine
+from dynkp.prediction.generation_tasks import Modality, prompt_columns
 
 logger = logging.getLogger(__name__)
 
 # A post's id and the number of the decode.
 Key = tuple[str, int]
-# Predicts a batch of rows, with a seed where outputs are sampled.
-Generator = Callable[..., list[Any]]
 
 
 class PredictionRun:
@@ -54,7 +54,7 @@ class PredictionRun:
 
     Example:
         >>> run = PredictionRun(posts, "out/predictions.jsonl", {"model": "out"}, batch_size=8)
-        >>> run.start(), run.predict(generator, run.pending()), run.finish()
+        >>> run.start(), run.predict(engine, run.pending()), run.finish()
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PredictionRun:
         self.ids: list[str] = []
         sizes = []
         for index, row in enumerate(posts):
-            row = prompt_row(row, index, modality)
+            row = prompt_columns(row, index, modality)
             self.ids.append(row["id"])
             sizes.append(prompt_size(row))
             digest.update(_prompt_content(row))
@@ -152,7 +152,7 @@ class PredictionRun:
 
     def predict(
         self,
-        generator: Generator,
+        engine: Engine,
         batches: Iterable[tuple[int, list[int]]],
         *,
         rank: int = 0,
@@ -162,7 +162,7 @@ class PredictionRun:
         """Predict this process's share of the batches, and append the rows.
 
         Args:
-            generator: a [`TransformersGenerator`] or its equal.
+            engine: predicts a batch of posts.
             batches: what `pending` returned.
             rank: this process's number, from 0; it takes every `num_ranks`-th batch.
             num_ranks: the number of processes.
@@ -177,10 +177,10 @@ class PredictionRun:
             tqdm(total=len(keys), desc=f"Predicting{share}", unit="post", disable=not progress or rank != 0) as bar,
         ):
             for decode, batch in mine:
-                rows = [prompt_row(self.posts[index], index, self.modality) for index in batch]
+                rows = [prompt_columns(self.posts[index], index, self.modality) for index in batch]
                 seed = None if self.seed is None else self.seed + decode
                 # A batch of which a killed run wrote some rows is computed again as a whole, and completed.
-                new = [row for row in generator(rows, seed=seed) if (row["id"], decode) not in self.done]
+                new = [row for row in engine(rows, seed=seed) if (row["id"], decode) not in self.done]
                 file.append_rows({**row, "decode": decode} if self.decodes > 1 else row for row in new)
                 file.sync()
                 bar.update(len(batch))

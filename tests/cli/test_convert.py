@@ -57,7 +57,9 @@ def test_errors(tmp_path, capsys):
     assert convert(tmp_path, "x_src.txt") == 2
     assert "dynkp convert: error: post 'b' cannot be written as cmkp: 'two\\nlines'" in capsys.readouterr().err
     assert convert(tmp_path, "x.parquet") == 2
-    assert "post 'a' cannot be written as parquet: image 'O_4242.jpg' is a file name: say with" in capsys.readouterr().err
+    assert (
+        "post 'a' cannot be written as parquet: image 'O_4242.jpg' is a file name: pass its folder" in capsys.readouterr().err
+    )
     assert convert(tmp_path, "x.jsonl", "--split", "a", "--join", "orc") == 2
     assert "join='orc'" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["posts.jsonl"]

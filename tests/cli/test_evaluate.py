@@ -237,7 +237,7 @@ def test_lines_that_are_no_predictions(
         (["--resamples", "-1"], "resamples=-1 must be 0"),
         (["--k", "0"], "every cut-off must be a whole number of at least 1"),
         (["--names", "a", "b"], "--names has 2 names and --predictions 1 files"),
-        (["--train-keyphrases", "EMPTY"], "there is no keyphrase in it"),
+        (["--train-keyphrases", "EMPTY"], "has no keyphrases"),
         (["--train-keyphrases", "/nowhere.txt"], "/nowhere.txt"),
         (["--posts", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--posts", "BLANK"], "posts with an empty keyphrase: 'x'. Remove"),

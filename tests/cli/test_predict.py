@@ -31,7 +31,8 @@ from dynkp import TASKS, cli, generate_keyphrases, generate_reasoning, load_post
 from dynkp.cli import predict
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.models.fingerprints import weights_fingerprint
-from dynkp.prediction.generation import PostDialogue, derived_seed, prompt_row
+from dynkp.prediction.engine import derived_seed
+from dynkp.prediction.generation_tasks import KeyphraseGenerationTask, prompt_columns
 from dynkp.prediction.run import PredictionRun
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from tests.conftest import REPOSITORY
@@ -289,7 +290,7 @@ def test_files_that_are_no_predictions(
     ("lines", "message"),
     [
         (['{"id": "1", "text": "a"}', '{"id": "1", "text": "b"}'], "repeated_id"),
-        (['{"id": "1", "text": "a", "image": "../posts.jsonl"}'], "leaves the image folder"),
+        (['{"id": "1", "text": "a", "image": "../posts.jsonl"}'], "is outside the image folder"),
         (['{"id": "1", "text": "a", "image": "nowhere.png"}'], "nowhere.png"),
         (['{"id": "1"}'], "neither text nor image"),
         (['{"id": "1", "text": "a"'], "line 1: not valid JSON"),
@@ -389,40 +390,6 @@ def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch
     assert "with a smaller --batch-size goes on" in capsys.readouterr().err
 
 
-def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
-    """Not even while a line is being written, or after a run that came and went."""
-    output = tmp_path / "p.jsonl"
-    posts = [{"id": str(index), "text": "a"} for index in range(3)]
-    first, second, third = (PredictionRun(posts, output, {"mode": mode}, batch_size=1) for mode in ("a", "a", "b"))
-
-    def generator(rows: Any, seed: Any = None) -> Any:
-        with output.open("ab") as half:
-            half.write(b'{"id": "1", ')
-        with pytest.raises(BlockingIOError, match="another run is writing"):
-            second.start()
-        assert output.read_bytes().endswith(b'{"id": "1", '), "not torn, but just being written"
-        os.truncate(output, output.stat().st_size - 12)
-        return [{"id": row["id"], "keyphrases": []} for row in rows]
-
-    first.start()
-    first.predict(generator, first.pending(), progress=False)
-    assert len(first.finish()) == 3
-    second.start()
-    assert second.pending() == []
-    second.close()
-    with pytest.raises(ValueError, match="mode was 'a' and is 'b'"):
-        third.start()
-    third.close()
-
-
-def test_rows_written_twice_are_kept_once(tmp_path: Path) -> None:
-    run = PredictionRun([{"id": "1", "text": "a"}, {"id": "2", "text": "b"}], tmp_path / "p.jsonl", {}, batch_size=1)
-    run.start()
-    (tmp_path / "p.jsonl").write_text('{"id": "1", "raw": ""}\n{"id": "2", "raw": ""}\n{"id": "2", "raw": ""}\n')
-    assert [row["id"] for row in run.finish()] == ["1", "2"]
-    assert len(read(tmp_path / "p.jsonl")) == 2
-
-
 # --- vLLM ---
 
 
@@ -494,13 +461,13 @@ def test_vllm_prompts_and_answers(folder: Path, tmp_path: Path, vllm: StandIn) -
     assert vllm.record["llm"] == expected and vllm.record["lora"] is None
     assert all(row["keyphrases"] == ["red fish", "sea"] and not row["reasoned"] for row in rows)
     processor = AutoProcessor.from_pretrained(model)
-    dialogue = PostDialogue(processor)
-    posts = {row["id"]: prompt_row(row) for row in load_posts(folder / "posts.jsonl", image_dir=folder / "images")}
+    task = KeyphraseGenerationTask(processor)
+    posts = {row["id"]: prompt_columns(row) for row in load_posts(folder / "posts.jsonl", image_dir=folder / "images")}
     given = {tuple(prompt["prompt_token_ids"]): prompt for prompt in vllm.record["prompts"]}
     assert len(vllm.record["prompts"]) == 14
     for row in rows:
         post = posts[row["id"]]
-        text = dialogue.renderer.prompt(post, len(post["images"]))
+        text = task.renderer.prompt(post, len(post["images"]))
         prompt = given[tuple(processor.tokenizer(text, add_special_tokens=False)["input_ids"])]
         assert prompt["prompt_token_ids"].count(processor.tokenizer.bos_token_id) == 1
         images = prompt.get("multi_modal_data", {}).get("image", [])

@@ -80,7 +80,7 @@ def test_pictures_inside_the_source_become_files(shared, tmp_path):
         ({"keyphrases": ["b"]}, {"keyphrases": ["a"]}, "1", "no training post would stay"),
         ({"keyphrases": ["a"]}, {"keyphrases": ["a"]}, "0", "leaves no test post"),
         ({"keyphrases": "a"}, {"keyphrases": ["a"]}, "1", "post 'x': wrong_type: keyphrases must be a list"),
-        ({"id": "y", "keyphrases": ["a"]}, {"keyphrases": ["a"]}, "1", "post 'y' .* has an id that another post has"),
+        ({"id": "y", "keyphrases": ["a"]}, {"keyphrases": ["a"]}, "1", "post 'y' .* has the id of another post"),
         ({"prompt": [], "completion": []}, {"keyphrases": ["a"]}, "1", "post 'x' has no column 'keyphrases'"),
     ],
 )
