@@ -18,7 +18,9 @@ from PIL import Image
 
 from dynkp import cli
 from dynkp.report.plots import read_visits
-from tests.trainer.test_aimkp_trainer import aimkp
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
+from tests.support.trainers import trainer_of
 
 
 def visit(step: int, modality: str, cosine: float | None, rise_nats: float | None, **columns: Any) -> dict[str, Any]:
@@ -114,7 +116,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 def test_a_run_gives_both_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = aimkp("llava", tmp_path / "out", max_steps=4, log_visits=True)
+    options = {"warmup_epochs": 0, "max_steps": 4, "log_visits": True}
+    trainer = trainer_of("llava", tmp_path / "out", classes=(AimKPTrainer, AimKPConfig), **options)
     trainer.train()
     names = {"three": tmp_path / "cosine.png", "seven": tmp_path / "figures" / "steps.svg"}
     arguments = ["--visits", str(tmp_path / "out"), "--figure3", str(names["three"]), "--figure7", str(names["seven"])]
@@ -154,15 +157,15 @@ def test_a_file_that_is_not_a_log_is_an_error(
 ) -> None:
     file = tmp_path / "visits.jsonl"
     file.write_text(content, encoding="utf-8")
-    assert cli.main(["plot", "--visits", str(file), "--figure7", str(tmp_path / "steps.png")]) == 1
+    assert cli.main(["plot", "--visits", str(file), "--figure7", str(tmp_path / "steps.png")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "steps.png").exists()
 
 
 def test_missing_files_and_other_suffixes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plot", "--visits", str(tmp_path), "--figure7", "steps.png"]) == 1
+    assert cli.main(["plot", "--visits", str(tmp_path), "--figure7", "steps.png"]) == 2
     assert "visits.jsonl" in capsys.readouterr().err
     file = write(tmp_path, SMALL)
-    assert cli.main(["plot", "--visits", str(file), "--figure3", str(tmp_path / "figure.jpg")]) == 1
+    assert cli.main(["plot", "--visits", str(file), "--figure3", str(tmp_path / "figure.jpg")]) == 2
     assert ".png, .svg, .pdf" in capsys.readouterr().err
     for arguments in ([], ["--figure3", "a.png", "--figure7", "a.svg"], ["--figure7", "a.png", "--windows", "0"]):
         with pytest.raises(SystemExit):
@@ -173,5 +176,5 @@ def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert cli.main(["plot", "--visits", str(write(tmp_path, SMALL)), "--figure7", str(tmp_path / "steps.png")]) == 1
+    assert cli.main(["plot", "--visits", str(write(tmp_path, SMALL)), "--figure7", str(tmp_path / "steps.png")]) == 2
     assert "dynkp[plots]" in capsys.readouterr().err

@@ -54,6 +54,6 @@ def test_the_page_is_self_contained_and_shows_text_as_text(tmp_path: Path) -> No
     data = base64.b64decode(str(attributes["src"]).partition("base64,")[2])
     assert Image.open(io.BytesIO(data)).size == (320, 160)
     assert "<i>Title</i>" in page.text and "m, stage explain" in page.text
-    assert "not a picture in a format that is read" in page.text
+    assert "not an image in a supported format" in page.text
     assert "no image" in page.text and "no rationale" in page.text
     assert names.count("div") == 9 and text.count('<div class="rejected">') == 1
