@@ -87,7 +87,7 @@ class Assistant:
         """
         with torch.autocast(self.model.device.type, enabled=False):  # the assistant's own type, whatever the student's
             own = self._placed(branches)
-            plain = everywhere or branches["apart"] or not self.shares_prompt
+            plain = everywhere or branches["separate"] or not self.shares_prompt
             prompts = PlainBranches(self.model, own, everywhere) if plain else SharedBranches(self.model, own)
             return {
                 task: prompts.logits(task, self._placed(of_task)).to(of_task["input_ids"].device)

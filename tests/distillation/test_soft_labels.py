@@ -261,9 +261,9 @@ def test_the_assistant_that_wrote_them_is_accepted_and_not_loaded(tmp_path: Path
     processor.save_pretrained(tmp_path / "assistant")
     write_labels(tmp_path / "labels", assistant=assistant_fingerprint(str(tmp_path / "assistant")))
     trainer = reasoning_trainer("llava", tmp_path, soft_labels=str(tmp_path / "labels"), assistant=str(tmp_path / "assistant"))
-    assert trainer.assistant is None and trainer.weight == 0.0
+    assert trainer.assistant is None and trainer.distillation_weight == 0.0
     trainer.model.train()
-    assert trainer.weight == 0.3
+    assert trainer.distillation_weight == 0.3
 
 
 def test_a_smaller_student_is_told_to_cut_the_vocabulary(tmp_path: Path) -> None:
