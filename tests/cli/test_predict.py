@@ -357,7 +357,7 @@ def test_arguments_that_do_not_fit(
     [
         (["--model", "./nowhere"], "model='./nowhere': there is no such folder"),
         (["--model", "IMAGES"], "neither a config.json nor an adapter_config.json"),
-        (["--merge-adapter"], "comes with no adapter"),
+        (["--merge-adapter"], "but there is no adapter for"),
         (["--task", "tags"], "task='tags' is not known"),
         (["--separator", "and"], "separator='and' must be one punctuation mark"),
         (["--posts", "/nowhere.jsonl"], "/nowhere.jsonl"),

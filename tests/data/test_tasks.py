@@ -1,9 +1,9 @@
 """Invariants of prompts, targets and the answer parser:
 
 - keyphrases written into a direct or reasoning target are read back unchanged, whatever the rationale contains;
-- exactly the keyphrases that would not be are refused, with the reason;
+- exactly the keyphrases that would not be read back are refused, with the reason;
 - any string is parsed, in linear time, into stripped, non-empty, distinct keyphrases;
-- prompts hold as many image placeholders as images, before the text, and never the gold.
+- prompts have as many image placeholders as images, before the text, and never the gold keyphrases.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_the_problem_is_named(phrase, problem):
         TASKS["dynamic_cot"].direct_target(["fine", phrase])
 
 
-def test_every_blank_is_stripped():
+def test_every_empty_is_stripped():
     blanks = {character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()}
     assert set(prompts.STRIPPED) == blanks | {"#"}
 
