@@ -130,7 +130,7 @@ def _reason(
         finish_reason=row["finish_reason"],
     )
     if reason is None and place in copies:
-        return "near_copy", _copy_of(source.stream.index_of(copies[place]))
+        return "near_copy", _copy_of(source.stream.index_in_file(copies[place]))
     return reason, FILTERS.get(reason or "", "")
 
 
