@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install machine demo test lint docs bench
+.PHONY: install machine demo test lint docs bench min-versions
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -46,3 +46,7 @@ docs: install
 
 bench: install
 	$(BIN)/dynkp bench
+
+# The lowest versions that setup.cfg allows, in an environment of its own (build/min-versions); takes about half an hour.
+min-versions: machine
+	$(PYTHON) scripts/min_versions.py $(ARGS)

@@ -26,4 +26,5 @@ def options_table(module: str, name: str) -> str:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Replace the markers of a page by tables of options."""
     return MARKER.sub(lambda match: options_table(match[1], match[2]), markdown)

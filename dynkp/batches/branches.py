@@ -1,4 +1,4 @@
-"""A batch of prompts in two versions that begin alike."""
+"""A batch of prompts in two versions that begin with the same tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 
 
 class Branches(TypedDict):
-    """A batch of prompts in two versions.
+    """A batch of prompts in two versions, the branches.
 
-    `prompt` are the prompts of one branch, whole. `ends` has, per branch, the columns behind the first `shared` ones:
-    `input_ids` (B, W), `attention_mask` (B, W), left-padded. A branch whose prompts do not begin like the others has no
-    end but, in `apart`, its own whole prompts.
+    Attributes:
+        prompt: the whole prompts of one branch, as the processor returns them, padded on the left.
+        shared: number of leading columns that both branches share.
+        ends: per branch the columns behind the shared ones, `input_ids` (B, W) and `attention_mask` (B, W), padded on the
+            left; empty if the branches are computed separately.
+        separate: per branch its whole prompts, if the branches cannot share their beginning; else empty.
     """
 
     prompt: dict[str, Any]
     shared: int
     ends: dict[str, dict[str, torch.Tensor]]
-    apart: dict[str, dict[str, Any]]
+    separate: dict[str, dict[str, Any]]

@@ -1,9 +1,7 @@
-"""Lengths of prompts and targets in tokens, before the first step, without running a picture through the processor.
+"""Lengths of prompts and targets in tokens, measured before training without running the images through the processor.
 
-Given   a collator and posts.
-Gives   per post the tokens of its prompt, image placeholders included, and of its longest target.
-Holds   equal to what the collator makes of the post: a picture's number of placeholders depends on its size alone, so
-        each distinct size is put through the processor once, as a blank picture.
+The lengths equal those of the collator's batches: the number of placeholders of an image depends on its size alone, so each
+distinct size is put through the processor once, as an image of one colour.
 """
 
 from __future__ import annotations
@@ -17,7 +15,13 @@ from dynkp.batches.collators import PairedTargetCollator
 
 
 class PostLength(NamedTuple):
-    """Tokens of one post: `prompt` with its image placeholders, `target` the longer one of its targets."""
+    """Length of one post in tokens.
+
+    Attributes:
+        id: the post's id.
+        prompt: tokens of its prompt, image placeholders included.
+        target: tokens of its longest target, end of turn included; 0 if it has none.
+    """
 
     id: str
     prompt: int
@@ -25,14 +29,14 @@ class PostLength(NamedTuple):
 
 
 def post_lengths(collator: PairedTargetCollator, posts: Iterable[Mapping[str, Any]]) -> Iterator[PostLength]:
-    """Measure posts as `collator` would make them.
+    """Measure posts as `collator` would collate them, without its limit `max_length`.
 
     Args:
-        collator: its processor, task and target kinds count; its `max_length` does not.
-        posts: rows with `id`; pictures are decoded, one post at a time, for their size.
+        collator ([`~dynkp.batches.collators.PairedTargetCollator`]): gives the processor, the task and the target kinds.
+        posts (`Iterable[Mapping]`): posts with an `id`; images are decoded, one post at a time, for their size.
 
-    Returns:
-        An iterator of [`PostLength`], in the posts' order.
+    Yields:
+        [`PostLength`]: one per post, in the posts' order.
     """
     renderer = collator.renderer
     placeholders: dict[tuple[tuple[int, int], ...], int] = {}
@@ -42,16 +46,16 @@ def post_lengths(collator: PairedTargetCollator, posts: Iterable[Mapping[str, An
 
     def placeholders_of(sizes: tuple[tuple[int, int], ...]) -> int:
         if sizes not in placeholders:
-            blank = {"id": "blank", "text": "", "keyphrases": []}
-            pictures = [Image.new("RGB", size) for size in sizes]
-            expanded = collator.collate_prompts([blank], [pictures])["input_ids"].shape[1]
-            placeholders[sizes] = expanded - tokens(renderer.prompt(blank, len(sizes)))
+            post = {"id": "empty", "text": "", "keyphrases": []}
+            images = [Image.new("RGB", size) for size in sizes]
+            expanded = collator.collate_prompts([post], [images])["input_ids"].shape[1]
+            placeholders[sizes] = expanded - tokens(renderer.prompt(post, len(sizes)))
         return placeholders[sizes]
 
     for row in posts:
-        pictures = renderer.images(row)
-        prompt = tokens(renderer.prompt(row, len(pictures)))
-        if pictures:
-            prompt += placeholders_of(tuple(picture.size for picture in pictures))
-        targets = [getattr(renderer, f"{kind}_target")(row, len(pictures)) for kind in collator.kinds]
+        images = renderer.images(row)
+        prompt = tokens(renderer.prompt(row, len(images)))
+        if images:
+            prompt += placeholders_of(tuple(image.size for image in images))
+        targets = [renderer.target(row, len(images), kind) for kind in collator.kinds]
         yield PostLength(str(row["id"]), prompt, max(tokens(target) if target is not None else 0 for target in targets))

@@ -1,51 +1,69 @@
-"""Batches for AimKP: prompts and direct targets, and where each post's text and pictures lie in its prompt."""
+"""Collators of AimKP: batches that also tell where each post's text and images are in its prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.prompt_layout import locate
+from dynkp.batches.typed_batches import MaskedViewBatch, SinglePostsBatch
 
 
 class MaskingCollator(PairedTargetCollator):
-    """A [`PairedTargetCollator`] whose batches can be masked.
+    """A [`~dynkp.batches.collators.PairedTargetCollator`] whose batches can be masked.
 
     Args:
-        *args, **kwargs: as for [`PairedTargetCollator`].
-        modalities (`Sequence[str]`): what will be masked, of `"text"` and `"image"`.
-        alone (`bool`, *optional*, defaults to `False`): also collate each post alone, for the plain way.
+        *args: as for [`~dynkp.batches.collators.PairedTargetCollator`].
+        modalities (`Sequence[str]`, *optional*, defaults to `("text", "image")`): what will be masked.
+        **kwargs: as for [`~dynkp.batches.collators.PairedTargetCollator`].
 
-    Returns (when called with a list of rows): what [`PairedTargetCollator`] returns, and
-        - `layouts`: B [`~dynkp.batches.prompt_layout.PromptLayout`]s;
-        - `alone` (if asked for): B batches of one post, each with its `layouts`.
+    Returns (when called with a list of rows):
+        [`~dynkp.batches.typed_batches.MaskedViewBatch`]: what `PairedTargetCollator` returns, and `layouts`, B
+        [`~dynkp.batches.prompt_layout.PromptLayout`]s.
 
     Raises:
-        ValueError: naming the post, if its text or the grid of its pictures cannot be found in its prompt.
+        ValueError: naming the post, if its text or the grid of its images cannot be found in its prompt.
 
     Example:
-
-    ```python
-    >>> batch = MaskingCollator(processor, kinds=("direct",), modalities=("text", "image"))(posts)
-    >>> batch["layouts"][0].grids[0].height, batch["layouts"][0].grids[0].width
-    (24, 24)
-    ```
+        >>> from PIL import Image
+        >>> from dynkp.synthetic.tiny_model import build_tiny_vlm
+        >>> model, processor = build_tiny_vlm(["goal", "mufc", "Which keyphrases would the author tag this post with?"])
+        >>> post = {"id": "1", "text": "goal", "keyphrases": ["mufc"], "images": [Image.new("RGB", (32, 32))]}
+        >>> batch = MaskingCollator(processor, kinds=("direct",), modalities=("text", "image"))([post])
+        >>> batch["layouts"][0].grids[0].height, batch["layouts"][0].grids[0].width, batch["layouts"][0].text
+        (4, 4, range(17, 18))
     """
 
-    def __init__(self, *args: Any, modalities: Sequence[str] = ("text", "image"), alone: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, modalities: Sequence[str] = ("text", "image"), **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.modalities = tuple(modalities)
-        self.alone = alone
 
-    def collate(self, rows: Sequence[Mapping[str, Any]], images: Sequence[list[Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> MaskedViewBatch:
+        """Collate rows of posts, decoding their images."""
+        return self.collate(rows, [self.renderer.images(row) for row in rows])
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], images: Sequence[list[Any]]) -> MaskedViewBatch:
+        """Collate rows of posts whose images are decoded already; as `PairedTargetCollator.collate`."""
         batch = super().collate(rows, images)
-        counts = [len(pictures) for pictures in images]
-        batch["layouts"] = locate(self.renderer, rows, counts, batch["prompt"], self.modalities)
-        if self.alone:
-            batch["alone"] = []
-            for row, pictures in zip(rows, images, strict=True):
-                single = super().collate([row], [pictures])
-                single["layouts"] = locate(self.renderer, [row], [len(pictures)], single["prompt"], self.modalities)
-                batch["alone"].append(single)
-        return batch
+        counts = [len(post_images) for post_images in images]
+        return {**batch, "layouts": locate(self.renderer, rows, counts, batch["prompt"], self.modalities)}
+
+
+class SinglePostsCollator:
+    """Adds to each batch the same posts collated one by one, for the plain computation of masked views.
+
+    Args:
+        collator (`Callable`): collates posts as [`MaskingCollator`] does.
+
+    Returns (when called with a list of rows):
+        [`~dynkp.batches.typed_batches.SinglePostsBatch`]: what `collator` returns, and `single_posts`, B batches of one
+        post each.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], MaskedViewBatch]):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> SinglePostsBatch:
+        """Collate rows of posts together and one by one."""
+        return {**self.collator(rows), "single_posts": [self.collator([row]) for row in rows]}

@@ -1,59 +1,68 @@
-"""The strings a row of a reasoning task becomes: one of its two prompts and that prompt's target, in the model's chat format.
+"""The renderer of MulCoT-RD's tasks: the label prompt or the response-chain prompt of a post, and its target.
 
-Holds what `PromptRenderer` holds: training and generation ask alike, control tokens in a post or a rationale stay text, a
-target ends with the end of turn. Prompts depend on text, aspect and number of pictures alone.
+Prompts depend on the text, the aspect and the number of images alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-from dynkp.batches.renderers import PromptRenderer, text_only
+from dynkp.batches.renderers import ChatRenderer, Processor
 from dynkp.data.reasoning_tasks import ReasoningTask, resolve_reasoning_task
 
-PromptKind = Literal["label", "chain"]
+PromptKind: TypeAlias = Literal["label", "chain"]
+"""The two prompts of a reasoning task: for the label alone, or for the response chain."""
 
 
-class ReasoningRenderer(PromptRenderer):
-    """Renders one kind of prompt of a reasoning task.
+class ReasoningRenderer(ChatRenderer):
+    """Renders posts for one of the two prompts of a [`~dynkp.data.reasoning_tasks.ReasoningTask`].
+
+    A row has the columns `id`, `text` and `images`, `aspect` if the task takes one, and for its target `label` (or
+    `keyphrases`) and `rationale`.
 
     Args:
-        processor: processor of a vision-language model, or tokenizer of a text model (pictures are then left out).
-        task: one of `REASONING_TASKS` by its name, or a task.
-        kind: "label" asks for the prediction alone, "chain" for the reasons too.
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]): processor of a
+            vision-language model, or tokenizer of a text model. With a tokenizer, images are left out.
+        task ([`~dynkp.data.reasoning_tasks.ReasoningTask`] or `str`): prompts, targets and labels; a name is looked up in
+            [`~dynkp.data.reasoning_tasks.REASONING_TASKS`].
+        kind (`str`, *optional*, defaults to `"label"`): `"label"` asks for the prediction alone, `"chain"` for the response
+            chain.
 
     Raises:
-        ValueError: if task or kind is not known, or there is no chat template.
+        ValueError: if `task` or `kind` is unknown, or the processor has no chat template.
     """
 
-    def __init__(
-        self,
-        processor: ProcessorMixin | PreTrainedTokenizerBase,
-        task: ReasoningTask | str,
-        kind: PromptKind = "label",
-    ):
+    def __init__(self, processor: Processor, task: ReasoningTask | str, kind: PromptKind = "label"):
         if kind not in ("label", "chain"):
             raise ValueError(f"kind={kind!r} is not a prompt: use 'label' or 'chain'")
         super().__init__(processor)
-        self.reasoning_task = resolve_reasoning_task(task)
+        self.task = resolve_reasoning_task(task)
         self.kind = kind
+        self.prompt_name = f"{kind} prompt"
 
-    def prompt_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
+    def task_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
+        """Return the chat messages of the prompt of this kind."""
         asked = {
             "id": row.get("id", "?"),
-            "text": self._as_text(row.get("text") or ""),
-            "aspect": self._as_text(row.get("aspect") or ""),
+            "text": self.break_control_tokens(row.get("text") or ""),
+            "aspect": self.break_control_tokens(row.get("aspect") or ""),
             "images": [None] * num_images,
         }
-        ask = self.reasoning_task.label_prompt if self.kind == "label" else self.reasoning_task.chain_prompt
-        messages = ask(asked)
-        return messages if self.takes_images else [text_only(message) for message in messages]
+        return self.task.label_prompt(asked) if self.kind == "label" else self.task.chain_prompt(asked)
 
     def target(self, row: Mapping[str, Any], num_images: int) -> str | None:
-        """What the model should answer, end of turn included; None for the chain of a row without rationale."""
-        write = self.reasoning_task.label_target if self.kind == "label" else self.reasoning_task.chain_target
-        content = write(row)
-        return None if content is None else self._target(row, num_images, self._as_text(content))
+        """Render the target of the prompt of this kind, end of turn included.
+
+        Args:
+            row (`Mapping`): the post.
+            num_images (`int`): number of images that the model gets, at least 0.
+
+        Returns:
+            `str` or `None`: `None` for the response chain of a post without rationale.
+
+        Raises:
+            ValueError: naming the post, if its answer is missing or is not one of the task's labels.
+        """
+        content = self.task.label_target(row) if self.kind == "label" else self.task.chain_target(row)
+        return None if content is None else self.render_target(row, num_images, self.break_control_tokens(content))

@@ -1,32 +1,58 @@
-"""Renderers: the strings a post becomes in a model's chat format, its prompt and its targets."""
+"""Chat renderers: the strings that a post becomes in a model's chat format.
+
+[`ChatRenderer`] holds what all tasks share. Each task has a renderer of its own:
+[`~dynkp.batches.keyphrase_renderer.KeyphraseRenderer`] and [`~dynkp.batches.reasoning_renderer.ReasoningRenderer`].
+
+Guarantees:
+
+- Training and generation use the same renderer, so a post has the same prompt in both.
+- A control token of the tokenizer that is spelled out in a post or a rationale stays ordinary text.
+- A target ends with the end of turn.
+"""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
 from dynkp.data.images import open_image
-from dynkp.data.tasks import TAGS, KeyphraseTask, resolve_task
+from dynkp.data.tasks import TAGS
+
+Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
+"""The processor of a vision-language model, or the tokenizer of a text model."""
 
 
-class PromptRenderer:
-    """The strings a post becomes: its prompt and its targets, in the model's own chat format.
+class ChatRenderer(ABC):
+    """Base class of the renderers: images, prompts and targets of posts in a model's chat format.
 
-    Training and generation both render here, so that a model is asked exactly as it was taught.
+    A subclass implements [`task_messages`] and renders its targets with [`render_target`].
 
     Args:
-        processor: processor of a vision-language model, or tokenizer of a text model (pictures are then left out).
-        task ([`KeyphraseTask`] or `str`): template, targets and separator; a name is looked up in `TASKS`.
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]): processor of a
+            vision-language model, or tokenizer of a text model. With a tokenizer, images are left out.
+        opening (`str`, *optional*, defaults to `""`): text written behind every prompt: the first characters of an answer
+            that the model continues. Targets are not affected.
+
+    Attributes:
+        processor: the processor or tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        takes_images (`bool`): whether the model reads images.
+        prompt_name (`str`): name of this prompt in error messages.
+
+    Raises:
+        ValueError: if the processor has no chat template.
     """
 
-    def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase, task: KeyphraseTask | str = "dynamic_cot"):
+    prompt_name = "prompt"
+
+    def __init__(self, processor: Processor, opening: str = ""):
         self.processor = processor
-        self.task = resolve_task(task)
+        self.opening = opening
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         self.takes_images = isinstance(processor, ProcessorMixin)
         if self.processor.chat_template is None:
@@ -35,8 +61,30 @@ class PromptRenderer:
                 "model expects. Set `processing_class.chat_template`, or `chat_template_path` in the config."
             )
 
+    @abstractmethod
+    def task_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
+        """Return the chat messages of a post's prompt, with one placeholder per image.
+
+        Args:
+            row (`Mapping`): the post.
+            num_images (`int`): number of images that the model gets, at least 0.
+
+        Returns:
+            `list[dict]`: messages with `role` and `content`.
+        """
+
     def images(self, row: Mapping[str, Any]) -> list[Any]:
-        """The post's pictures as RGB PIL images; none for a text model."""
+        """Open the images of a post.
+
+        Args:
+            row (`Mapping`): a post with the column `images`, or `image` for a single one.
+
+        Returns:
+            `list[PIL.Image.Image]`: RGB images; an empty list for a text model.
+
+        Raises:
+            ImageError: naming the post, if an image cannot be opened.
+        """
         if not self.takes_images:
             return []
         images = row.get("images")
@@ -45,51 +93,49 @@ class PromptRenderer:
         return [open_image(image, post_id=str(row.get("id", "?"))) for image in images]
 
     def prompt_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
-        """The chat messages in front of the answer."""
-        if row.get("prompt") is None:
-            messages = self.task.prompt(self._as_text(row.get("text") or ""), num_images)
-        elif isinstance(row["prompt"], str):
-            raise ValueError(
-                f"post {row.get('id', '?')!r}: `prompt` is a string. Give TRL's conversational format (a list of messages), "
-                "or the columns `text`, `keyphrases` and `images`."
-            )
-        else:
-            messages = _conversation(row, num_images if self.takes_images else None)
+        """Return the chat messages of a post's prompt as the model's template takes them.
+
+        Args:
+            row (`Mapping`): the post.
+            num_images (`int`): number of images that the model gets, at least 0.
+
+        Returns:
+            `list[dict]`: messages with `role` and `content`; for a text model `content` is a string without images.
+
+        Raises:
+            ValueError: naming the post, if no prompt can be made of it.
+        """
+        messages = self.task_messages(row, num_images)
         return messages if self.takes_images else [text_only(message) for message in messages]
 
     def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
-        """The rendered prompt, up to where the model begins to answer."""
-        return self._render(self.prompt_messages(row, num_images), add_generation_prompt=True)
+        """Render a post's prompt, up to the place where the model's answer begins (or, with `opening`, continues).
 
-    def direct_target(self, row: Mapping[str, Any], num_images: int) -> str:
-        """The bare answer y^s, end of turn included."""
-        if row.get("completion") is not None:
-            content = _content(row["completion"], row, "completion")
-        else:
-            content = self._as_text(self.task.direct_target(list(row["keyphrases"])))
-        return self._target(row, num_images, content)
+        Args:
+            row (`Mapping`): the post.
+            num_images (`int`): number of images that the model gets, at least 0.
 
-    def reasoning_target(self, row: Mapping[str, Any], num_images: int) -> str | None:
-        """The reasoning and the answer y^c, end of turn included; `None` for a post without rationale."""
-        if row.get("prompt") is not None:
-            if row.get("reasoning_completion") is None:
-                return None
-            content = _content(row["reasoning_completion"], row, "reasoning_completion")
-        elif (row.get("rationale") or "").strip():
-            content = self._as_text(self.task.reasoning_target(list(row["keyphrases"]), row["rationale"]))
-        else:
-            return None
-        return self._target(row, num_images, content)
+        Raises:
+            ValueError: naming the post, if no prompt can be made of it.
+        """
+        return self._render(self.prompt_messages(row, num_images), add_generation_prompt=True) + self.opening
 
-    def _target(self, row: Mapping[str, Any], num_images: int, content: str) -> str:
+    def render_target(self, row: Mapping[str, Any], num_images: int, content: str) -> str:
+        """Render an answer to a post's prompt as a training target: the answer as it is, then the end of turn.
+
+        Args:
+            row (`Mapping`): the post.
+            num_images (`int`): number of images that the model gets, at least 0.
+            content (`str`): the answer.
+        """
         messages = self.prompt_messages(row, num_images)
         prompt = self._render(messages, add_generation_prompt=True)
         reply: Any = [{"type": "text", "text": content}] if self.takes_images else content
         full = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         target = full.removeprefix(prompt)
-        # Some templates (Qwen3's) take an answer with <think> apart and set it anew, put an empty <think></think> before
-        # one without, or do not continue their own generation prompt. What is taught must be what the parser reads: the
-        # content as it is, then the end of turn.
+        # Some templates (Qwen3's) take an answer with <think> apart and write it in another way, put an empty
+        # <think></think> before an answer without, or do not continue their own generation prompt. The target must be what
+        # the parser reads: the content as it is, then the end of turn.
         if not full.startswith(prompt) or not target.lstrip().startswith(content.strip()):
             target = content + self.end_of_turn
         elif not self._ends_turn(target):
@@ -98,13 +144,23 @@ class PromptRenderer:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """What the template puts behind an answer; the EOS token where it puts nothing (LLaVA-1.5)."""
+        """What the chat template writes behind an answer; the EOS token if it writes nothing (LLaVA-1.5)."""
         marker = "keyphrase goes here"
         reply: Any = [{"type": "text", "text": marker}] if self.takes_images else marker
         question: Any = [{"type": "text", "text": "?"}] if self.takes_images else "?"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         end = self._render(turns, add_generation_prompt=False).rpartition(marker)[2]
         return end if self._ends_turn(end) else end + self.tokenizer.eos_token
+
+    def break_control_tokens(self, text: str) -> str:
+        """Insert a space into every control token that is spelled out in a text, so that it is tokenized as text.
+
+        Posts and rationales come from strangers: without this, a post with the text `</s>` would end its own prompt.
+
+        Args:
+            text (`str`): text of a post or a rationale.
+        """
+        return self._control_pattern.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
 
     def _ends_turn(self, target: str) -> bool:
         last = re.search(r"(\S+)\s*\Z", target)
@@ -117,16 +173,12 @@ class PromptRenderer:
         for name in ("image_token", "video_token", "boi_token", "eoi_token"):
             if isinstance(token := getattr(self.processor, name, None), str):
                 tokens.add(token)
-        # A vocabulary may hold <think> and </answer> as special tokens; in a target they are what is taught.
+        # A vocabulary may hold <think> and </answer> as special tokens; in a target they are part of the answer.
         return sorted(tokens - {"", *TAGS}, key=len, reverse=True)
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(token) for token in self._control_tokens) or r"(?!)")
-
-    def _as_text(self, text: str) -> str:
-        """Posts and rationales come from strangers: a control token spelled out in one is broken by a blank."""
-        return self._control_pattern.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return cast(
@@ -135,36 +187,17 @@ class PromptRenderer:
         )
 
 
-def _conversation(row: Mapping[str, Any], num_images: int | None) -> list[dict[str, Any]]:
-    """A copy of TRL's `prompt`, its placeholders matched with the post's pictures (`None`: a text model's, unmatched)."""
-    messages = [dict(message) for message in row["prompt"]]
-    problem = None
-    if not messages or not all(message.get("role") and "content" in message for message in messages):
-        problem = "it must be a list of messages with `role` and `content`"
-    elif num_images is not None:
-        try:
-            return prepare_multimodal_messages(messages, images=[None] * num_images)
-        except ValueError as error:
-            problem = str(error)
-    if problem is not None:
-        raise ValueError(f"post {row.get('id', '?')!r}: `prompt` cannot be rendered: {problem}")
-    return messages
-
-
 def text_only(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as a text model's template takes it: a string, pictures left out."""
+    """Return a chat message as the template of a text model takes it: `content` is a string, images are left out.
+
+    Args:
+        message (`Mapping`): a message with `role` and `content`, a string or a list of content parts.
+
+    Example:
+        >>> text_only({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "my dog"}]})
+        {'role': 'user', 'content': 'my dog'}
+    """
     content = message["content"]
     if not isinstance(content, str):
         content = "\n".join(part["text"] for part in content if part.get("type") == "text")
     return {**message, "content": content}
-
-
-def _content(messages: Any, row: Mapping[str, Any], column: str) -> str:
-    """The text of a completion: one assistant message."""
-    if isinstance(messages, str):
-        return messages
-    if len(messages) != 1 or messages[0].get("role") != "assistant":
-        raise ValueError(
-            f"post {row.get('id', '?')!r}: `{column}` has {len(messages)} messages; it must be exactly one assistant message."
-        )
-    return text_only(messages[0])["content"]

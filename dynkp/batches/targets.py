@@ -1,4 +1,4 @@
-"""A batch of target texts, and the selection of some of its posts."""
+"""A batch of targets, and the selection of some of its posts."""
 
 from __future__ import annotations
 
@@ -7,38 +7,74 @@ from typing import Literal, TypedDict
 
 import torch
 
-# Processor outputs with one column per prompt token; all others (pixels, grids) belong to the pictures.
 SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""The processor's outputs that have one column per prompt token; all others (pixels, grids) belong to the images."""
 
-
-# Those of them that a continuation without pictures needs.
 CONTINUED_INPUTS = ("input_ids", "attention_mask", "cross_attention_mask")
+"""Those of `SEQUENCE_INPUTS` that a continuation without images needs."""
 
 
 class Targets(TypedDict):
-    """A batch of target texts of one kind, right-padded. A post without such a target has length 0."""
+    """A batch of targets of one kind, padded on the right. A post without such a target has length 0.
 
-    input_ids: torch.Tensor  # (B, T), tokens
-    mask: torch.Tensor  # (B, T), bool, False at padding
-    weights: torch.Tensor  # (B, T), float, 0 at padding
-    lengths: list[int]  # B token counts, on the host: slicing by them needs no device synchronisation
+    Attributes:
+        input_ids: (B, T), token ids.
+        mask: (B, T), bool: False at padding.
+        weights: (B, T), float: weight of each token; 0 at padding.
+        lengths: number of tokens of each of the B targets, as Python integers: slicing by them needs no synchronisation
+            with the device.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    weights: torch.Tensor
+    lengths: list[int]
 
 
-def select(tensor: torch.Tensor, rows: Sequence[int] | None, dim: int = 0) -> torch.Tensor:
-    """The given rows, in order; the tensor itself for `None`."""
-    return tensor if rows is None else tensor.index_select(dim, torch.as_tensor(rows, dtype=torch.long, device=tensor.device))
+def select(tensor: torch.Tensor, indices: Sequence[int] | None, dim: int = 0) -> torch.Tensor:
+    """Select entries of a tensor along one dimension.
+
+    Args:
+        tensor (`torch.Tensor`): any tensor.
+        indices (`Sequence[int]` or `None`): positions of the entries, in the wanted order; `None` returns the tensor itself.
+        dim (`int`, *optional*, defaults to `0`): the dimension.
+
+    Example:
+        >>> select(torch.tensor([5, 6, 7]), [2, 0])
+        tensor([7, 5])
+    """
+    if indices is None:
+        return tensor
+    return tensor.index_select(dim, torch.as_tensor(indices, dtype=torch.long, device=tensor.device))
 
 
-def targets_of(targets: Targets, rows: Sequence[int] | None) -> Targets:
-    """The targets of the given posts, in order; all of them for `None`."""
-    if rows is None:
+def targets_of(targets: Targets, indices: Sequence[int] | None) -> Targets:
+    """Select the targets of some posts.
+
+    Args:
+        targets ([`Targets`]): targets of B posts.
+        indices (`Sequence[int]` or `None`): positions of N posts in the batch, in the wanted order; `None` selects all.
+
+    Returns:
+        [`Targets`]: the targets of the N posts, with the same T.
+    """
+    if indices is None:
         return targets
-    ids, mask, weights = (select(targets[key], rows) for key in ("input_ids", "mask", "weights"))
-    return Targets(input_ids=ids, mask=mask, weights=weights, lengths=[targets["lengths"][row] for row in rows])
+    input_ids, mask, weights = (select(targets[key], indices) for key in ("input_ids", "mask", "weights"))
+    return Targets(input_ids=input_ids, mask=mask, weights=weights, lengths=[targets["lengths"][index] for index in indices])
 
 
 def mixed_targets(first: Targets, second: Targets, chosen: torch.Tensor) -> Targets:
-    """One target per post: the second where `chosen`, (B,) bool, else the first."""
+    """Take one of two targets for each post.
+
+    Args:
+        first ([`Targets`]): targets of B posts, taken where `chosen` is False.
+        second ([`Targets`]): targets of the same B posts, taken where `chosen` is True.
+        chosen (`torch.Tensor` of shape `(B,)`): bool.
+
+    Returns:
+        [`Targets`]: (B, T) with T the length of the longest chosen target.
+    """
     pairs = zip(first["lengths"], second["lengths"], chosen.tolist(), strict=True)
     lengths = [right if wanted else left for left, right, wanted in pairs]
     width = max(lengths, default=0)

@@ -1,17 +1,17 @@
-"""The suite `gpu`: the papers' models at their real shapes on one accelerator, within ten minutes.
+"""The suite `gpu`: the papers' models at their published shapes on one accelerator, within ten minutes.
 
 Given   the models of `dynkp.bench.real_shapes` (random weights, bf16), trained by LoRA, and the smallest in full.
 Gives   one row per case: seconds, tokens per second, FLOP utilisation and peak memory of one forward and backward per way.
-Holds   ways of a case run in turn; a way that fails (out of memory, say) leaves the others alone, and its row says why; a
-        case for which no time is left says so; the optimizer's step, equal for all, is left out.
+Holds   ways of a case run in turn; a way that fails (out of memory, say) does not stop the others, and its row gives the
+        reason; a case for which no time is left is a row that says so; the optimizer's step, equal for all, is left out.
 
 The ways, for Dynamic CoT by share of easy posts, for AimKP by stride and batch size:
 
-- sft: `SFTTrainer.compute_loss` on the targets a post is taught (known beforehand), in one padded batch.
-- naive: Dynamic CoT by a pass to decide and a pass to learn, prompts computed twice.
-- published: AimKP as published, a forward and a backward per post and view, masked tokens in their place. One post is
-  timed; a batch takes as many times longer.
-- ours: what the trainers compute.
+- sft: `SFTTrainer.compute_loss` on the targets that a post is taught (known beforehand), in one padded batch.
+- naive: Dynamic CoT by a pass to decide and a pass to train ([`~dynkp.bench.steps.TwoPassTrainer`]).
+- published: AimKP's training step with `similarity_backend="plain"`, a forward and a backward per post and view, masked
+  tokens in their place. One post is timed; a batch takes as many times longer.
+- ours: the training step of `DynamicCoTTrainer` and `AimKPTrainer`. AimKP keeps every variant, so that all cases cost the same.
 
 Utilisation is the work that must be done (ours; for AimKP's sft its own), counted once without checkpointing, over time and
 the device's dense bf16 peak.
@@ -31,22 +31,20 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from dynkp.batches.targets import mixed_targets, select, targets_of
-from dynkp.bench import dynamic_cot
+from dynkp.batches.targets import mixed_targets
 from dynkp.bench.measure import Setting, Step, environment, median_seconds
-from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, Posts, batch_of, build_model, draw_posts, plain_inputs
-from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients, unsupported_reason
-from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
-from dynkp.mechanics.modality_masking import MODALITIES, Mask, dropping_unsupported_reason, image_token_counts, keep_mask
-from dynkp.mechanics.shared_prompt import Scorer, causal_lm_of, score_targets
-from dynkp.objectives.filtering import variant_weights
-from dynkp.objectives.token_loss import target_loss
-from dynkp.trainer.keyphrase_trainer import fused_score_targets
+from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, build_model, draw_batch, labelled_inputs
+from dynkp.bench.steps import TwoPassTrainer, train, train_masked
+from dynkp.bench.workload import build_trainer
+from dynkp.mechanics.shared_prompt import causal_lm_of
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
+from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
+from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 
 HEADINGS = ("model, trained", "case", "the other way", "other / SFT", "ours / SFT", "other / ours",
             "tokens/s: SFT, ours", "utilisation: SFT, ours", "peak GiB: SFT, other, ours")  # fmt: skip
@@ -60,7 +58,15 @@ CONFIGURATIONS = (*((name, "lora") for name in SHAPES), (SHAPES[0], "full"))
 
 
 class Case(NamedTuple):
-    """What is timed together: a share of easy posts, or a batch size under every stride."""
+    """What is timed together: a share of easy posts, or a batch size under every stride.
+
+    Attributes:
+        method: `"dynamic_cot"` or `"aimkp"`.
+        checkpointing: Whether gradient checkpointing is on.
+        attention: The attention implementation by transformers' name.
+        share: Share of easy posts; None for AimKP.
+        batch: Posts in a batch.
+    """
 
     method: str
     checkpointing: bool
@@ -73,11 +79,12 @@ def run(setting: Setting, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
     """Measure the suite.
 
     Args:
-        setting: device, rounds (fewer where time is short) and whether shapes are tiny.
-        seconds: the time for everything; each model gets an equal part of what is left, each case of its model's.
+        setting: Device, rounds (fewer where time is short) and whether shapes are tiny.
+        seconds: Time for the whole suite; each model gets an equal part of what is left, and each case an equal part of its
+            model's.
 
     Yields:
-        One row per case, and for AimKP per stride. Of a way that failed, `failed` has the reason and its figures are None.
+        One row per case, and for AimKP per stride. If a way failed, `failed` holds the reason and its figures are None.
     """
     deadline = time.perf_counter() + seconds
     for number, (name, trained) in enumerate(CONFIGURATIONS):
@@ -86,7 +93,7 @@ def run(setting: Setting, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
 
 
 def cases(trained: str, attentions: Sequence[str]) -> list[Case]:
-    """The cases of a model, the most telling first."""
+    """List the cases of a model, the most informative first."""
     dynamic = [
         Case("dynamic_cot", checkpointing, "sdpa", share=share)
         for checkpointing in (False, True)
@@ -101,17 +108,17 @@ def cases(trained: str, attentions: Sequence[str]) -> list[Case]:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the printed table, under `HEADINGS`."""
+    """Format a row for the printed table, under `HEADINGS`."""
 
-    def shown(name: str, form: str, scale: float = 1.0) -> str:
-        return "-" if row[name] is None else format(row[name] * scale, form)
+    def shown(name: str, spec: str) -> str:
+        return "-" if row[name] is None else format(row[name], spec)
 
     case = f"{row['method']}: " + (f"share {row['share']:g}" if row["stride"] is None else f"stride {row['stride']}")
     case += f", batch {row['batch']}" + ", checkpointing" * row["checkpointing"]
     case += f", {row['attention']}" * (row["attention"] != "sdpa")
     ratios = [shown(name, ".2f") for name in ("other_over_sft", "ours_over_sft", "other_over_ours")]
-    speed, work = (", ".join(shown(f"{way}_{of}", form) for way in ("sft", "ours"))
-                   for of, form in (("tokens_per_s", ",.0f"), ("utilisation", ".2f")))  # fmt: skip
+    speed, work = (", ".join(shown(f"{way}_{of}", spec) for way in ("sft", "ours"))
+                   for of, spec in (("tokens_per_s", ",.0f"), ("utilisation", ".2f")))  # fmt: skip
     memory = ", ".join(shown(f"{way}_gib", ".1f") for way in ("sft", "other", "ours"))
     reasons = "; ".join(f"{way}: {reason}" for way, reason in row["failed"].items())
     return (f"{row['model']}, {row['trained']}", f"{case} ({reasons})" if reasons else case, row["other"], *ratios, speed,
@@ -121,17 +128,30 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 # One model
 
 
-class _Bench:
-    """A model with everything its cases share."""
+class Bench:
+    """A model with its trainers and what is counted of its cases.
+
+    Args:
+        setting: Device, rounds and whether shapes are tiny.
+        name: One of `SHAPES`.
+        trained: `"lora"` or `"full"`.
+        folder: The trainers' `output_dir`; nothing is written to it.
+    """
 
     def __init__(self, setting: Setting, name: str, trained: str, folder: str):
-        self.setting, self.name, self.trained = setting, name, trained
+        self.setting, self.name, self.trained, self.folder = setting, name, trained, folder
         self.lengths = TINY if setting.quick else Lengths()
         self.model = build_model(name, trained=trained, attention="sdpa", tiny=setting.quick, device=setting.device)
-        self.trainer = sft_trainer(self.model, folder, setting.device)
-        # As the trainers choose it.
-        self.score: Scorer = score_targets if setting.device.type == "cpu" else fused_score_targets
+        self.sft_trainer = build_sft_trainer(self.model, folder, setting.device)
         self.work: dict[Any, float] = {}  # FLOPs per post of a method, share and way
+
+    def trainer(self, trainer_class: type, config_class: type, **options: Any) -> Any:
+        """Build a trainer around the model, for batches of [`draw_batch`]; `options` go to the config."""
+        posts = [{"id": str(index), "text": "text", "keyphrases": ["keyphrase"], "rationale": "rationale"}
+                 for index in range(max(BATCHES))]  # fmt: skip
+        return build_trainer(
+            trainer_class, config_class, self.model, posts, one_word_tokenizer(), self.folder, **{"bf16": True, **options}
+        )
 
 
 def _configuration(setting: Setting, name: str, trained: str, deadline: float) -> Iterator[dict[str, Any]]:
@@ -139,7 +159,7 @@ def _configuration(setting: Setting, name: str, trained: str, deadline: float) -
     todo = cases(trained, attentions)
     with tempfile.TemporaryDirectory(prefix="dynkp-bench-") as folder:
         try:
-            bench = _Bench(setting, name, trained, folder)
+            bench = Bench(setting, name, trained, folder)
         except Exception as error:  # out of memory, a family this version of transformers does not know
             for case in todo:
                 yield from _rows(setting, name, trained, case, {}, {"model": reason_of(error)}, {}, {}, None)
@@ -156,12 +176,17 @@ def _configuration(setting: Setting, name: str, trained: str, deadline: float) -
 
 
 def measure(
-    bench: _Bench, case: Case, seconds: float
+    bench: Bench, case: Case, seconds: float
 ) -> tuple[dict[str, float], dict[str, str], dict[str, int], dict[str, float]]:
     """Run a case's ways.
 
+    Args:
+        bench: The model and its trainers.
+        case: The case.
+        seconds: Time for the case; the number of rounds follows from it.
+
     Returns:
-        Median seconds per way, why others failed, peak bytes and the losses.
+        By way: median seconds; the reason of those that failed; peak bytes; losses.
     """
     device, model = bench.setting.device, bench.model
     times: dict[str, float] = {}
@@ -203,14 +228,14 @@ def measure(
 
 
 def reason_of(error: Exception) -> str:
-    """An error in a cell's words."""
+    """Describe an error in the words of a table's cell."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
 def _first(step: Callable[[], torch.Tensor], device: torch.device) -> tuple[int, float]:
-    """Peak bytes in use, the model's included, and the loss. A CPU's allocator does not tell its peak: there it is 0."""
+    """Run a step; return the peak of bytes in use, the model's included (0 on a CPU), and the loss."""
     if device.type == "cpu":
         return 0, float(step())
     torch.cuda.reset_peak_memory_stats(device)
@@ -218,8 +243,8 @@ def _first(step: Callable[[], torch.Tensor], device: torch.device) -> tuple[int,
     return torch.cuda.max_memory_allocated(device), loss
 
 
-def _count(bench: _Bench, case: Case, way: str, step: Step) -> None:
-    """Count a way's FLOPs per post, once; checkpointing would count what it computes again."""
+def _count(bench: Bench, case: Case, way: str, step: Step) -> None:
+    """Count a way's FLOPs per post, once, and without checkpointing, whose recomputation would count too."""
     key = (case.method, case.share, way)
     if case.checkpointing or key in bench.work:
         return
@@ -246,9 +271,9 @@ def _rows(
     failed: dict[str, str],
     memory: dict[str, int],
     losses: dict[str, float],
-    bench: _Bench | None,
+    bench: Bench | None,
 ) -> Iterator[dict[str, Any]]:
-    """One row, for AimKP one per stride, with None where something was not measured."""
+    """Yield a case's row, for AimKP one per stride, with None where something was not measured."""
     lengths = TINY if setting.quick else Lengths()
     where = environment(setting)
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in where["device"]), None)
@@ -300,21 +325,28 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 # The ways
 
 
-def sft_trainer(model: Any, folder: str, device: torch.device) -> SFTTrainer:
-    """An `SFTTrainer` of the model, for its loss: it reads no dataset, and its tokenizer has one word."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+def one_word_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer of trainers that get their batches ready-made."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
     )
+
+
+def build_sft_trainer(model: Any, folder: str, device: torch.device) -> SFTTrainer:
+    """Build an `SFTTrainer` around the model, to call its `compute_loss`."""
     args = SFTConfig(
         output_dir=folder, report_to="none", bf16=True, gradient_checkpointing=False, use_cpu=device.type == "cpu",
         dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     rows = Dataset.from_list([{"input_ids": [0, 1]}])
-    return SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, data_collator=list)
+    return SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=one_word_tokenizer(), data_collator=list)
 
 
 def sft(trainer: SFTTrainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """TRL's step up to the optimizer."""
+    """Run TRL's training step up to the optimizer."""
     trainer.model.zero_grad()
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=(inputs["labels"] != -100).sum())
@@ -322,87 +354,31 @@ def sft(trainer: SFTTrainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return loss.detach()
 
 
-def _dynamic_cot(bench: _Bench, case: Case) -> dict[str, Step]:
-    posts = draw_posts(bench.name, bench.model, case.batch, bench.lengths)
-    easy = [index < round((case.share or 0.0) * case.batch) for index in range(case.batch)]
-    batch = batch_of(posts, easy)
-    targets = mixed_targets(posts.direct, posts.reasoning, torch.tensor(easy, device=posts.direct["mask"].device))
-    autocast = bench.trainer.accelerator.autocast
-
-    def way(function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        with autocast():
-            return function(bench.model, batch, bench.score)
-
+def _dynamic_cot(bench: Bench, case: Case, **options: Any) -> dict[str, Step]:
+    easy = round((case.share or 0.0) * case.batch)
+    # As in the suite dynamic_cot. A γ between two losses would leave the choice to bf16's rounding.
+    batch = draw_batch(bench.name, bench.model, case.batch, bench.lengths, easy or None)
+    gamma = "inf" if easy else "0"
+    taught = mixed_targets(batch["direct"], batch["reasoning"], batch["has_rationale"] & (easy > 0))
+    ours = bench.trainer(DynamicCoTTrainer, DynamicCoTConfig, gamma=gamma, **options)
+    options |= {"strategy": "direct", "prompt_backend": "plain"}
+    naive = bench.trainer(TwoPassTrainer, DynamicCoTConfig, gamma=gamma, **options)
     return {
-        "sft": partial(sft, bench.trainer, plain_inputs(posts.prompt, targets)),
-        "naive": partial(way, dynamic_cot.naive),
-        "ours": partial(way, dynamic_cot.ours),
+        "sft": partial(sft, bench.sft_trainer, labelled_inputs(batch["prompt"], taught)),
+        "naive": partial(train, naive, batch),
+        "ours": partial(train, ours, batch),
     }
 
 
-def _aimkp(bench: _Bench, case: Case) -> dict[str, Step]:
-    posts = draw_posts(bench.name, bench.model, case.batch, bench.lengths)
-    single = draw_posts(bench.name, bench.model, 1, bench.lengths)
-    autocast = bench.trainer.accelerator.autocast
-
-    def way(function: Callable[..., torch.Tensor], posts: Posts, stride: int) -> torch.Tensor:
-        with autocast():
-            return function(bench.model, posts, stride, bench.score)
-
+def _aimkp(bench: Bench, case: Case) -> dict[str, Step]:
+    batch = draw_batch(bench.name, bench.model, case.batch, bench.lengths)
+    single = draw_batch(bench.name, bench.model, 1, bench.lengths)
+    ours, published = (
+        bench.trainer(AimKPTrainer, AimKPConfig, similarity_backend=backend, filter_gradients=False)
+        for backend in ("batched", "plain")
+    )
     return {
-        "sft": partial(sft, bench.trainer, plain_inputs(posts.prompt, posts.direct)),
-        "published": partial(way, published, single, STRIDES[0]),
-        **{f"ours_{stride}": partial(way, masked_views, posts, stride) for stride in STRIDES},
+        "sft": partial(sft, bench.sft_trainer, labelled_inputs(batch["prompt"], batch["direct"])),
+        "published": partial(train_masked, published, {**single, "single_posts": [single]}, STRIDES[0]),
+        **{f"ours_{stride}": partial(train_masked, ours, batch, stride) for stride in STRIDES},
     }
-
-
-def published(model: nn.Module, posts: Posts, stride: int, score: Scorer = score_targets) -> torch.Tensor:
-    """AimKP as published: for one post after the other, a forward and a backward per view, masked tokens in their place."""
-    model.zero_grad()
-    total = torch.zeros((), device=posts.direct["mask"].device)
-    for post in range(len(posts.layouts)):
-        prompt = {key: _post_of(value, post, len(posts.layouts)) for key, value in posts.prompt.items()}
-        layouts, width = posts.layouts[post : post + 1], prompt["input_ids"].shape[1]
-        masks = {name: Mask(keep_mask(layouts, name, [stride], width)) for name in MODALITIES}
-        views = PlainViews(model, [prompt], [masks], score)
-        total += _learn(PlainPostGradients(model, 1), views, posts, [post])
-    return total / posts.direct["weights"].sum()
-
-
-def masked_views(model: nn.Module, posts: Posts, stride: int, score: Scorer = score_targets) -> torch.Tensor:
-    """AimKP as `AimKPTrainer` computes it."""
-    if reason := unsupported_reason(model):
-        raise ValueError(reason)
-    model.zero_grad()
-    count, width = len(posts.layouts), posts.prompt["input_ids"].shape[1]
-    masks = {name: Mask(keep_mask(posts.layouts, name, [stride] * count, width)) for name in MODALITIES}
-    drop = dropping_unsupported_reason(model, width + max(posts.direct["lengths"])) is None
-    starts = [layout.text.start for layout in posts.layouts] if drop else None
-    gradients = PostGradients(model, count, image_token_counts(model, posts.prompt))
-    with gradients.rows(range(count)):
-        views = BatchedViews(model, posts.prompt, masks, starts, drop, score)
-    return _learn(gradients, views, posts, list(range(count))) / posts.direct["weights"].sum()
-
-
-def _learn(
-    gradients: PostGradients | PlainPostGradients, views: BatchedViews | PlainViews, posts: Posts, rows: list[int]
-) -> torch.Tensor:
-    """Every view's gradients, their cosines, and the update; every variant is kept, so that all cases cost the same."""
-    targets, names = targets_of(posts.direct, rows), (FULL, *MODALITIES)
-
-    def losses(view: str, chosen: Sequence[int]) -> torch.Tensor:
-        return target_loss(views.log_probs(view, targets, chosen), select(targets["weights"], list(chosen))).total
-
-    for number, view in enumerate(names):
-        gradients.add(view, partial(losses, view), retain_graph=number + 1 < len(names))
-    cosines = torch.stack([gradients.cosines(name) for name in MODALITIES], dim=1)
-    weights = variant_weights(cosines.isfinite()) / posts.direct["weights"].sum()
-    loss = gradients.loss(dict(zip(names, weights.unbind(dim=1), strict=True)))
-    loss.backward()
-    return loss.detach() * posts.direct["weights"].sum()
-
-
-def _post_of(value: torch.Tensor, post: int, count: int) -> torch.Tensor:
-    """One post's part of a prompt's tensor; Qwen's patches stand one post after the other."""
-    size = len(value) // count
-    return value[post * size : (post + 1) * size]

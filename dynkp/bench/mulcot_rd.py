@@ -1,14 +1,15 @@
 """MulCoT-RD's student against plain training on both tasks: what the assistant's soft labels cost.
 
-Given   the LLaVA-shaped student of `dynkp.bench.dynamic_cot`, an assistant about twice its size, and a batch of random
-        posts with both tasks' prompts and answers.
+Given   the small model of `dynkp.bench.workload` as student, an assistant about twice its size, and a batch of posts with a
+        label and a response chain each.
 Gives   one row per setting: seconds and bytes of one forward and backward, and their ratios.
-Holds   the ways that compute the same agree in loss and gradients before any is timed: cached (all tokens kept) and online.
+Holds   the ways that compute the same agree in loss and gradients before any is timed: cached (all tokens kept) and online,
+        plain and twice.
 
-The ways:
+The ways, each but the last a training step of [`~dynkp.trainer.mulcot_rd_trainer.MulCoTRDTrainer`]:
 
-- plain: both tasks on their hard labels alone (λ = 0), the prompts' common beginning computed once, as the trainer does.
-- twice: the same, each task in an ordinary forward of its own.
+- plain: both tasks on their hard labels alone (λ = 0), the prompts' common beginning computed once.
+- twice: the same with `prompt_backend="plain"`, each task in an ordinary forward of its own.
 - cached: the student's step with K soft labels per token from the disk, reading included.
 - online: the student's step with the assistant's forward in it.
 - assistant: that forward alone.
@@ -19,28 +20,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
 
-from dynkp.batches.branches import Branches
-from dynkp.batches.targets import Targets
-from dynkp.bench.dynamic_cot import AGREEMENT, QUICK, Sizes, build_model
-from dynkp.bench.measure import Setting, Step, environment, median_seconds, peak_bytes
-from dynkp.data.reasoning_tasks import REASONING_TASKS
+from dynkp.batches.two_task_collator import TwoTaskCollator
+from dynkp.bench.measure import Setting, Step, first_round, median_seconds
+from dynkp.bench.steps import train
+from dynkp.bench.workload import QUICK, Sizes, build_model, build_processor, build_trainer, columns, draw_posts
 from dynkp.distillation.assistant import Assistant
-from dynkp.distillation.soft_labels import SoftLabelCache, SoftLabelWriter
-from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches
-from dynkp.objectives.distillation import (
-    SoftLabels,
-    distilled,
-    hard_label_loss,
-    multitask_loss,
-    soft_label_divergence,
-    truncate,
-)
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.distillation.soft_labels import SoftLabelWriter, task_fingerprint, write_soft_labels
+from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
+from dynkp.trainer.mulcot_rd_trainer import MulCoTRDTrainer
 
 SUITE = "mulcot_rd"
 HEADINGS = (
@@ -51,73 +43,111 @@ HEADINGS = (
     "peak MiB: plain, cached, online",
 )
 
-TEMPERATURE, WEIGHT = 2.0, 0.3
-# Tokens of the two prompts behind what they share, and of the label's answer: those of task "masc" with Qwen's tokenizer.
-LABEL_END, CHAIN_END, LABEL_TOKENS = 16, 96, 8
+TEMPERATURE, DISTILLATION_WEIGHT = 2.0, 0.3
 
 
 class Scenario(NamedTuple):
-    """One row: how many of the assistant's tokens the cache keeps."""
+    """One row.
+
+    Attributes:
+        top_k: Tokens that the cache keeps of each of the assistant's distributions.
+        checkpointing: Whether gradient checkpointing is on.
+    """
 
     top_k: int
     checkpointing: bool = False
 
     @property
     def label(self) -> str:
+        """The row's name in the table."""
         return f"top {self.top_k}" + ", gradient checkpointing" * self.checkpointing
 
 
 SCENARIOS = (Scenario(64), Scenario(256), Scenario(64, checkpointing=True))
 
 
-class Batch(NamedTuple):
-    """Posts as the collator would give them, and where their soft labels lie."""
+class Bench:
+    """The trainers around one student, their assistant, and the batch they train on.
 
-    ids: list[str]
-    branches: Branches
-    answers: dict[str, Targets]
-    cache: SoftLabelCache
+    Args:
+        sizes: Sizes of the student and its posts; the assistant has twice the layers, about what 7B is to 3B.
+        device: Where models and batch are.
+        folder: The trainers' `output_dir`, and where soft labels are written.
+    """
+
+    def __init__(self, sizes: Sizes, device: torch.device, folder: str):
+        self.folder = folder
+        self.processor = build_processor(sizes)
+        self.posts = draw_posts(sizes)
+        self.student = build_model(sizes, self.processor).to(device)
+        larger = sizes._replace(layers=2 * sizes.layers)
+        self.assistant = Assistant(build_model(larger, self.processor).to(device))
+        self.plain = self.trainer(distillation_weight=0.0)
+        self.twice = self.trainer(distillation_weight=0.0, prompt_backend="plain")
+        self.online = self.trainer(assistant=self.assistant)
+        self.batch: dict[str, Any] = send_to_device(self.plain.data_collator(self.posts), device)
+
+    def trainer(self, **options: Any) -> MulCoTRDTrainer:
+        """Build a trainer of the student; `options` go to `build_trainer`."""
+        options = {"temperature": TEMPERATURE, "distillation_weight": DISTILLATION_WEIGHT, **options}
+        return build_trainer(MulCoTRDTrainer, MulCoTRDConfig, self.student, self.posts, self.processor, self.folder, **options)
+
+    def with_cache(self, top_k: int) -> MulCoTRDTrainer:
+        """Write the batch's soft labels to a folder of their own, and build a trainer that reads them."""
+        vocabulary, collator = self.assistant.vocabulary, cast(TwoTaskCollator, self.plain.data_collator)
+        folder = f"{self.folder}/top-{top_k}"
+        settings = {"task": task_fingerprint(self.plain.task), "temperature": TEMPERATURE, "vocabulary": vocabulary}
+        writer = SoftLabelWriter(folder, settings, self.processor.tokenizer)
+        write_soft_labels(
+            writer,
+            self.assistant,
+            collator,
+            self.plain.train_dataset,
+            top_k=min(top_k, vocabulary),
+            temperature=TEMPERATURE,
+            batch_size=len(self.posts),
+            progress=False,
+        )
+        writer.close()
+        return self.trainer(soft_labels=folder)
 
 
 def run(setting: Setting) -> Iterator[dict[str, Any]]:
     """Measure the suite.
 
     Args:
-        setting: device, threads, rounds and whether the models are the quick ones.
+        setting: Device, threads, rounds and whether the models are the quick ones.
 
     Yields:
         One row per scenario, as soon as it is measured. Times are medians, in seconds; memory is in MiB.
 
     Raises:
-        RuntimeError: if online training and training from a whole cache disagree, so that their times could not be compared.
+        RuntimeError: If ways that compute the same disagree in loss or gradients, so that their times could not be compared.
     """
     sizes = QUICK if setting.quick else Sizes(batch=2)
-    student = build_model(sizes).to(setting.device)
-    assistant = build_assistant(sizes, setting.device)
     with tempfile.TemporaryDirectory(prefix="dynkp-bench-") as folder:
-        whole = draw_batch(assistant, sizes, f"{folder}/whole", top_k=sizes.vocabulary)
-        disagreement = compare(student, assistant, whole)
+        bench = Bench(sizes, setting.device, folder)
+        student = bench.student
+        whole = bench.with_cache(bench.assistant.vocabulary)
+        pair: dict[str, Step] = {"online": partial(online, bench), "cached": partial(cached, bench, whole)}
+        disagreement = first_round(student, pair, "soft labels of every token", {"cached": "online"}).disagreement
         for scenario in SCENARIOS:
+            trainer = bench.with_cache(scenario.top_k)
             if scenario.checkpointing:
                 student.activation_checkpointing_enable({"use_reentrant": False})
-            top_k = min(scenario.top_k, sizes.vocabulary)
-            batch = draw_batch(assistant, sizes, f"{folder}/{top_k}", top_k=top_k)
             steps: dict[str, Step] = {
-                "plain": partial(plain, student, batch),
-                "twice": partial(twice, student, batch),
-                "cached": partial(cached, student, batch),
-                "online": partial(online, student, assistant, batch),
-                "assistant": partial(assistant.logits, batch.branches, batch.answers),
+                "plain": partial(plain, bench),
+                "twice": partial(twice, bench),
+                "cached": partial(cached, bench, trainer),
+                "online": partial(online, bench),
             }
-            for step in steps.values():  # the first round, which is not timed
-                step()
-            memory = {}
-            for name in ("plain", "cached", "online"):
-                student.zero_grad()
-                memory[name], _ = peak_bytes(steps[name], setting.device)
+            found = first_round(student, steps, scenario.label, {"twice": "plain"})
+            steps["assistant"] = partial(bench.assistant.logits, bench.batch["prompts"], answers_of(bench))
+            steps["assistant"]()  # once untimed, as the others
             seconds = median_seconds(steps, setting)
             if scenario.checkpointing:
                 student.activation_checkpointing_disable()
+            found = found._replace(disagreement=max(disagreement, found.disagreement))
             yield {
                 "suite": SUITE,
                 "label": scenario.label,
@@ -125,20 +155,13 @@ def run(setting: Setting) -> Iterator[dict[str, Any]]:
                 "cached_over_plain": seconds["cached"] / seconds["plain"],
                 "online_over_plain_and_assistant": seconds["online"] / (seconds["plain"] + seconds["assistant"]),
                 "plain_over_twice": seconds["plain"] / seconds["twice"],
-                **{f"{name}_s": value for name, value in seconds.items()},
-                **{f"{name}_mib": value / 2**20 for name, value in memory.items()},
-                "largest_disagreement": disagreement,
-                **sizes._asdict(),
-                "image_tokens": sizes.image_tokens,
-                "parameters": sum(parameter.numel() for parameter in student.parameters()),
-                "assistant_parameters": sum(parameter.numel() for parameter in assistant.model.parameters()),
-                "quick": setting.quick,
-                **environment(setting),
+                **columns(setting, sizes, student, seconds, found),
+                "assistant_parameters": sum(parameter.numel() for parameter in bench.assistant.model.parameters()),
             }
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the printed table, under `HEADINGS`."""
+    """Format a row for the printed table, under `HEADINGS`."""
     ratios = (f"{row[key]:.2f}" for key in ("cached_over_plain", "online_over_plain_and_assistant", "plain_over_twice"))
     memory = ", ".join(f"{row[f'{name}_mib']:.0f}" for name in ("plain", "cached", "online"))
     return row["label"], *ratios, memory
@@ -147,113 +170,28 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 # The ways
 
 
-def plain(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return _step(model, SharedBranches, batch, {})
+def plain(bench: Bench) -> torch.Tensor:
+    """Run the student's training step without soft labels."""
+    return train(bench.plain, bench.batch)
 
 
-def twice(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return _step(model, PlainBranches, batch, {})
+def twice(bench: Bench) -> torch.Tensor:
+    """Run the student's training step without soft labels, each task in a forward of its own."""
+    return train(bench.twice, bench.batch)
 
 
-def cached(model: nn.Module, batch: Batch) -> torch.Tensor:
-    device = batch.branches["prompt"]["input_ids"].device
-    labels = batch.cache.of_batch(batch.ids, {task: _on_host(answers) for task, answers in batch.answers.items()})
-    says = {
-        task: SoftLabels(parts["ids"].to(device), parts["log_probs"].to(device), parts["rest"].to(device), parts["vocabulary"])
-        for task, parts in labels.items()
-    }
-    return _step(model, SharedBranches, batch, says)
+def cached(bench: Bench, trainer: MulCoTRDTrainer) -> torch.Tensor:
+    """Read the batch's soft labels from the disk, as the data loader does, and run the student's training step with them."""
+    assert trainer.cache is not None
+    labels = trainer.cache.of_batch(bench.batch["id"], send_to_device(answers_of(bench), "cpu"))
+    return train(trainer, {**bench.batch, "soft_labels": labels})
 
 
-def online(model: nn.Module, assistant: Assistant, batch: Batch) -> torch.Tensor:
-    return _step(model, SharedBranches, batch, assistant.logits(batch.branches, batch.answers))
+def online(bench: Bench) -> torch.Tensor:
+    """Run the student's training step with the assistant's forward in it."""
+    return train(bench.online, bench.batch)
 
 
-def _step(model: nn.Module, backend: Any, batch: Batch, says: dict[str, Any]) -> torch.Tensor:
-    """`MulCoTRDTrainer.compute_post_losses` and the mean over posts."""
-    model.zero_grad()
-    student = backend(model, batch.branches)
-    losses: list[TargetLoss] = []
-    for task, answers in batch.answers.items():
-        logits = student.logits(task, answers)
-        loss = _per_post(hard_label_loss(logits, answers["input_ids"][answers["mask"]]), answers)
-        if says:
-            loss = distilled(loss, _per_post(soft_label_divergence(logits, says[task], TEMPERATURE), answers), WEIGHT)
-        losses.append(loss)
-    total, weight = multitask_loss(losses, [1.0] * len(losses))
-    mean = total.sum() / weight.sum()
-    mean.backward()
-    return mean.detach()
-
-
-def _per_post(values: torch.Tensor, answers: Targets) -> TargetLoss:
-    return target_loss(-values.new_zeros(answers["mask"].shape).masked_scatter(answers["mask"], values), answers["mask"])
-
-
-def compare(student: nn.Module, assistant: Assistant, whole: Batch) -> float:
-    """The largest difference, in the loss or in the whole gradient, between online and a cache that keeps every token."""
-    results = []
-    for step in (partial(online, student, assistant, whole), partial(cached, student, whole)):
-        loss = step()
-        gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
-        results.append((loss.double(), torch.cat([gradient.double().flatten() for gradient in gradients])))
-    (loss, gradient), (other_loss, other_gradient) = results
-    differences = (other_loss - loss).abs() / loss.abs(), (other_gradient - gradient).norm() / gradient.norm()
-    if not all(difference <= AGREEMENT for difference in differences):
-        raise RuntimeError(
-            f"online and cached differ by {differences[0]:.1e} in the loss and {differences[1]:.1e} in the gradient, more than "
-            f"{AGREEMENT:g}: they do not compute the same, so their times mean nothing."
-        )
-    return max(float(difference) for difference in differences)
-
-
-# Models and posts
-
-
-def build_assistant(sizes: Sizes, device: torch.device) -> Assistant:
-    """A model of the student's shape with twice its layers: about what 7B is to 3B."""
-    return Assistant(build_model(sizes._replace(layers=2 * sizes.layers)).to(device))
-
-
-def draw_batch(assistant: Assistant, sizes: Sizes, folder: str, top_k: int) -> Batch:
-    """Random posts, and the assistant's labels of them in a folder."""
-    generator = torch.Generator().manual_seed(1)
-    device = assistant.model.device
-    side = 14 * sizes.image_side
-
-    def words(*shape: int) -> torch.Tensor:
-        return torch.randint(sizes.image_token, shape, generator=generator).to(device)
-
-    def targets(length: int) -> Targets:
-        ids = words(sizes.batch, length)
-        mask, weights = torch.ones_like(ids).bool(), torch.ones(ids.shape, device=device)
-        return Targets(input_ids=ids, mask=mask, weights=weights, lengths=[length] * sizes.batch)
-
-    picture = torch.full((sizes.batch, sizes.image_tokens), sizes.image_token, device=device)
-    beginning = torch.cat([picture, words(sizes.batch, sizes.text_tokens)], dim=1)
-    ends = {"label": words(sizes.batch, LABEL_END), "chain": words(sizes.batch, CHAIN_END)}
-    ids = torch.cat([beginning, ends["label"]], dim=1)
-    pixels = torch.randn(sizes.batch, 3, side, side, generator=generator).to(device)
-    branches = Branches(
-        prompt={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels},
-        shared=beginning.shape[1],
-        ends={task: {"input_ids": end, "attention_mask": torch.ones_like(end)} for task, end in ends.items()},
-        apart={},
-    )
-    answers = {"label": targets(LABEL_TOKENS), "chain": targets(sizes.reasoning_tokens)}
-    post_ids = [str(index) for index in range(sizes.batch)]
-    writer = SoftLabelWriter(folder, {"task": REASONING_TASKS["masc"].name, "vocabulary": sizes.vocabulary})
-    for task, logits in assistant.logits(branches, answers).items():
-        labels = truncate(logits.float(), top_k, TEMPERATURE)
-        parts = [part.split(answers[task]["lengths"]) for part in (labels.ids, labels.log_probs, labels.rest)]
-        for row, post_id in enumerate(post_ids):
-            own = SoftLabels(parts[0][row], parts[1][row], parts[2][row], labels.vocabulary)
-            writer.add(post_id, task, answers[task]["input_ids"][row], own)
-    writer.close()
-    return Batch(post_ids, branches, answers, SoftLabelCache(folder))
-
-
-def _on_host(answers: Targets) -> Targets:
-    """As the collator has them when it reads soft labels."""
-    ids, mask, weights = (answers[key].cpu() for key in ("input_ids", "mask", "weights"))
-    return Targets(input_ids=ids, mask=mask, weights=weights, lengths=answers["lengths"])
+def answers_of(bench: Bench) -> dict[str, Any]:
+    """The batch's targets of both tasks."""
+    return {task: bench.batch[task] for task in bench.plain.target_kinds}

@@ -1,13 +1,13 @@
-"""The papers' models at their real shapes, with random weights, and drawn posts for them: nothing is downloaded.
+"""The papers' models at their published shapes, with random weights, and random batches for them: nothing is downloaded.
 
 Given   a name of `SHAPES`, what of the model is trained and how it attends.
-Gives   the model, and batches of posts with a picture of 576 tokens (24 x 24), a text and both kinds of target.
-Holds   every post of a batch has the same lengths, so no way pays for padding but the one that mixes kinds of targets.
+Gives   the model, and batches as the trainers' collators make them, of posts with an image of 576 tokens (24 x 24), a text and
+        both kinds of target.
+Holds   every post of a batch has the same lengths, so that only a way which mixes kinds of targets pays for padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dynkp.batches.prompt_layout import ImageGrid, PromptLayout
+from dynkp.batches.image_grids import ImageGrid
+from dynkp.batches.prompt_layout import PromptLayout
 from dynkp.batches.targets import Targets
-from dynkp.bench.dynamic_cot import Batch
+from dynkp.bench.workload import LORA_RANK
 from dynkp.mechanics.shared_prompt import causal_lm_of
 from dynkp.trainer.keyphrase_trainer import freeze_vision_tower
 
@@ -25,12 +26,21 @@ SHAPES = ("Qwen2.5-VL-3B", "LLaVA-1.5-7B", "InternVL3-8B")
 # Linear layers of the language model, and the layers between it and the vision tower, by the families' names.
 _LINEAR = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 _PROJECTORS = {"Qwen2.5-VL-3B": "merger", "LLaVA-1.5-7B": "multi_modal_projector", "InternVL3-8B": "multi_modal_projector"}
-# Tokens in front of the picture (template), and behind the text (instruction, template), and LoRA's rank.
-_BEFORE, _BEHIND, RANK = 16, 32, 16
+# Tokens in front of the image (template), and behind the text (instruction, template).
+_BEFORE, _BEHIND = 16, 32
 
 
 class Lengths(NamedTuple):
-    """Tokens: a picture is `side` squared; a rationale of the papers has 157 words, a chain of Twitter-2015 287 tokens."""
+    """Lengths of a post in tokens.
+
+    A rationale of the Dynamic CoT paper has 157 words, a response chain of Twitter-2015 287 tokens.
+
+    Attributes:
+        side: Tokens along each side of the square image.
+        text: Tokens of the text.
+        direct: Tokens of the direct target.
+        reasoning: Tokens of the reasoning target.
+    """
 
     side: int = 24
     text: int = 30
@@ -39,6 +49,7 @@ class Lengths(NamedTuple):
 
     @property
     def prompt(self) -> int:
+        """Tokens of a prompt: template, image, text, instruction."""
         return _BEFORE + self.side**2 + self.text + _BEHIND
 
 
@@ -46,15 +57,15 @@ TINY = Lengths(side=4, text=8, direct=3, reasoning=12)
 
 
 def build_model(name: str, *, trained: str, attention: str, tiny: bool, device: torch.device) -> Any:
-    """One of `SHAPES` with random weights in bf16, its vision tower frozen.
+    """Build one of `SHAPES` with random weights in bf16, its vision tower frozen.
 
     Args:
-        name: of `SHAPES`.
+        name: One of `SHAPES`.
         trained: `"lora"` (rank 16 on the language model's linear layers, and the whole projector) or `"full"` (language model
             and projector).
-        attention: what transformers calls it: `"sdpa"`, `"flash_attention_2"`, ...
-        tiny: the same architecture at a size that proves it runs.
-        device: where the weights are drawn; 7B on a CPU takes minutes.
+        attention: The attention implementation by transformers' name: `"sdpa"`, `"flash_attention_2"`, ...
+        tiny: Whether to build the same architecture at a size that only shows that it runs.
+        device: Where the weights are drawn; 7B on a CPU takes minutes.
     """
     torch.manual_seed(0)
     config = config_of(name, tiny)
@@ -66,14 +77,14 @@ def build_model(name: str, *, trained: str, attention: str, tiny: bool, device: 
         projector = [_PROJECTORS[name]]
         # Adapters that start at zero would leave half of their gradients zero.
         model = get_peft_model(
-            model, LoraConfig(r=RANK, target_modules=_LINEAR, modules_to_save=projector, init_lora_weights=False)
+            model, LoraConfig(r=LORA_RANK, target_modules=_LINEAR, modules_to_save=projector, init_lora_weights=False)
         )
     freeze_vision_tower(model)
     return model.to(device).train()
 
 
 def config_of(name: str, tiny: bool) -> Any:
-    """The published configuration, or one of the same architecture with two narrow layers."""
+    """Build the published configuration or, if `tiny`, one of the same architecture with two narrow layers."""
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     side = (TINY if tiny else Lengths()).side
     vision: dict[str, Any]
@@ -123,17 +134,19 @@ def config_of(name: str, tiny: bool) -> Any:
     )  # fmt: skip
 
 
-class Posts(NamedTuple):
-    """A batch as the collators give it."""
+def draw_batch(name: str, model: nn.Module, count: int, lengths: Lengths, easy: int | None = None) -> dict[str, Any]:
+    """Draw a random batch, as `MaskingCollator` makes it for both kinds of target.
 
-    prompt: dict[str, torch.Tensor]
-    layouts: list[PromptLayout]
-    direct: Targets
-    reasoning: Targets
+    Args:
+        name: One of `SHAPES`.
+        model: The model of that name, on its device.
+        count: Number of posts B.
+        lengths: Lengths of every post.
+        easy: The number of posts, from the first on, that have a rationale; all by default.
 
-
-def draw_posts(name: str, model: nn.Module, count: int, lengths: Lengths) -> Posts:
-    """Random posts: template, a picture, a text, an instruction; and both targets."""
+    Returns:
+        `prompt`, `layouts`, `direct`, `reasoning`, `has_rationale` and `id`; tensors on the model's device.
+    """
     generator = torch.Generator().manual_seed(1)
     device = next(model.parameters()).device
     image_token = causal_lm_of(model).config.image_token_id
@@ -142,12 +155,13 @@ def draw_posts(name: str, model: nn.Module, count: int, lengths: Lengths) -> Pos
     def words(length: int) -> torch.Tensor:
         return torch.randint(1, image_token - 8, (count, length), generator=generator)
 
-    def targets(length: int) -> Targets:
-        mask = torch.ones(count, length, dtype=torch.bool, device=device)
-        return Targets(input_ids=words(length).to(device), mask=mask, weights=mask.float(), lengths=[length] * count)
+    def targets(length: int, posts: int = count) -> Targets:
+        mask = (torch.arange(count) < posts)[:, None].expand(count, length).to(device)
+        ids = words(length).to(device)
+        return Targets(input_ids=ids, mask=mask, weights=mask.float(), lengths=[length] * posts + [0] * (count - posts))
 
-    picture = torch.full((count, image), image_token)
-    ids = torch.cat([words(_BEFORE), picture, words(lengths.text), words(_BEHIND)], dim=1).to(device)
+    placeholders = torch.full((count, image), image_token)
+    ids = torch.cat([words(_BEFORE), placeholders, words(lengths.text), words(_BEHIND)], dim=1).to(device)
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "Qwen2.5-VL-3B":
         patches = 4 * image  # merged two by two
@@ -157,21 +171,22 @@ def draw_posts(name: str, model: nn.Module, count: int, lengths: Lengths) -> Pos
     else:
         pixels = 14 * side * (2 if name == "InternVL3-8B" else 1)
         prompt["pixel_values"] = torch.randn(count, 3, pixels, pixels, generator=generator)
-    prompt["pixel_values"] = prompt["pixel_values"].to(device, torch.bfloat16)
+    prompt["pixel_values"] = prompt["pixel_values"].to(device, next(model.parameters()).dtype)
     text = range(_BEFORE + image, _BEFORE + image + lengths.text)
     layout = PromptLayout(text, (ImageGrid(tuple(range(_BEFORE, _BEFORE + image)), side, side),))
-    return Posts(prompt, [layout] * count, targets(lengths.direct), targets(lengths.reasoning))
+    easy = count if easy is None else easy
+    return {
+        "prompt": prompt,
+        "layouts": [layout] * count,
+        "direct": targets(lengths.direct),
+        "reasoning": targets(lengths.reasoning, easy),
+        "has_rationale": torch.arange(count, device=device) < easy,
+        "id": [str(index) for index in range(count)],
+    }
 
 
-def batch_of(posts: Posts, easy: Sequence[bool]) -> Batch:
-    """Posts for Dynamic CoT of which these are easy, whatever their losses: the choice must not hang on bf16's rounding."""
-    device = posts.direct["mask"].device
-    gamma = torch.tensor([float("inf") if chosen else -float("inf") for chosen in easy], device=device)
-    return Batch(posts.prompt, posts.direct, posts.reasoning, gamma, list(easy))
-
-
-def plain_inputs(prompt: dict[str, torch.Tensor], targets: Targets) -> dict[str, torch.Tensor]:
-    """Prompt and target in one row, with labels: what TRL's collator makes of them."""
+def labelled_inputs(prompt: dict[str, torch.Tensor], targets: Targets) -> dict[str, torch.Tensor]:
+    """Join prompts and targets into one sequence per post, with `labels`, as TRL's collator does."""
     ids, mask = targets["input_ids"], targets["mask"]
     inputs = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], ids], dim=1)

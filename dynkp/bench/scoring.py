@@ -1,9 +1,9 @@
-"""The suite `scoring`: what the metric costs, cold and warm, and how that grows with the number of posts.
+"""The suite `scoring`: the cost of the metric, cold and warm, by number of posts.
 
-Given   the number of posts; they are drawn, with CMKP's sizes: 27 words of text, 5 predictions, 1.3 gold phrases.
+Given   the number of posts; they are random, of CMKP's sizes: 27 words of text, 5 predictions, 1.3 gold keyphrases.
 Gives   seconds of CPU (importing the metric included when cold) and the MiB by which the process grew from batch to batch.
-Holds   every row is measured in a process of its own, whose caches nothing has filled; all, present and absent phrases are
-        scored at 1, 3 and 5; drawing posts is not timed.
+Holds   every row is measured in a process of its own, with empty caches; all, present and absent keyphrases are scored at 1, 3
+        and 5; drawing posts is not timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # it imports torch, which the measured processes must not
+if TYPE_CHECKING:  # that module imports torch, which the measured processes must not
     from dynkp.bench.measure import Setting
 
 HEADINGS = ("posts", "CPU s, cold", "CPU s, warm", "µs per post", "process grew by")
@@ -31,7 +31,7 @@ def run(setting: Setting) -> Iterator[dict[str, Any]]:
     """Measure every size.
 
     Args:
-        setting: `repeats` counts for the sizes below 100,000; the larger ones are measured once.
+        setting: `repeats` holds for the sizes below 100,000; the larger ones are measured once. The device is not used.
 
     Yields:
         Rows with `posts`, `cold_s`, `warm_s` (`None` for sizes measured once) and `grown_mib`.
@@ -48,7 +48,7 @@ def run(setting: Setting) -> Iterator[dict[str, Any]]:
             "cold_s": statistics.median(row["cold_s"] for row in runs),
             "warm_s": statistics.median(row["warm_s"] for row in runs) if posts < 100_000 else None,
             "grown_mib": max(row["grown_mib"] for row in runs),
-            # It runs on the CPU whatever the device, and always on one thread.
+            # The metric runs on the CPU, on one thread, whatever the setting.
             **environment(setting),
             "device": "cpu",
             "threads": 1,
@@ -58,7 +58,7 @@ def run(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the table shows it."""
+    """Format a row for the printed table, under `HEADINGS`."""
     warm = "-" if row["warm_s"] is None else f"{row['warm_s']:.3f}"
     per_post = 1e6 * row["cold_s"] / row["posts"]
     return [f"{row['posts']:,}", f"{row['cold_s']:.3f}", warm, f"{per_post:.1f}", f"{row['grown_mib']:.0f} MiB"]
@@ -71,7 +71,11 @@ def _in_own_process(posts: int) -> dict[str, Any]:
 
 
 def measure_here(posts: int) -> None:
-    """Score drawn posts in this process, in batches, and print what it took as JSON."""
+    """Score random posts in this process, in batches, and print the cost as JSON.
+
+    Args:
+        posts: Number of posts.
+    """
     import psutil
 
     process = psutil.Process()
@@ -105,7 +109,7 @@ def measure_here(posts: int) -> None:
 
 
 def _drawn_batches(posts: int) -> Iterator[tuple[list[list[str]], list[list[str]], list[str]]]:
-    """Predictions, gold phrases and texts; of `_WORDS` words the n-th is drawn in proportion to 1/n."""
+    """Draw batches of predictions, gold keyphrases and texts; the n-th word's probability is proportional to 1/n."""
     draw = random.Random(0)
     ends = ["", "s", "ing", "ed", "ation", "ness", "ly", "er"]
     letters = "bcdfghklmnprstvw", "aeiou"
@@ -120,8 +124,8 @@ def _drawn_batches(posts: int) -> Iterator[tuple[list[list[str]], list[list[str]
         phrases = iter(draw.choices(words, cum_weights=weights, k=12 * size))
         gold, ranked = [], []
         for text in texts:
-            here = " ".join(text[:2])  # in the text; the others mostly are not
+            present = " ".join(text[:2])  # the others are mostly absent from the text
             other = [f"{next(phrases)} {next(phrases)}", *(next(phrases) for _ in range(3))]
-            gold.append([here, other[0]] if draw.random() < 0.3 else [draw.choice([here, other[0]])])
-            ranked.append([here, *other])
+            gold.append([present, other[0]] if draw.random() < 0.3 else [draw.choice([present, other[0]])])
+            ranked.append([present, *other])
         yield ranked, gold, [" ".join(text) for text in texts]

@@ -17,7 +17,7 @@ from dynkp.chat.settings import RunPaths, RunSettings
 from dynkp.files.json_files import write_json
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 Settings = TypeVar("Settings", bound=RunSettings)
 

@@ -358,57 +358,57 @@ def _info(arguments: argparse.Namespace, state: Any) -> dict[str, Any]:
 
 def _generator(arguments: argparse.Namespace, checkpoint: Any, device: Any, num_images: int) -> Any:
     from dynkp.models.checkpoints import load_model, load_processor
-    from dynkp.prediction.generation import Dialogue, PostDialogue, ReasoningDialogue, TransformersGenerator
+    from dynkp.prediction.generation_tasks import GenerationTask, KeyphraseGenerationTask, ReasoningGenerationTask
+    from dynkp.prediction.transformers_engine import TransformersEngine
 
     processor = load_processor(checkpoint)
     task, modality = _task(arguments), arguments.modality
     if _reasons(arguments):
-        dialogue: Dialogue = ReasoningDialogue(processor, task, prompt=arguments.prompt, modality=modality)
+        generation_task: GenerationTask = ReasoningGenerationTask(processor, task, prompt=arguments.prompt, modality=modality)
     else:
-        dialogue = PostDialogue(processor, task, mode=arguments.mode, modality=modality)
+        generation_task = KeyphraseGenerationTask(processor, task, mode=arguments.mode, modality=modality)
     sampling: dict[str, Any] = {}
     if arguments.do_sample:
         sampling = {"temperature": arguments.temperature or 1.0, "top_p": arguments.top_p or 1.0}
     if arguments.backend == "vllm":
-        return _vllm_generator(arguments, checkpoint, dialogue, num_images, sampling)
+        return _vllm_engine(arguments, checkpoint, generation_task, num_images, sampling)
     model = load_model(checkpoint, dtype=arguments.dtype, device=device, merge_adapter=arguments.merge_adapter)
     if sampling:
         sampling |= {"do_sample": True, "top_k": 0}
-    return TransformersGenerator(
+    return TransformersEngine(
         model,
-        dialogue,
+        generation_task,
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
         **sampling,
     )
 
 
-def _vllm_generator(
-    arguments: argparse.Namespace, checkpoint: Any, dialogue: Any, num_images: int, sampling: Mapping[str, Any]
+def _vllm_engine(
+    arguments: argparse.Namespace, checkpoint: Any, generation_task: Any, num_images: int, sampling: Mapping[str, Any]
 ) -> Any:
     import tempfile
 
     from dynkp.models.checkpoints import Checkpoint, load_model
-    from dynkp.prediction.vllm_backend import VllmGenerator
+    from dynkp.prediction.vllm_engine import VllmEngine
 
     folder = None
     if arguments.merge_adapter:
         folder = tempfile.TemporaryDirectory(prefix="dynkp-merged-")
         load_model(checkpoint, dtype=arguments.dtype, merge_adapter=True).save_pretrained(folder.name)
-        dialogue.renderer.processor.save_pretrained(folder.name)
+        generation_task.renderer.processor.save_pretrained(folder.name)
         checkpoint = Checkpoint(folder.name)
-    generator = VllmGenerator(
+    return VllmEngine(
         checkpoint,
-        dialogue,
+        generation_task,
         max_new_tokens=arguments.max_new_tokens,
         num_images=num_images,
         dtype=arguments.dtype,
         temperature=sampling.get("temperature", 0.0),
         top_p=sampling.get("top_p", 1.0),
         llm_options=arguments.vllm_options,
+        merged_model=folder,
     )
-    generator.merged = folder  # the folder lives as long as what reads it
-    return generator
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dynkp.cli.arguments import CommandParser, check_inputs
 
 DESCRIPTION = """\
 Make the test set harder: fewer of its keyphrases are known from training, as in the Dynamic CoT paper's MMKP-V2 (section 4.1).
@@ -25,48 +26,42 @@ examples:
   dynkp resample --train train_src.txt --test test_src.txt --target-overlap 0 --out-dir unseen
       from CMKP's files; every post left in the test set has new keyphrases only
   dynkp resample --train train.parquet --test test.parquet --target-overlap 0.5 --out-dir half --output-image-dir half/images
-      pictures inside the source become files
+      images inside the source become files
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp resample", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", required=True, metavar="FILE", help="training posts, in any form that docs/data.md names")
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("resample", DESCRIPTION, EPILOG)
+    parser.add_argument("--train", required=True, metavar="FILE", help="training posts, in any format that docs/data.md names")
     parser.add_argument("--test", required=True, metavar="FILE", help="test posts; no id may be in both")
     parser.add_argument(
         "--target-overlap", required=True, type=_share, metavar="SHARE", help="largest share of known keyphrases, from 0 to 1"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order in which posts are dropped (default: 0)")
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="made if need be; files of these names are replaced")
-    parser.add_argument("--output-image-dir", metavar="DIR", help="a folder for pictures that are inside the source (Parquet)")
+    parser.add_argument("--output-image-dir", metavar="DIR", help="a folder for images that are inside the source (Parquet)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp resample`.
 
     Args:
         argv: the arguments after `dynkp resample`; those of the process if None.
 
-    Returns:
-        0, or 1 where the posts cannot be read or nothing would be left.
+    Raises:
+        ValueError, OSError: if the posts cannot be read, or none would be left.
     """
     arguments = parser().parse_args(argv)
-    try:
-        _resample(arguments)
-    except (ValueError, OSError) as error:
-        print(f"dynkp resample: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    check_inputs(arguments, "train", "test")
+    _resample(arguments)
 
 
 def _resample(arguments: argparse.Namespace) -> None:
     from dynkp.data.conversion import convert_posts
     from dynkp.data.resampling import overlap_table, resample
-    from dynkp.data.statistics import describe_posts, statistics_table
+    from dynkp.data.statistics import split_statistics, statistics_table
     from dynkp.files.atomic import atomic_files
     from dynkp.files.json_files import write_json
     from dynkp.report.tables import markdown_table
@@ -81,7 +76,7 @@ def _resample(arguments: argparse.Namespace) -> None:
         raise ValueError(f"no training post would stay: each has a keyphrase that {arguments.test} does not have")
     if not new.test and not new.moved_kept:
         raise ValueError(f"--target-overlap {arguments.target_overlap} leaves no test post: training knows them all")
-    given = {split: describe_posts(_posts(source, split)) for split, source in sources.items()}
+    given = {split: split_statistics(_posts(source, split)) for split, source in sources.items()}
     old, moved = given["train"], len(new.moved)
     steps = {
         "given": (given["train"], given["test"], new.overlap_before),
@@ -98,8 +93,8 @@ def _resample(arguments: argparse.Namespace) -> None:
         convert_posts(_rows(sources, {"test": new.test, "train": new.moved_kept}), test_file, **options)
         phrases = {phrase for post in _posts(str(train_file), "train", "json") for phrase in post["keyphrases"]}
         splits = {
-            "train": describe_posts(_posts(str(train_file), "train", "json")),
-            "test": describe_posts(_posts(str(test_file), "test", "json"), phrases),
+            "train": split_statistics(_posts(str(train_file), "train", "json")),
+            "test": split_statistics(_posts(str(test_file), "test", "json"), phrases),
         }
         steps["resampled"] = (splits["train"], splits["test"], new.overlap)
         tables = [markdown_table(rows) for rows in (overlap_table(steps), statistics_table(splits))]

@@ -1,9 +1,14 @@
-"""Posts from one file form to another: JSON Lines, Parquet with pictures inside, AimKP/LLaVA JSON, CMKP's raw files.
+"""Conversion of posts between file formats: JSON Lines, Parquet with images inside, AimKP/LLaVA JSON, CMKP's raw files.
 
-Given   posts in any form that `dynkp.data.sources` reads.
-Gives   the same posts in another form, and a report of what was written and what the form cannot hold.
-Holds   one post is in memory at a time (for Parquet a row group); what was not written is counted, by column; a post that
-        the form cannot hold is an error with its id, or skipped and listed; the output is whole or absent.
+`convert_posts` reads posts in any format that `dynkp.data.sources` reads, writes them in another format, and reports what was
+written and what the format cannot represent.
+
+Guarantees:
+
+- One post is in memory at a time (for Parquet, one row group).
+- Values that are not written are counted, by column.
+- A post that the format cannot represent is an error with its id, or is skipped and listed.
+- The output is complete or absent.
 """
 
 from __future__ import annotations
@@ -31,22 +36,22 @@ from dynkp.files.atomic import atomic_files, atomic_folder
 
 OUTPUT_FORMATS = ("jsonl", "parquet", "llava", "cmkp")
 JOIN_FORMAT = "{text}\n{column}: {value}"
-# A row group of Parquet is written at so many posts, or with pictures, or bytes. The Hub's viewer reads one at a time, and a
-# file's index, which is held in memory, has an entry for each.
-_GROUP_POSTS, _GROUP_WITH_PICTURES, _GROUP_BYTES = 1000, 100, 32 << 20
-# Posts whose extra columns are typed at once.
-_TYPED = 1000
+# A row group of Parquet ends at this number of posts, of posts if some have embedded images, or of bytes. The Hub's viewer
+# reads one group at a time, and the index of a file, which is held in memory, has an entry for each.
+_GROUP_POSTS, _GROUP_POSTS_WITH_IMAGES, _GROUP_BYTES = 1000, 100, 32 << 20
+# Number of posts whose further columns are typed at once.
+_POSTS_TYPED_AT_ONCE = 1000
 
 
 @dataclass
 class ConversionReport:
-    """What was converted.
+    """The result of `convert_posts`.
 
     Attributes:
-        posts: posts written.
-        images: pictures written or named.
-        not_written: column -> posts that had something in it which the output does not have.
-        skipped: what was wrong with the posts that were left out, in order.
+        posts: number of posts written.
+        images: number of images written or named.
+        not_written: per column, number of posts with a value in it that was not written.
+        skipped: findings of the posts that were skipped, in order.
     """
 
     posts: int = 0
@@ -55,7 +60,7 @@ class ConversionReport:
     skipped: list[Finding] = field(default_factory=list)
 
     def summary(self) -> str:
-        """All counts in one sentence.
+        """Return all counts in one sentence.
 
         Example:
             >>> ConversionReport(posts=2, images=1, not_written=Counter(rationale=1)).summary()
@@ -71,21 +76,27 @@ class ConversionReport:
         return text
 
 
-class _NotHeld(ValueError):
-    """Something that the output form cannot hold; the message goes behind the post's id."""
+class _Unwritable(ValueError):
+    """A value that the output format cannot represent; the message follows the post's id."""
 
 
 def read_whole_posts(
     source: Any, *, split: str = "train", format: str = "auto"
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
-    """Read posts one at a time, with all their columns, and image names as they are written.
+    """Read posts one at a time, with all their columns, and with image names as they are written.
 
     Args:
-        source, split, format: as in `load_posts`.
+        source: as in `load_posts`.
+        split: as in `load_posts`.
+        format: as in `load_posts`.
 
-    Returns:
-        Pairs of a post (`dynkp.data.rows`; `images` are `{"bytes", "path"}`) and what is wrong with it (entries of
-        `code` and `message`).
+    Yields:
+        Pairs of a post (see `dynkp.data.rows`; `images` are `{"bytes", "path"}`) and its findings (each a `dict` of `code`
+        and `message`).
+
+    Raises:
+        FileNotFoundError: as in `load_posts`.
+        ValueError: as in `load_posts`.
     """
     normalisers: dict[frozenset[str], Normaliser] = {}
     for fallback_id, row in read_rows(source, split=split, format=format):
@@ -94,7 +105,7 @@ def read_whole_posts(
             normalisers[columns] = Normaliser(columns, image_dir=None, keep_names=True)
         extra = [name for name in row if name not in READ_COLUMNS]
         if row.get("keyphrases") is not None and row.get("conversations") is not None:
-            extra.append("conversations")  # the keyphrases are not read from it
+            extra.append("conversations")  # kept, since the keyphrases are not read from it
         post = normalisers[columns](row, fallback_id, extra)
         yield post, post.pop(LOAD_FINDINGS)
 
@@ -116,9 +127,9 @@ def convert_posts(
     shard_bytes: int = 500_000_000,
     progress: bool = False,
 ) -> ConversionReport:
-    """Write posts in another form.
+    """Write posts in another format.
 
-    | form | file | what it cannot hold |
+    | format | file | what it cannot represent |
     |---|---|---|
     | `jsonl` | `X.jsonl` | bytes and dates in other columns |
     | `parquet` | `X.parquet`, or a folder of shards | |
@@ -126,41 +137,47 @@ def convert_posts(
     | `cmkp` | `X_src.txt`, `X_ocr_final.txt`, `X_attribute_cleaned.txt` | line breaks, `<sep>`, two images, ids, rationales |
 
     Args:
-        source: posts, as in `load_posts`. For Parquet they are read twice, the first time for the columns' types.
+        source: posts, as in `load_posts`. For Parquet they are read twice, the first time for the types of the columns.
         output: the file; replaced if it exists. A folder of Parquet shards must not exist.
         output_format: one of `OUTPUT_FORMATS`, or `"auto"`: by the name of the file.
-        image_dir: the folder that image names are relative to. Needed where pictures are read.
-        images: `"embed"`: pictures are read, checked and put into the Parquet file, with their names (`"auto"` for
-            Parquet); `"names"`: pictures that are files are named, not read (`"auto"` otherwise); `"drop"`: no pictures.
-        output_image_dir: a folder for pictures, beside every form but Parquet: those embedded in the source are written
-            into it, files are copied into it. Names are kept where they are free.
-        join: columns to add to the text, in this order, where a post has something in them; they stay columns too.
-        join_format: how, with `{text}`, `{column}` and `{value}`; lists are joined by blanks.
-        drop: columns not to write.
-        split, format: of the source, as in `load_posts`.
-        on_invalid: `"error"`, or `"skip"`: leave out, and report, posts that cannot be written or are broken.
-        shard_bytes: a Parquet shard is closed when it has more pictures and text than this.
+        image_dir: the folder that image names are relative to. Required if images are read.
+        images: `"embed"`: images are read, checked and written into the Parquet file, with their names (`"auto"` for
+            Parquet); `"names"`: images that are files are named, not read (`"auto"` for the other formats); `"drop"`: no
+            images.
+        output_image_dir: a folder for images, for every format but Parquet: images that are embedded in the source are
+            written into it, files are copied into it. Names are kept unless they are taken.
+        join: columns to append to the text, in this order, if a post has a value in them; they are also kept as columns.
+        join_format: format of the joined text, with `{text}`, `{column}` and `{value}`; lists are joined by spaces.
+        drop: columns that are not written.
+        split: the split of the source, as in `load_posts`.
+        format: the format of the source, as in `load_posts`.
+        on_invalid: `"error"`, or `"skip"`: skip and report posts that are invalid or cannot be written.
+        shard_bytes: a Parquet shard ends when its images and texts have more bytes than this.
         progress: whether to show a progress bar.
 
     Returns:
-        What was written, what was not.
+        Numbers of what was written and of what was not, and the skipped posts.
 
     Raises:
         InvalidPostsError: naming the first post at fault, unless `on_invalid="skip"`.
-        ValueError, FileNotFoundError: if arguments do not fit each other or the source.
+        ValueError: if arguments contradict each other or the source.
+        FileNotFoundError: if a file or folder does not exist.
 
     Example:
-        >>> convert_posts("test.jsonl", "test.parquet", image_dir="pictures").summary()  # doctest: +SKIP
-        '607 posts with 300 images'
+        >>> import tempfile
+        >>> post = {"id": "1", "text": "my dog", "keyphrases": ["beagles"], "rationale": "A dog."}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     convert_posts([post], f"{folder}/posts_src.txt").summary()
+        '1 posts with 0 images. Not written, by number of posts: id 1, rationale 1'
     """
     output_format = _output_format(str(output), output_format)
     images = ("embed" if output_format == "parquet" else "names") if images == "auto" else images
     _check_options(output_format, images, output_image_dir, join_format, on_invalid)
     if kept := {"id", "text", "keyphrases", "images"} & set(drop):
-        raise ValueError(f"drop={', '.join(sorted(kept))}: every post has these; images='drop' leaves pictures out")
+        raise ValueError(f"drop={', '.join(sorted(kept))}: every post has these columns; images='drop' writes no images")
     if isinstance(source, str | Path) and os.path.realpath(source) == os.path.realpath(output):
-        raise ValueError(f"{output} would replace the posts that are read: name another output")
-    pictures = _Pictures(images, image_dir, output_image_dir)
+        raise ValueError(f"output={str(output)!r} would replace the posts that are read: choose another output")
+    image_writer = _ImageWriter(images, image_dir, output_image_dir)
     report = ConversionReport()
 
     def posts() -> Iterator[tuple[dict[str, Any], list[dict[str, str]]]]:
@@ -170,7 +187,7 @@ def convert_posts(
     with ExitStack() as stack:
         if output_format == "parquet":
             if isinstance(source, Iterator):
-                raise ValueError("posts for Parquet are read twice: give a list or a file, not an iterator")
+                raise ValueError("posts for Parquet are read twice: pass a list or a file, not an iterator")
             features = _column_types((post for post, _ in posts()), drop)
             writer = stack.enter_context(_parquet(Path(output), features, shard_bytes))
         else:
@@ -180,15 +197,15 @@ def convert_posts(
             met.update(post)
             try:
                 if findings:
-                    raise _NotHeld(f"{findings[0]['code']}: {findings[0]['message']}")
+                    raise _Unwritable(f"{findings[0]['code']}: {findings[0]['message']}")
                 _join(post, join, join_format)
                 given = len(post["images"])
                 lost = Counter(name for name in drop if post.pop(name, None) is not None)
-                post["images"] = pictures(post["images"])
+                post["images"] = image_writer(post["images"])
                 if given > len(post["images"]):
                     lost["images"] += 1
                 lost.update(writer.write(post))
-            except (_NotHeld, ImageError, OSError) as error:
+            except (_Unwritable, ImageError, OSError) as error:
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                     raise  # a full disk is not the post's fault
                 report.skipped.append(Finding(post["id"], index, getattr(error, "code", "not_convertible"), str(error)))
@@ -201,13 +218,13 @@ def convert_posts(
         if not report.posts:
             raise ValueError(f"no post could be written: {report.summary()}" if report.skipped else "there are no posts")
         if missing := [name for name in join if name not in met]:
-            raise ValueError(f"join={missing[0]!r}: no post has that column; there are {', '.join(sorted(met))}")
+            raise ValueError(f"join={missing[0]!r}: no post has this column; the columns are {', '.join(sorted(met))}")
     return report
 
 
-def _first_invalid(finding: Finding, form: str) -> InvalidPostsError:
+def _first_invalid(finding: Finding, output_format: str) -> InvalidPostsError:
     return InvalidPostsError(
-        f"post {finding.id!r} cannot be written as {form}: {finding.message}. Correct it, or leave such posts out with "
+        f"post {finding.id!r} cannot be written as {output_format}: {finding.message}. Correct it, or skip such posts with "
         "on_invalid='skip' (--on-invalid skip)",
         PostReport(total=finding.index + 1, findings=[finding]),
     )
@@ -216,23 +233,27 @@ def _first_invalid(finding: Finding, form: str) -> InvalidPostsError:
 def _output_format(output: str, format: str) -> str:
     if format == "auto":
         ends = {".jsonl": "jsonl", ".parquet": "parquet", ".json": "llava", "_src.txt": "cmkp"}
-        format = next((form for end, form in ends.items() if output.endswith(end)), format)
+        format = next((name for end, name in ends.items() if output.endswith(end)), format)
         if format == "auto":
-            raise ValueError(f"{output!r} does not say its form ({', '.join(ends)}): pass output_format= (--to)")
+            raise ValueError(f"the format of {output!r} is unknown ({', '.join(ends)} are known): pass output_format= (--to)")
     if format not in OUTPUT_FORMATS:
         raise ValueError(f"output_format={format!r} is not known: use one of {', '.join(OUTPUT_FORMATS)}")
     if format == "cmkp" and not output.endswith("_src.txt"):
-        raise ValueError(f"{output!r}: CMKP's files are found by their names: call it X_src.txt")
+        raise ValueError(f"output={output!r}: CMKP's files are found by their names: name it X_src.txt")
     return format
 
 
-def _check_options(form: str, images: str, output_image_dir: Any, join_format: str, on_invalid: str) -> None:
+def _check_options(output_format: str, images: str, output_image_dir: Any, join_format: str, on_invalid: str) -> None:
     if images not in ("embed", "names", "drop"):
         raise ValueError(f"images={images!r} is not known: use 'auto', 'embed', 'names' or 'drop'")
-    if images == "embed" and form != "parquet":
-        raise ValueError(f"images='embed': only Parquet holds pictures; for {form}, output_image_dir= writes them as files")
-    if output_image_dir is not None and (form == "parquet" or images == "drop"):
-        raise ValueError(f"output_image_dir={str(output_image_dir)!r}: nothing is put there for {form} with images={images!r}")
+    if images == "embed" and output_format != "parquet":
+        raise ValueError(
+            f"images='embed': only Parquet files contain images; for {output_format}, output_image_dir= writes them as files"
+        )
+    if output_image_dir is not None and (output_format == "parquet" or images == "drop"):
+        raise ValueError(
+            f"output_image_dir={str(output_image_dir)!r}: nothing is written there for {output_format} with images={images!r}"
+        )
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid={on_invalid!r} is not known: use 'error' or 'skip'")
     try:
@@ -240,19 +261,19 @@ def _check_options(form: str, images: str, output_image_dir: Any, join_format: s
     except (LookupError, ValueError, AttributeError):
         fits = False
     if not fits:
-        raise ValueError(f"join_format={join_format!r} must have {{text}} and {{value}}, may have {{column}}, and no other")
+        raise ValueError(f"join_format={join_format!r} must have {{text}} and {{value}}, may have {{column}}, and no others")
 
 
-def _join(post: dict[str, Any], columns: Sequence[str], form: str) -> None:
+def _join(post: dict[str, Any], columns: Sequence[str], join_format: str) -> None:
     for column in columns:
         value = post.get(column)
         value = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
         if value.strip():
-            post["text"] = form.format(text=post.get("text") or "", column=column, value=value.strip()).strip()
+            post["text"] = join_format.format(text=post.get("text") or "", column=column, value=value.strip()).strip()
 
 
-class _Pictures:
-    """What becomes of a post's pictures."""
+class _ImageWriter:
+    """Reads, copies, names or drops the images of posts."""
 
     def __init__(self, mode: str, image_dir: str | Path | None, folder: str | Path | None) -> None:
         self.mode = mode
@@ -262,15 +283,17 @@ class _Pictures:
         self.folder = None if folder is None else os.path.realpath(folder)
 
     def __call__(self, images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The pictures as they are to be written: `bytes` None where they are only named."""
-        return [] if self.mode == "drop" else [self._picture(image) for image in images]
+        """Return the images as they are to be written; `bytes` is None if they are only named."""
+        return [] if self.mode == "drop" else [self._image(image) for image in images]
 
-    def _picture(self, image: Mapping[str, Any]) -> dict[str, Any]:
+    def _image(self, image: Mapping[str, Any]) -> dict[str, Any]:
         name, data = image["path"], image["bytes"]
         if data is None and (self.mode == "embed" or self.folder is not None):
             path = locate_image(name, self.root)
             if path is None:
-                raise _NotHeld(f"image {name!r} is a file name: say with image_dir= (--image-dir) where, or images='names'")
+                raise _Unwritable(
+                    f"image {name!r} is a file name: pass its folder as image_dir= (--image-dir), or images='names'"
+                )
             if error := check_image(path):
                 raise error
             data = Path(path).read_bytes()
@@ -283,20 +306,21 @@ class _Pictures:
         return {"bytes": data, "path": name}
 
 
-# --- writers ---
+# --- Writers ---
 
 
 class _Writer(Protocol):
-    """A `write` takes a post, and returns the columns that the form cannot hold."""
+    """Writes posts in one format."""
 
-    def write(self, post: dict[str, Any]) -> Iterable[str]: ...
+    def write(self, post: dict[str, Any]) -> Iterable[str]:
+        """Write a post, and return the columns that the format cannot represent."""
 
 
 def _names(post: Mapping[str, Any]) -> list[str]:
-    """The names of a post's pictures, for a form that holds names only."""
+    """Return the names of a post's images, for a format without embedded images."""
     if any(image["bytes"] is not None for image in post["images"]):
-        raise _NotHeld(
-            "it has an embedded image: say with output_image_dir= (--output-image-dir) where to write it, or images='drop'"
+        raise _Unwritable(
+            "it has an embedded image: pass a folder to write it to as output_image_dir= (--output-image-dir), or images='drop'"
         )
     return [image["path"] for image in post["images"]]
 
@@ -309,7 +333,9 @@ def _dumped(row: Mapping[str, Any]) -> str:
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError):
-                raise _NotHeld(f"the column {name!r} holds {value!r:.80}, which JSON cannot: drop= (--drop) it") from error
+                raise _Unwritable(
+                    f"the column {name!r} has {value!r:.80}, which JSON cannot represent: drop= (--drop) it"
+                ) from error
         raise
 
 
@@ -329,7 +355,7 @@ def _jsonl(path: Path) -> Iterator[_Writer]:
 
 
 class _Llava:
-    """AimKP's rows. `text` is written only where it could not be read back from the question."""
+    """Writes AimKP's rows. `text` is written only if it could not be read back from the question."""
 
     def __init__(self, file: IO[str], lines: bool) -> None:
         self.file = file
@@ -338,20 +364,20 @@ class _Llava:
 
     def write(self, post: dict[str, Any]) -> Iterable[str]:
         if "keyphrases" not in post or "text" not in post:
-            raise _NotHeld("it has no text and keyphrases (a prompt-completion row)")
+            raise _Unwritable("it has no text and keyphrases (a prompt-completion row)")
         task = TASKS["aimkp"]
         names, text = _names(post), post["text"]
         if "<image>" in text:
-            raise _NotHeld("its text contains '<image>', which stands for a picture in this form")
+            raise _Unwritable("its text contains '<image>', which stands for an image in this format")
         for phrase in post["keyphrases"]:
             if "," in phrase or not phrase:
-                raise _NotHeld(f"the keyphrase {phrase!r} cannot stand in a list separated by ','")
+                raise _Unwritable(f"the keyphrase {phrase!r} cannot be part of a list separated by ','")
         row: dict[str, Any] = {"id": post["id"]}
         if names:
             row["image"] = names[0] if len(names) == 1 else names
-        asked = "<image>" * len(names) + (f"{text}\n{task.instruction}" if text else task.instruction)
+        question = "<image>" * len(names) + (f"{text}\n{task.instruction}" if text else task.instruction)
         answer = task.separator.join(post["keyphrases"])
-        row["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         if text != text.strip() or text.endswith(task.instruction):
             row["text"] = text
         if post.get("rationale") is not None:
@@ -372,7 +398,7 @@ def _llava(path: Path) -> Iterator[_Writer]:
 
 
 class _Cmkp:
-    """CMKP's raw files, a post a line. The companions are written once a post has something for them."""
+    """Writes CMKP's raw files, one post per line. A companion file is created at the first post with a value for it."""
 
     def __init__(self, stem: str, text: IO[str], companions: Mapping[str, Path], stack: ExitStack) -> None:
         self.stem = stem
@@ -384,29 +410,35 @@ class _Cmkp:
 
     def write(self, post: dict[str, Any]) -> Iterable[str]:
         if "keyphrases" not in post or "text" not in post:
-            raise _NotHeld("it has no text and keyphrases (a prompt-completion row)")
+            raise _Unwritable("it has no text and keyphrases (a prompt-completion row)")
         lost = {name for name in post if name not in (*IDENTITY, *CONTENT, *self.paths) and post[name] is not None}
         names = _names(post)
         if len(names) > 1:
-            raise _NotHeld(f"it has {len(names)} images, and this form holds one")
+            raise _Unwritable(f"it has {len(names)} images, and this format has room for one")
         address = post.get("image_address")
         if names and isinstance(address, str) and address.rpartition("/")[2] == names[0]:
             names = [address]
             lost.discard("image_address")
         elif names and names[0] != names[0].strip().rpartition("/")[2]:
-            raise _NotHeld(f"the image name {names[0]!r} has a folder or blanks in it, and this form keeps the last part only")
+            raise _Unwritable(
+                f"the image name {names[0]!r} has a folder or whitespace in it, and this format keeps the last part only"
+            )
         for phrase in post["keyphrases"]:
             if not phrase or ";" in phrase:
-                raise _NotHeld(f"the keyphrase {phrase!r} cannot stand in a list separated by ';'")
+                raise _Unwritable(f"the keyphrase {phrase!r} cannot be part of a list separated by ';'")
         fields = [post["text"].strip(), ";".join(post["keyphrases"]), *names]
         extra = {name: post[name] for name in self.paths if post.get(name) is not None}
         if any(not isinstance(word, str) or word.split() != [word] for word in extra.get("attributes", ())):
-            raise _NotHeld(f"attributes={extra['attributes']!r:.80} must be words without blanks: drop= (--drop) the column")
+            raise _Unwritable(
+                f"attributes={extra['attributes']!r:.80} must be words without whitespace: drop= (--drop) the column"
+            )
         if "attributes" in extra:
             extra["attributes"] = " ".join(extra["attributes"])
         for value in (*fields, *extra.values()):
             if not isinstance(value, str) or any(mark in value for mark in ("\n", "\r", "<sep>")):
-                raise _NotHeld(f"{value!r:.80} cannot stand in a line of this form: no line breaks, no '<sep>', text only")
+                raise _Unwritable(
+                    f"{value!r:.80} cannot be part of a line of this format: no line breaks, no '<sep>', text only"
+                )
         self.text.write("<sep>".join(fields) + "\n")
         for name in extra.keys() - self.companions.keys():
             self.companions[name] = self.stack.enter_context(open(self.paths[name], "w", encoding="utf-8"))
@@ -416,7 +448,7 @@ class _Cmkp:
         if post["id"] != f"{self.stem}-{self.rows}":
             lost.add("id")
         if fields[0] != post["text"]:
-            lost.add("blanks around the text")
+            lost.add("whitespace around the text")
         if post.get("rationale") is not None:
             lost.add("rationale")
         self.rows += 1
@@ -427,8 +459,8 @@ class _Cmkp:
 def _cmkp(path: Path) -> Iterator[_Writer]:
     base = str(path).removesuffix("_src.txt")
     if os.path.exists(f"{base}_trg.txt"):
-        raise ValueError(f"{base}_trg.txt would be read with the new {path}: move it away")
-    # The text last: without it the others are not found.
+        raise ValueError(f"{base}_trg.txt would be read with the new {path}: move or remove it")
+    # The text is the last: without it, the other files are not read.
     companions = {"ocr": f"{base}_ocr_final.txt", "attributes": f"{base}_attribute_cleaned.txt"}
     with atomic_files(*companions.values(), path) as (*beside, partial), ExitStack() as stack:
         text = stack.enter_context(open(partial, "w", encoding="utf-8"))
@@ -439,12 +471,12 @@ def _cmkp(path: Path) -> Iterator[_Writer]:
 
 
 def _column_types(posts: Iterable[Mapping[str, Any]], drop: Sequence[str]) -> Features:
-    """The columns of a Parquet file: what all posts together need."""
+    """Return the columns of a Parquet file for all posts."""
     kinds: dict[str, Any] = {}
     fixed: set[str] = set()
     buffer: dict[str, list[Any]] = {}
 
-    def settle() -> None:
+    def type_columns() -> None:
         for name, values in buffer.items():
             if values and not isinstance(kinds.get(name), Json):
                 kinds[name] = _common_type(kinds.get(name), extra_type(name, values))
@@ -460,9 +492,9 @@ def _column_types(posts: Iterable[Mapping[str, Any]], drop: Sequence[str]) -> Fe
                 buffer.setdefault(name, [])
         for name in buffer:
             kinds.setdefault(name, None)
-        if number % _TYPED == 0:
-            settle()
-    settle()
+        if number % _POSTS_TYPED_AT_ONCE == 0:
+            type_columns()
+    type_columns()
     columns = {"id": Value("string"), "images": List(Image())}
     columns |= {name: kind for name, kind in CONTENT.items() if name in fixed}
     columns |= {name: Value("string") if kind is None else kind for name, kind in kinds.items()}
@@ -470,7 +502,7 @@ def _column_types(posts: Iterable[Mapping[str, Any]], drop: Sequence[str]) -> Fe
 
 
 def _common_type(first: Any, second: Any) -> Any:
-    """A type for the values of both. Dicts become JSON: Arrow would give every one of them the keys of all."""
+    """Return a type for the values of both types. Dicts become JSON, since Arrow would give each the keys of all."""
     kinds = [Features({"x": kind}).arrow_schema.field("x").type for kind in (first, second) if kind is not None]
     if any(isinstance(kind, Json) for kind in (first, second)) or any("struct<" in str(kind) for kind in kinds):
         return Json()
@@ -487,21 +519,21 @@ class _Parquet:
         self.features = features
         self.shard_bytes = shard_bytes
         self.posts: list[dict[str, Any]] = []
-        self.bytes = self.pictures = self.written = self.shards = 0
+        self.bytes = self.with_images = self.written = self.shards = 0
         self.file: pq.ParquetWriter | None = None
 
     def write(self, post: dict[str, Any]) -> Iterable[str]:
         row = {name: post.get(name) for name in self.features}
         for name, kind in self.features.items():
             if isinstance(kind, Json) and row[name] is not None:
-                # Encoded here: `datasets` takes a string that is JSON already for JSON.
+                # Encoded here, since `datasets` would read a string that is valid JSON as JSON.
                 row[name] = _dumped({name: row[name]})[len(json.dumps(name, ensure_ascii=False)) + 3 : -1]
         self.posts.append(row)
         self.bytes += sum(len(image["bytes"] or b"") for image in post["images"]) + len(post.get("text") or "")
-        self.pictures += any(image["bytes"] is not None for image in post["images"])
+        self.with_images += any(image["bytes"] is not None for image in post["images"])
         if (
             len(self.posts) >= _GROUP_POSTS
-            or (self.pictures and len(self.posts) >= _GROUP_WITH_PICTURES)
+            or (self.with_images and len(self.posts) >= _GROUP_POSTS_WITH_IMAGES)
             or self.bytes >= _GROUP_BYTES
         ):
             self.flush()
@@ -518,7 +550,7 @@ class _Parquet:
             self.shards += 1
         self.file.write_table(table, row_group_size=len(self.posts))
         self.written += self.bytes
-        self.posts, self.bytes, self.pictures = [], 0, 0
+        self.posts, self.bytes, self.with_images = [], 0, 0
         if self.shard_bytes is not None and self.written >= self.shard_bytes:
             self.close()
 
@@ -535,7 +567,7 @@ def _parquet(path: Path, features: Features, shard_bytes: int) -> Iterator[_Writ
             yield from _closing(_Parquet(partial, features, None))
         return
     if path.exists():
-        raise ValueError(f"{path} exists: a folder of shards is written anew; name another one or remove it")
+        raise ValueError(f"output={str(path)!r} exists: a folder of shards is created; choose another one or remove it")
     with atomic_folder(path) as partial:
         yield from _closing(_Parquet(partial, features, shard_bytes))
 

@@ -1,8 +1,11 @@
-"""Pictures of posts: where a name in a data file may point, and how a picture is opened.
+"""Images of posts: which file an image name may refer to, and how an image is opened.
 
-Posts come from anywhere, so a picture is hostile until it is open. Holds: nothing is fetched from a network; a name
-never leads out of the image folder, not by `..`, an absolute path or a symbolic link; only regular files are read; a
-picture is decoded only once its header has shown a size within `MAX_IMAGE_PIXELS` and one of `IMAGE_FORMATS`.
+Images come from untrusted sources. Guarantees:
+
+- Nothing is downloaded.
+- A name never refers to a file outside the image folder, neither by `..` nor by an absolute path or a symbolic link.
+- Only regular files are read.
+- An image is decoded only after its header has shown a size within `MAX_IMAGE_PIXELS` and one of `IMAGE_FORMATS`.
 """
 
 from __future__ import annotations
@@ -18,19 +21,24 @@ from typing import IO, Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Most pixels a picture may have (Pillow's own warning level, 256 MiB of RGB)."""
+"""The greatest number of pixels of an image (Pillow's own warning level, 256 MiB of RGB)."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is opened. Pillow knows more, some of which start other programs (EPS starts Ghostscript)."""
+"""The formats that are opened. Pillow knows more, some of which start other programs (EPS starts Ghostscript)."""
 
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class ImageError(ValueError):
-    """A picture that cannot or must not be opened.
+    """An image that cannot or must not be opened.
+
+    Args:
+        message: the reason in words.
+        code: the reason: `missing_file`, `unreadable_image`, `decompression_bomb`, `path_outside`, `external_url` or
+            `wrong_type`.
 
     Attributes:
-        code: the reason: `missing_file`, `unreadable_image`, `decompression_bomb`, `path_outside` or `external_url`.
+        code: the reason.
     """
 
     def __init__(self, message: str, code: str = "unreadable_image") -> None:
@@ -39,27 +47,27 @@ class ImageError(ValueError):
 
 
 def locate_image(name: str, root: str | None) -> str | None:
-    """Find the file that a name in a post means.
+    """Return the path of the file that an image name refers to.
 
     Args:
-        name: what the post says: relative to the image folder, or an absolute path.
+        name: the name in the post: relative to the image folder, or an absolute path.
         root: the image folder, with its symbolic links resolved (`os.path.realpath`), or None if there is none.
 
     Returns:
         An absolute path, of a file that need not exist; None if the name is relative and there is no image folder.
 
     Raises:
-        ImageError: if the name is a URL, or the path leaves the folder.
+        ImageError: if the name is a URL, or the path is outside the folder.
 
     Example:
-        >>> locate_image("cat.jpg", "/data/pictures")
-        '/data/pictures/cat.jpg'
+        >>> locate_image("cat.jpg", "/data/images")
+        '/data/images/cat.jpg'
         >>> locate_image("cat.jpg", None) is None
         True
     """
     if _URL.match(name):
         raise ImageError(
-            f"image {name!r:.120} is a URL, and pictures are never fetched: download it and name the file",
+            f"image {name!r:.120} is a URL, and images are never fetched: download it and name the file",
             "external_url",
         )
     if root is None:
@@ -69,23 +77,25 @@ def locate_image(name: str, root: str | None) -> str | None:
     except ValueError as error:  # a NUL byte
         raise ImageError(f"image {name!r:.120} is not a file name ({error})", "path_outside") from error
     if os.path.commonpath([root, path]) != root:
-        raise ImageError(f"image {name!r:.120} leaves the image folder {root}: put the file into the folder", "path_outside")
+        raise ImageError(
+            f"image {name!r:.120} is outside the image folder {root}: put the file into the folder", "path_outside"
+        )
     return path
 
 
 def open_image(value: Any, *, post_id: str | None = None) -> Image.Image:
-    """Decode a picture of a post, upright and in RGB.
+    """Decode an image of a post.
 
     Args:
-        value: a PIL image, encoded bytes, a path, or `{"bytes", "path"}` as `datasets.Image(decode=False)` gives it.
-        post_id: named in the error.
+        value: a PIL image, encoded bytes, a path, or `{"bytes", "path"}` as `datasets.Image(decode=False)` returns it.
+        post_id: the post's id, for the error message.
 
     Returns:
-        A loaded PIL image of mode RGB, turned as its EXIF orientation says.
+        A loaded PIL image of mode RGB, rotated by its EXIF orientation.
 
     Raises:
-        ImageError: naming the post and the reason, if the picture is missing, damaged, larger than
-            `MAX_IMAGE_PIXELS`, not one of `IMAGE_FORMATS`, or a URL.
+        ImageError: naming the post and the reason, if the image is missing, damaged, larger than
+            `MAX_IMAGE_PIXELS`, not in one of `IMAGE_FORMATS`, or a URL.
 
     Example:
         >>> open_image(Image.new("L", (4, 2))).mode
@@ -95,9 +105,20 @@ def open_image(value: Any, *, post_id: str | None = None) -> Image.Image:
 
 
 def check_image(value: Any, *, post_id: str | None = None) -> ImageError | None:
-    """Say why a picture could not be opened, or None: `open_image` for validation, as cheap as it can be.
+    """Check whether `open_image` could open an image, at the lowest cost.
 
-    A PNG is checked by its checksums; others are decoded, JPEGs at an eighth of their size.
+    A PNG is checked by its checksums; other formats are decoded, JPEGs at an eighth of their size.
+
+    Args:
+        value: as in `open_image`.
+        post_id: the post's id, for the error message.
+
+    Returns:
+        The error that `open_image` would raise, or None.
+
+    Example:
+        >>> check_image(b"no image").code
+        'unreadable_image'
     """
     try:
         _read(value, post_id, decode=False)
@@ -111,7 +132,7 @@ def _read(value: Any, post_id: str | None, decode: bool) -> Image.Image:
     path = None
     try:
         if isinstance(value, Image.Image):
-            return _decode(value, decode=True)  # the cheap ways spoil the caller's image
+            return _decode(value, decode=True)  # the cheap checks would spoil the caller's image
         file, path = _open_file(value)
         with file, Image.open(file, formats=IMAGE_FORMATS) as image:
             return _decode(image, decode)
@@ -123,7 +144,7 @@ def _read(value: Any, post_id: str | None, decode: bool) -> Image.Image:
         raise ImageError(f"{post}{_named(path)} is a decompression bomb: {error}", "decompression_bomb") from error
     except UnidentifiedImageError as error:
         known = ", ".join(IMAGE_FORMATS)
-        raise ImageError(f"{post}{_named(path)} is not a picture in a format that is read ({known})") from error
+        raise ImageError(f"{post}{_named(path)} is not an image in a supported format ({known})") from error
     # Pillow's decoders raise nearly anything on damaged input (OSError, SyntaxError, ValueError, struct.error, ...).
     except Exception as error:
         raise ImageError(
@@ -143,7 +164,7 @@ def _open_file(value: Any) -> tuple[IO[bytes], str | None]:
         return io.BytesIO(data), path
     if not isinstance(path, str | Path):
         raise ImageError(
-            f"a picture must be a PIL image, bytes, a path or a dict of 'bytes' and 'path', got {type(value).__name__}"
+            f"an image must be a PIL image, bytes, a path or a dict of 'bytes' and 'path', got {type(value).__name__}"
         )
     path = str(path)
     locate_image(path, None)  # refuses URLs
@@ -171,6 +192,6 @@ def _decode(image: Image.Image, decode: bool) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data beside a sound picture: it is taken as it stands
+    except Exception:  # damaged EXIF data beside an intact image: it is used without rotation
         pass
     return image.convert("RGB")

@@ -1,7 +1,7 @@
-"""Several datasets of posts as one, drawn with weights: `mix_posts`, and its configuration for YAML.
+"""Mixtures: several datasets of posts as one, drawn with weights, and their configuration for YAML.
 
-Holds: with equal seed the same posts come in the same order; the datasets' columns need not be the same, a post has
-None in a column that its own dataset lacks.
+Guarantees: the same seed gives the same posts in the same order. The datasets need not have the same columns: a post has None
+in a column that its own dataset does not have.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_withou
 
 @dataclass
 class PostSource:
-    """One entry of `datasets:`; the fields that TRL's `DatasetConfig` has too mean the same.
+    """One entry of `datasets:`; fields that TRL's `DatasetConfig` also has mean the same.
 
     Args:
-        path: what `load_posts` takes as `source`: a file, a folder or a Hub id.
-        weight: how often the next post comes from here, relative to the others; greater than 0.
-        split, name, data_dir, data_files, image_dir, format: as in `load_posts`.
+        path: a file, a folder or a Hub id, as `source` of `load_posts`.
+        weight: how often the next post is drawn from this dataset, relative to the others; greater than 0.
+        split: as in `load_posts`.
+        image_dir: as in `load_posts`.
+        format: as in `load_posts`.
+        name: as in `load_posts`.
+        data_dir: as in `load_posts`.
+        data_files: as in `load_posts`.
     """
 
     path: str
@@ -42,14 +47,25 @@ class PostSource:
 
 @dataclass
 class PostMixtureConfig:
-    """Several datasets, as TRL's `DatasetMixtureConfig`, in YAML:
+    """Configuration of several datasets, as TRL's `DatasetMixtureConfig`.
+
+    In YAML:
 
     ```yaml
     datasets:
-      - {path: data/train.jsonl, image_dir: data/pictures, weight: 3}
+      - {path: data/train.jsonl, image_dir: data/images, weight: 3}
       - {path: someone/posts, split: train, weight: 1}
     streaming: false
     ```
+
+    Args:
+        datasets: the datasets to mix, as [`PostSource`] or as a `dict` of its fields.
+        streaming: whether to read the datasets during training.
+        mixture_seed: seed of the draws.
+        stopping_strategy: as in `mix_posts`.
+
+    Raises:
+        ValueError: if an entry has unknown fields or no path, or the strategy is unknown.
     """
 
     datasets: list[PostSource] = field(
@@ -77,18 +93,21 @@ def _post_source(entry: Any) -> PostSource:
     try:
         return PostSource(**entry)
     except TypeError as error:
-        raise ValueError(f"datasets: the entry {entry!r} does not fit ({error}); {PostSource.__doc__}") from error
+        raise ValueError(f"datasets: the entry {entry!r} is invalid ({error}); {PostSource.__doc__}") from error
 
 
 def load_mixture(config: PostMixtureConfig, **validation: Any) -> Posts:
     """Load, validate and mix the datasets of a configuration.
 
-    Each is validated by itself, for a mixture repeats posts and two datasets may use the same ids.
+    Each dataset is validated by itself, since a mixture repeats posts and two datasets may use the same ids.
 
     Args:
         config: the datasets.
-        **validation: arguments of `validate_posts`, for every dataset. `report_file` gets the dataset's number before
-            its suffix if there are several.
+        **validation: arguments of `validate_posts` for every dataset. If there are several, the name of `report_file` gets
+            the number of the dataset before its suffix.
+
+    Returns:
+        The mixture, as `mix_posts` returns it.
 
     Raises:
         ValueError: if there is no dataset, or as in `load_posts`, `validate_posts` and `mix_posts`.
@@ -116,17 +135,17 @@ def load_mixture(config: PostMixtureConfig, **validation: Any) -> Posts:
 
 
 def mix_posts(weighted: Sequence[tuple[Any, float]], seed: int = 0, stopping_strategy: str = "first_exhausted") -> Posts:
-    """Draw posts from several datasets, each time from one of them with probability proportional to its weight.
+    """Draw posts from several datasets, each time from one of them with a probability proportional to its weight.
 
     Args:
-        weighted: datasets (or lists of posts) with their weights, greater than 0. If one is a stream, the result is.
+        weighted: datasets (or lists of posts) with their weights, greater than 0. If one is a stream, so is the result.
         seed: seed of the draws.
-        stopping_strategy: `"first_exhausted"` ends when a draw falls on a dataset that has no more posts;
-            `"all_exhausted"` when each has been read once, the smaller ones from the start again;
-            `"all_exhausted_without_replacement"` reads every post exactly once.
+        stopping_strategy: `"first_exhausted"` ends when a dataset is drawn that has no more posts; `"all_exhausted"` ends
+            when every dataset has been read once, the smaller ones repeatedly; `"all_exhausted_without_replacement"` reads
+            every post exactly once.
 
     Returns:
-        The mixture. Validate the datasets before, or with `validate_posts(..., unique_ids=False)` afterwards.
+        The mixture. Validate the datasets before, or the mixture with `validate_posts(..., unique_ids=False)`.
 
     Raises:
         ValueError: if there is no dataset, a weight is not positive and finite, or a column has incompatible types.
@@ -144,7 +163,7 @@ def mix_posts(weighted: Sequence[tuple[Any, float]], seed: int = 0, stopping_str
     weights = [float(weight) for _, weight in weighted]
     for weight in weights:
         if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"weight={weight!r} must be a positive number: leave out a dataset that is not wanted")
+            raise ValueError(f"weight={weight!r} must be a positive number: remove a dataset that should not be drawn")
     posts = [normalise_posts(dataset) for dataset, _ in weighted]
     if len(posts) == 1:
         return posts[0]
@@ -157,7 +176,7 @@ def mix_posts(weighted: Sequence[tuple[Any, float]], seed: int = 0, stopping_str
 
 
 def _aligned(posts: list[Posts]) -> list[Posts]:
-    """Give columns of the same name the same type."""
+    """Cast columns of the same name to a common type."""
     common: dict[str, Any] = {}
     for dataset in posts:
         for name, kind in dataset.features.items():
@@ -168,10 +187,10 @@ def _aligned(posts: list[Posts]) -> list[Posts]:
 def _retyped(dataset: Posts, common: Features) -> Posts:
     if dataset.features == common:
         return dataset
-    if isinstance(dataset, IterableDataset):  # a stream's rows do not get the columns they lack by themselves
+    if isinstance(dataset, IterableDataset):  # `datasets` does not add missing columns to the rows of a stream
         return dataset.map(_filled, fn_kwargs={"columns": tuple(common)}, features=common)
     features = Features({name: common[name] for name in dataset.features})
-    # Arrow cannot cast a struct to JSON text; the values themselves pass through a `map` to the new types.
+    # Arrow cannot cast a struct to JSON text; `map` writes the values with the new types.
     if any(kind == Json() != dataset.features[name] for name, kind in features.items()):
         return dataset.map(dict, features=features)
     return dataset.cast(features)

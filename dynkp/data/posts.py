@@ -1,8 +1,9 @@
-"""Posts and their validation: what is wrong with which post, before training starts.
+"""Validation of posts: find invalid posts before training starts.
 
-The row format and the way into it are in `dynkp.data.rows`, the pictures in `dynkp.data.images`; `open_image`,
-`ImageError` and `normalise_posts` can be imported from here too. Holds: every finding names its post; posts are
-dropped only when asked for, and then counted and listed.
+The row format and its normalisation are in `dynkp.data.rows`, images in `dynkp.data.images`; `open_image`, `ImageError` and
+`normalise_posts` can be imported from here too.
+
+Guarantees: every finding names its post; posts are dropped only if this is asked for, and then they are counted and listed.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ _READ = {*IDENTITY, *CONTENT, *CONVERSATION, LOAD_FINDINGS}
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a post.
+    """One problem that validation found in a post.
 
     Attributes:
         id: the post's id.
-        index: its row, from 0 (in a stream read by several workers: from 0 in each worker).
-        code: the reason, one of those listed in `docs/data.md`.
-        message: the reason in words.
+        index: position of the post, from 0 (in a stream read by several workers: from 0 in each worker).
+        code: the problem, one of the codes listed in `docs/data.md`.
+        message: the problem in words.
     """
 
     id: str
@@ -58,14 +59,18 @@ class Finding:
 
 @dataclass
 class PostReport:
-    """What `validate_posts` saw. For a stream it grows while the stream is read, and starts anew with each pass.
+    """The result of `validate_posts`. For a stream it grows while the stream is read, and starts anew with each pass.
 
     Attributes:
-        total: posts read.
-        dropped: posts dropped.
-        conversations: rows in TRL's prompt-completion form; they are not counted as lacking text and the like.
-        without_image, without_text, without_keyphrases, without_rationale: posts lacking each.
-        findings: what is wrong, in the order of the posts.
+        total: number of posts read.
+        dropped: number of posts dropped.
+        conversations: number of rows in TRL's prompt-completion format; they do not count as posts without text,
+            keyphrases or rationale.
+        without_image: number of posts without image.
+        without_text: number of posts without text.
+        without_keyphrases: number of posts without keyphrases.
+        without_rationale: number of posts without rationale.
+        findings: all findings, in the order of the posts.
     """
 
     total: int = 0
@@ -78,44 +83,57 @@ class PostReport:
     findings: list[Finding] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Number of findings by code, the most frequent first."""
+        """Return the number of findings per code, the most frequent first."""
         return dict(Counter(finding.code for finding in self.findings).most_common())
 
     def summary(self) -> str:
-        """The counts in one sentence."""
+        """Return the counts in one sentence."""
         without = (
             f"{self.without_image} without image, {self.without_text} without text, {self.without_keyphrases} without "
             f"keyphrases, {self.without_rationale} without rationale"
         )
-        found = ", ".join(f"{code} {count}" for code, count in self.counts().items()) or "nothing to object to"
+        found = ", ".join(f"{code} {count}" for code, count in self.counts().items()) or "no findings"
         return f"{self.total} posts ({without}): {found}"
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write one JSON row (`id`, `index`, `code`, `message`) for each finding; the file is replaced."""
+        """Write all findings as JSON Lines with `id`, `index`, `code` and `message`.
+
+        Args:
+            path: the file; replaced if it exists.
+        """
         write_json_lines(path, map(asdict, self.findings))
 
 
 class InvalidPostsError(ValueError):
     """Posts that cannot be trained on; the message names the first of them.
 
+    Args:
+        message: the message.
+        report: the whole `PostReport`.
+
     Attributes:
-        report: the whole `PostReport`, None where the error has crossed a process boundary.
+        report: the whole `PostReport`; None if the error comes from another process.
     """
 
-    # One required argument only: `DataLoader` rebuilds a worker's exception from its message.
+    # Only one required argument: `DataLoader` rebuilds a worker's exception from its message.
     def __init__(self, message: str, report: PostReport | None = None) -> None:
         super().__init__(message)
         self.report = report
 
     @classmethod
     def of(cls, report: PostReport, columns: Iterable[str] = ()) -> InvalidPostsError:
-        """The error of a report; `columns` are those of the posts, to say what was not read if none has keyphrases."""
+        """Build the error from a report.
+
+        Args:
+            report: a report with findings.
+            columns: names of the posts' columns. If no post has keyphrases, the message lists those that were not read.
+        """
         shown = [f"  post {finding.id!r}: {finding.code}: {finding.message}" for finding in report.findings[:10]]
         if len(report.findings) > len(shown):
             shown.append(f"  ... and {len(report.findings) - len(shown)} more")
         needed = any(finding.code == "no_keyphrases" for finding in report.findings)
         if needed and report.without_keyphrases == report.total and (unread := set(columns) - _READ):
-            shown.append(f"Keyphrases are read from the column 'keyphrases'; not read are {', '.join(sorted(unread))}.")
+            shown.append(f"Keyphrases are read from the column 'keyphrases'; not read: {', '.join(sorted(unread))}.")
         invalid = len({finding.index for finding in report.findings})
         return cls(
             f"{invalid} invalid posts. Read: {report.summary()}\n" + "\n".join(shown) + "\n"
@@ -132,22 +150,22 @@ class _Validator:
         self.need_keyphrases = need_keyphrases
         self.unique_ids = unique_ids
         self.report = PostReport()
-        self.first_seen: dict[int, int] = {}  # hash of the id -> row, to hold millions
+        self.first_seen: dict[int, int] = {}  # hash of the id -> index; hashes, since there may be millions
 
     def __call__(self, post: Mapping[str, Any], index: int, broken: Iterable[ImageError]) -> list[Finding]:
-        """Count the post, and return what is wrong with it; `broken` are the errors of its pictures."""
+        """Count a post, and return its findings; `broken` are the errors of its images."""
         report = self.report
         found = [(item["code"], item["message"]) for item in post.get(LOAD_FINDINGS) or ()]
         found += [(error.code, str(error)) for error in broken]
         first = self.first_seen.setdefault(hash(post["id"]), index)
         if self.unique_ids and first != index:
-            found.append(("repeated_id", f"the id is that of row {first} too (this is row {index})"))
+            found.append(("repeated_id", f"the id is also that of row {first} (this is row {index})"))
         report.total += 1
         report.without_image += not post["images"]
         if post.get("prompt") is not None:
             report.conversations += 1
             if self.need_keyphrases and not post["completion"]:
-                found.append(("no_completion", "the completion is empty, so there is nothing to learn from the post"))
+                found.append(("no_completion", "the completion is empty, so there is nothing to train on"))
         else:
             found += self._content(post, found)
         findings = [Finding(post["id"], index, code, message) for code, message in found]
@@ -159,7 +177,7 @@ class _Validator:
         self.report.without_text += not text.strip()
         self.report.without_keyphrases += not keyphrases
         self.report.without_rationale += not (post.get("rationale") or "").strip()
-        # A field of the wrong type was read as empty; that is one finding, not two.
+        # A value of the wrong type was read as empty; that is one finding, not two.
         if not text.strip() and not post["images"] and not post.get(LOAD_FINDINGS):
             yield "empty_post", "the post has neither text nor image"
         explained = any(code in ("wrong_type", "bad_conversation") for code, _ in found)
@@ -169,7 +187,7 @@ class _Validator:
         for phrase in keyphrases:
             folded = fold_keyphrase(phrase)
             if not phrase:
-                yield "empty_keyphrase", "a keyphrase is empty, or nothing but blanks and '#'"
+                yield "empty_keyphrase", "a keyphrase is empty, or only whitespace and '#'"
             elif folded in seen:
                 yield "repeated_keyphrase", f"the keyphrase {phrase!r} repeats {seen[folded]!r}"
             elif problem := keyphrase_problem(phrase, self.separator):
@@ -190,35 +208,35 @@ def validate_posts(
     unique_ids: bool = True,
     progress: bool = True,
 ) -> tuple[Posts, PostReport]:
-    """Check posts before training, and say by id what is wrong with which.
+    """Validate posts before training, and report every finding with the id of its post.
 
-    A stream is checked while it is read, post by post: nothing is found before, and the report grows meanwhile (in
-    the process that reads: with `DataLoader` workers it stays empty here, the report file does not).
+    A stream is validated while it is read, post by post: there are no findings before, and the report grows during reading
+    (in the process that reads: with `DataLoader` workers the report of this process stays empty, the report file does not).
 
     Args:
-        posts: what `load_posts` returns, or any dataset or list of rows it takes.
-        separator: what joins keyphrases in the targets (the task's).
-        on_invalid: `"error"`, or `"skip"`: drop invalid posts and log how many.
-        report_file: JSONL file for all findings, one a row; replaced if it exists.
-        check_images: whether to look into the pictures, in several threads. Names are checked in any case.
+        posts: what `load_posts` returns, or any dataset or list of rows that it takes.
+        separator: the string between keyphrases in the targets (the task's).
+        on_invalid: `"error"`, or `"skip"`: drop invalid posts and log their number.
+        report_file: a JSON Lines file for all findings; replaced if it exists.
+        check_images: whether to decode the images, in several threads. Image names are always checked.
         image_dir: as in `load_posts`.
-        need_keyphrases: whether a post without keyphrases (or a row with an empty completion) is invalid: True to
-            train or to score, False to predict.
+        need_keyphrases: whether a post without keyphrases (or a row with an empty completion) is invalid: True for
+            training and scoring, False for prediction.
         unique_ids: whether repeated ids are invalid. False for a mixture (`mix_posts`), which repeats posts.
         progress: whether to show a progress bar.
 
     Returns:
-        The valid posts, in the same order, and the report.
+        The valid posts, in their order, and the report.
 
     Raises:
         InvalidPostsError: a `ValueError` with the counts, the first ten findings and the remedy, if a post is invalid
-            and `on_invalid="error"` (a stream raises it at that post); or if no valid post is left.
-        ValueError: if `on_invalid` is neither.
+            and `on_invalid="error"` (a stream raises it at that post); or if there is no valid post.
+        ValueError: if `on_invalid` is neither `"error"` nor `"skip"`.
 
     Example:
         >>> posts, report = validate_posts([{"text": "my dog", "keyphrases": ["beagles"]}], progress=False)
         >>> report.summary()
-        '1 posts (1 without image, 0 without text, 0 without keyphrases, 1 without rationale): nothing to object to'
+        '1 posts (1 without image, 0 without text, 0 without keyphrases, 1 without rationale): no findings'
     """
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid={on_invalid!r} is not known: use 'error' or 'skip'")
@@ -248,7 +266,7 @@ def validate_posts(
 
 
 def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progress: bool) -> list[int]:
-    """Row numbers of the valid posts."""
+    """Return the indices of the valid posts."""
     columns = [*IDENTITY, *CONTENT, *CONVERSATION, LOAD_FINDINGS]
     posts = posts.select_columns([name for name in columns if name in posts.column_names])
     valid: list[int] = []
@@ -271,7 +289,7 @@ def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progre
 
 
 class _StreamCheck:
-    """The function for a stream's `filter`: whether a post is valid."""
+    """Decides whether a post is valid; the function for a stream's `filter`."""
 
     def __init__(self, validator: _Validator, on_invalid: str, report_file: str | Path | None, check_images: bool) -> None:
         self.validator = validator

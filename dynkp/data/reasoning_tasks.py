@@ -1,12 +1,18 @@
-"""Tasks of MulCoT-RD: each asks for a reasoning chain in named fields, or for the prediction alone.
+"""Reasoning tasks: MulCoT-RD's tasks, each with a label prompt and a response-chain prompt.
 
-Given   a row with `id`, `text`, `images` (placeholders are counted, pictures not read), and by the task `aspect`, `label`,
-        `keyphrases` and `rationale`.
-Gives   the chat messages of the chain prompt, of the label prompt and of the teacher's second question, the targets, and
-        what a model's output says.
-Holds   the prompts of a row are alike up to the last words (images, text, aspect, question come first), so that what they
-        share is computed once; neither the chain nor the label prompt depends on gold columns; `parse(target).prediction` is
-        the gold answer, for both targets and whatever the rationale says; `parse` takes any string.
+A response chain is an answer in named fields: four analyses (`Text_analysis`, `Image_analysis`, `Conflict_resolution`,
+`Final_conclusion`) and the `Prediction`. The label prompt asks for the field `Prediction` alone.
+
+A [`ReasoningTask`] makes, from a row with `id`, `text`, `images` and (depending on the task) `aspect`, `label`, `keyphrases`
+and `rationale`, the chat messages of both prompts and of the teacher's second question, and both targets; and it reads a
+model's output.
+
+Guarantees:
+
+- The prompts of a post begin with the same images, text, aspect and question, so that this beginning is computed once.
+- Neither the label prompt nor the response-chain prompt depends on gold columns.
+- `parse(target).prediction` is the gold answer, for both targets and for any rationale.
+- `parse` accepts any string.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dynkp.data.choices import did_you_mean
 from dynkp.data.tasks import KeyphraseTask
 
 SENTIMENTS = ("positive", "neutral", "negative")
@@ -32,12 +39,12 @@ _HEADER = re.compile(
 )
 
 
-class Prediction(NamedTuple):
-    """A model's output, read.
+class ResponseChain(NamedTuple):
+    """A response chain (or the field Prediction alone), as read from a model's output.
 
     Attributes:
-        fields: the analyses it gives, by name, in their order; may be empty.
-        prediction: one of the task's labels; keyphrases joined by the task's separator; None where there is none.
+        fields: the analyses in the output, by name, in the order of `ANALYSES`; may be empty.
+        prediction: one of the task's labels, or keyphrases joined by the task's separator; None if there is none.
     """
 
     fields: dict[str, str]
@@ -46,13 +53,13 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class ReasoningTask:
-    """A classification of posts, with reasons.
+    """A classification of posts whose answer is a response chain or the label alone.
 
     Args:
         name: the key in `REASONING_TASKS`, or a name of your own.
-        question: what is asked about the post, in both prompts; ends what they share.
-        analyses: the fields of a chain before the prediction, and what each is to say.
-        labels: the answers there are, in lower case.
+        question: the question about the post, in both prompts; it ends their shared beginning.
+        analyses: the fields of a response chain in front of the prediction, and what each should contain.
+        labels: the labels, in lower case.
         takes_aspect: whether the question is about the row's `aspect`.
 
     Example:
@@ -71,10 +78,10 @@ class ReasoningTask:
     takes_aspect: bool = False
 
     def chain_prompt(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The chat messages that ask for all fields.
+        """Return the chat messages that ask for a response chain.
 
         Args:
-            row: with `text`, `images` (one placeholder each) and, if the task takes one, `aspect`.
+            row: a post with `text`, `images` (one placeholder is written for each) and, if the task takes one, `aspect`.
 
         Raises:
             ValueError: naming the post, if its aspect is missing.
@@ -82,23 +89,43 @@ class ReasoningTask:
         return self._messages(row, self._chain_request())
 
     def label_prompt(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The chat messages that ask for the prediction alone; as `chain_prompt`."""
+        """Return the chat messages that ask for the prediction alone.
+
+        Args:
+            row: as in `chain_prompt`.
+
+        Raises:
+            ValueError: as in `chain_prompt`.
+        """
         return self._messages(row, f"Answer with this field alone:\n{self._prediction_request()}")
 
     def explain_prompt(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The chain prompt with the gold answer told: the teacher's second question, where its first answer was wrong."""
+        """Return the response-chain prompt with the gold answer: the teacher's second question after a wrong first answer.
+
+        Args:
+            row: as in `chain_prompt`, with the gold answer.
+
+        Raises:
+            ValueError: as in `chain_prompt` and `answer`.
+        """
         told = f"The right answer is known: {self.answer(row)}. Explain why it is right, and predict it.\n"
         return self._messages(row, told + self._chain_request())
 
     def chain_target(self, row: Mapping[str, Any]) -> str | None:
-        """Write the chain to be learned; None for a row without `rationale`.
+        """Return the response-chain target.
 
-        The rationale's fields are set in one form, `"Name": "value"` with an empty line between two, whatever form the
-        teacher gave them (JSON, headings, code fences); what stands before the first and after the prediction is left
-        out. A rationale without fields becomes the Final_conclusion. The last field is always the gold answer.
+        The rationale's fields are written in one format, `"Name": "value"` with an empty line between two, in whatever
+        format the teacher wrote them (JSON, headings, code fences). Text before the first field and after the prediction is
+        removed. A rationale without fields becomes the Final_conclusion. The last field is always the gold answer.
+
+        Args:
+            row: a post with its gold answer and, if it has one, a `rationale`.
+
+        Returns:
+            The target, or None for a post without rationale.
 
         Raises:
-            ValueError: naming the post, if its answer is missing or not one of the task's.
+            ValueError: naming the post, if its answer is missing or is not one of the task's labels.
         """
         rationale = (row.get("rationale") or "").strip()
         if not rationale:
@@ -108,40 +135,54 @@ class ReasoningTask:
         return "\n\n".join([*written, self.label_target(row)])
 
     def label_target(self, row: Mapping[str, Any]) -> str:
-        """Write the field Prediction with the gold answer.
+        """Return the label target: the field Prediction with the gold answer.
+
+        Args:
+            row: a post with its gold answer.
 
         Raises:
-            ValueError: naming the post, if its answer is missing or not one of the task's.
+            ValueError: naming the post, if its answer is missing or is not one of the task's labels.
         """
         return f'"{PREDICTION}": {self.answer(row)}'
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """The gold answer as `parse` reads it.
+        """Return the gold answer as `parse` reads it.
+
+        Args:
+            row: a post with `id` and `label`.
 
         Raises:
-            ValueError: naming the post, if it is missing or not one of the task's.
+            ValueError: naming the post, if its answer is missing or is not one of the task's labels.
         """
         label = row.get("label")
         if label not in self.labels:
             raise ValueError(
-                f"post {row.get('id', '?')!r}: label={label!r} is none of {', '.join(self.labels)}, which task {self.name!r} "
-                "predicts: correct the label, or drop the post"
+                f"post {row.get('id', '?')!r}: label={label!r} is none of {', '.join(self.labels)}, the labels of task "
+                f"{self.name!r}: correct the label, or drop the post"
             )
         return label
 
     def is_right(self, row: Mapping[str, Any], output: str) -> bool:
-        """Whether an output predicts the gold answer, so that its chain may be learned from."""
+        """Return whether an output predicts the gold answer, so that its response chain may be trained on.
+
+        Args:
+            row: a post with its gold answer.
+            output: a model's output.
+        """
         return self.parse(output).prediction == self.answer(row)
 
-    def parse(self, output: str) -> Prediction:
+    def parse(self, output: str) -> ResponseChain:
         """Read an output of either prompt.
 
         The prediction is the label named in the first line of the field Prediction; without such a field, the bare word
-        in the last line of a chain, or the label named in the last line of an output without any fields. A line that
-        names several labels, such as "positive/neutral/negative", predicts none.
+        in the last line of a response chain, or the label named in the last line of an output without any fields. A line
+        that names several labels, such as "positive/neutral/negative", predicts none.
 
         Args:
-            output: what the model wrote.
+            output: a model's output, any string.
+
+        Returns:
+            The analyses and the prediction.
 
         Raises:
             TypeError: if `output` is not a string.
@@ -151,14 +192,14 @@ class ReasoningTask:
         found = _json_fields(output) or _headed_fields(output)
         if PREDICTION not in found:
             before, _, last = _bare(output).rpartition("\n")
-            # A chain that was cut off ends in the middle of a thought, which may well name a label.
+            # A response chain that was cut off ends within an analysis, which may well name a label.
             if not found or (self.labels and len(last.split()) == 1 and self._read(last)):
                 found = {**_headed_fields(before), PREDICTION: last}
         fields = {name: found[name] for name in ANALYSES if found.get(name)}
-        return Prediction(fields, self._read((found.get(PREDICTION) or "").partition("\n")[0]))
+        return ResponseChain(fields, self._read((found.get(PREDICTION) or "").partition("\n")[0]))
 
     def _read(self, line: str) -> str | None:
-        """The answer in the line that holds the prediction."""
+        """Return the answer in the line that has the prediction."""
         named = {word for word in re.findall(r"\w+", line.lower()) if word in self.labels}
         return named.pop() if len(named) == 1 else None
 
@@ -167,9 +208,9 @@ class ReasoningTask:
         return f"Answer with these fields, with an empty line between two:\n{fields}{self._prediction_request()}"
 
     def _prediction_request(self) -> str:
-        return f'"{PREDICTION}": {self._answer_form()}'
+        return f'"{PREDICTION}": {self._answer_format()}'
 
-    def _answer_form(self) -> str:
+    def _answer_format(self) -> str:
         return "/".join(self.labels)
 
     def _messages(self, row: Mapping[str, Any], request: str) -> list[dict[str, Any]]:
@@ -178,7 +219,7 @@ class ReasoningTask:
             aspect = (row.get("aspect") or "").strip()
             if not aspect:
                 raise ValueError(
-                    f"post {row.get('id', '?')!r}: aspect={row.get('aspect')!r}, and task {self.name!r} asks about an aspect: "
+                    f"post {row.get('id', '?')!r}: aspect={row.get('aspect')!r}, but task {self.name!r} asks about an aspect: "
                     "give one, or use task 'msc' for whole posts"
                 )
             lines.append(f"Aspect: {aspect}")
@@ -189,10 +230,10 @@ class ReasoningTask:
 
 @dataclass(frozen=True)
 class KeyphraseReasoningTask(ReasoningTask):
-    """Keyphrases, with reasons: the answer is the row's `keyphrases`, joined.
+    """Keyphrase prediction as a reasoning task: the answer is the post's `keyphrases`, joined.
 
     Args:
-        keyphrase_task: how keyphrases are written and read.
+        keyphrase_task: writes and reads the keyphrases of an answer.
 
     Example:
         >>> task = REASONING_TASKS["keyphrases"]
@@ -206,34 +247,45 @@ class KeyphraseReasoningTask(ReasoningTask):
     keyphrase_task: KeyphraseTask = KeyphraseTask("keyphrases", "")
 
     def answer(self, row: Mapping[str, Any]) -> str:
+        """Return the gold keyphrases, joined; as `ReasoningTask.answer`."""
         try:
             return self.keyphrase_task.direct_target([" ".join(phrase.split()) for phrase in row.get("keyphrases") or ()])
         except ValueError as error:
             raise ValueError(f"post {row.get('id', '?')!r}: {error}") from error
 
     def label_target(self, row: Mapping[str, Any]) -> str:
-        # In quotes: keyphrases may hold or begin with quotes of their own.
+        """Return the label target, in quotes; as `ReasoningTask.label_target`."""
+        # In quotes, since keyphrases may contain or begin with quotes of their own.
         return f'"{PREDICTION}": "{self.answer(row)}"'
 
     def is_right(self, row: Mapping[str, Any], output: str) -> bool:
-        """Whether an output predicts keyphrases, and none but the post's own (upper and lower case aside)."""
+        """Return whether an output predicts keyphrases and all of them are the post's, ignoring case.
+
+        Args:
+            row: a post with its gold keyphrases.
+            output: a model's output.
+        """
         predicted = self.keyphrases(output)
         gold = {phrase.casefold() for phrase in self.keyphrase_task.parse(self.answer(row)).keyphrases}
         return bool(predicted) and {phrase.casefold() for phrase in predicted} <= gold
 
     def keyphrases(self, output: str) -> list[str]:
-        """The keyphrases of an output, in its order."""
+        """Return the keyphrases of an output, in its order.
+
+        Args:
+            output: a model's output.
+        """
         return self.keyphrase_task.parse(self.parse(output).prediction or "").keyphrases
 
     def _read(self, line: str) -> str | None:
         return self.keyphrase_task.separator.join(self.keyphrase_task.parse(line).keyphrases) or None
 
-    def _answer_form(self) -> str:
+    def _answer_format(self) -> str:
         return f'"the keyphrases, joined by {self.keyphrase_task.separator.strip()!r}"'
 
 
 def _json_fields(output: str) -> dict[str, str]:
-    """The fields of an output that is, or holds, one JSON object."""
+    """Return the fields of an output that is, or contains, one JSON object."""
     start, end = output.find("{"), output.rfind("}")
     try:
         content = json.loads(output[start : end + 1], strict=False) if 0 <= start < end else None
@@ -242,23 +294,23 @@ def _json_fields(output: str) -> dict[str, str]:
     if not isinstance(content, dict):
         return {}
     names = {name.casefold(): name for name in (*ANALYSES, PREDICTION)}
-    # Blanks for line breaks: written down, a line of a value must not look like a field.
+    # Line breaks become spaces: a line of a value must not look like a field in the target.
     return {
-        names[folded]: " ".join(_in_words(value).split())
+        names[folded]: " ".join(_as_text(value).split())
         for key, value in content.items()
         if (folded := key.casefold().replace(" ", "_")) in names
     }
 
 
-def _in_words(value: Any) -> str:
-    """A value of JSON: of a list its items, as keyphrases are joined; nothing of null."""
+def _as_text(value: Any) -> str:
+    """Return a value of JSON as text: a list as its items, joined like keyphrases; null as an empty string."""
     if isinstance(value, list):
-        return "; ".join(map(_in_words, value))
+        return "; ".join(map(_as_text, value))
     return "" if value is None else str(value)
 
 
 def _headed_fields(output: str) -> dict[str, str]:
-    """The fields of an output in which each begins a line; of a repeated prediction the first counts."""
+    """Return the fields of an output in which each field begins a line; of a repeated prediction the first counts."""
     names = {name.casefold(): name for name in (*ANALYSES, PREDICTION)}
     headers = list(_HEADER.finditer(output))
     ends = [*(header.start() for header in headers), len(output)][1:]
@@ -274,7 +326,7 @@ def _headed_fields(output: str) -> dict[str, str]:
 
 
 def _bare(value: str) -> str:
-    """A value without what surrounds it: blanks, a code fence, brackets and commas of JSON, emphasis, one pair of quotes."""
+    """Strip what surrounds a value: whitespace, a code fence, JSON's brackets and commas, emphasis, one pair of quotes."""
     end = len(value)
     while end:
         if value[end - 1].isspace() or value[end - 1] in "*,}":
@@ -331,17 +383,28 @@ REASONING_TASKS: dict[str, ReasoningTask] = {
         ),
     )
 }
+"""The tasks of MulCoT-RD by name: `msc` and `masc` (sentiment of a post, and towards an aspect) and `keyphrases`."""
 
 
 def resolve_reasoning_task(task: str | ReasoningTask) -> ReasoningTask:
-    """Look up a task by its name; a `ReasoningTask` is returned as it is.
+    """Return the task of a name; a `ReasoningTask` is returned as it is.
+
+    Args:
+        task: a key of `REASONING_TASKS`, or a task.
 
     Raises:
         ValueError: if no task has that name.
+
+    Example:
+        >>> resolve_reasoning_task("masc").takes_aspect
+        True
     """
     if isinstance(task, ReasoningTask):
         return task
     if task not in REASONING_TASKS:
         known = ", ".join(REASONING_TASKS)
-        raise ValueError(f"task={task!r} is not known: use one of {known}, or a ReasoningTask of your own")
+        raise ValueError(
+            f"task={task!r} is not known: use one of {known}, or a ReasoningTask of your own."
+            f"{did_you_mean(task, REASONING_TASKS)}"
+        )
     return REASONING_TASKS[task]

@@ -1,19 +1,22 @@
-"""The row format of posts, and how rows as people have them are brought into it.
-
-Holds: what cannot be put into its column is never dropped silently, it becomes an entry of `load_findings`, which
-`dynkp.data.posts.validate_posts` reads; pictures stay paths or encoded bytes; streams stay streams; normalising twice
-changes nothing.
+"""The row format of posts, and the normalisation of other rows into this format.
 
 | column | type | |
 |---|---|---|
 | `id` | str | unique |
 | `images` | list of `{"bytes", "path"}` | may be empty |
 | `text` | str | may be empty |
-| `keyphrases` | list of str | blanks and "#" stripped from both ends, as the answer parser does |
+| `keyphrases` | list of str | whitespace and "#" stripped from both ends, as the answer parser does |
 | `rationale` | str or None | |
 
-Rows with `prompt` and `completion` (TRL's conversational form, with `reasoning_completion`) keep these as they are and
-need none of `text`, `keyphrases`, `rationale`. Other columns are carried along.
+Rows with `prompt` and `completion` (TRL's conversational format, with `reasoning_completion`) keep these columns as they are
+and need none of `text`, `keyphrases`, `rationale`. Other columns are kept.
+
+Guarantees:
+
+- A value that does not fit its column is never dropped silently: it becomes an entry of the column `load_findings`, which
+  `dynkp.data.posts.validate_posts` reads.
+- Images stay paths or encoded bytes; streams stay streams.
+- Normalising twice has the same result as normalising once.
 """
 
 from __future__ import annotations
@@ -41,24 +44,27 @@ logger = logging.getLogger(__name__)
 
 Posts: TypeAlias = Dataset | IterableDataset
 
-# `datasets` gives an all-empty list or an all-None string the null type, and two such datasets then cannot be joined:
-# hence explicit types, always.
+# Types are always explicit: `datasets` gives an all-empty list or an all-None string the null type, and two such datasets
+# cannot be joined.
 IDENTITY = {"id": Value("string"), "images": List(Image(decode=False))}
 CONTENT = {"text": Value("string"), "keyphrases": List(Value("string")), "rationale": Value("string")}
 CONVERSATION = ("prompt", "completion", "reasoning_completion")
-# What normalising found, carried to `validate_posts` (which removes the column).
+# Findings of normalisation, kept for `validate_posts`, which removes the column.
 LOAD_FINDINGS = "load_findings"
 _FINDINGS_TYPE = List({"code": Value("string"), "message": Value("string")})
-# Columns that normalising replaces; the rest is carried along.
+# Columns that normalisation replaces; others are kept.
 READ_COLUMNS = {*IDENTITY, *CONTENT, "image", "conversations", LOAD_FINDINGS}
-# Rows from which the columns of a stream without declared types are taken.
+# Number of rows from which the columns of a stream without declared types are inferred.
 _PROBE = 100
 
 _QUESTION = TASKS["aimkp"].instruction
 
 
 def clean_keyphrase(phrase: str) -> str:
-    """Strip blanks and "#" from both ends, as the answer parser does, so that what is taught can be read back.
+    """Strip whitespace and "#" from both ends, as the answer parser does, so that the keyphrase can be read back.
+
+    Args:
+        phrase: a keyphrase.
 
     Example:
         >>> clean_keyphrase(" #NBA Finals ")
@@ -70,7 +76,10 @@ def clean_keyphrase(phrase: str) -> str:
 
 
 def fold_keyphrase(phrase: str) -> str:
-    """What two keyphrases have in common that count as the same one: case and blanks do not matter.
+    """Return the form of a keyphrase by which keyphrases are compared: case and whitespace do not matter.
+
+    Args:
+        phrase: a keyphrase.
 
     Example:
         >>> fold_keyphrase("#NBA  Finals")
@@ -80,7 +89,23 @@ def fold_keyphrase(phrase: str) -> str:
 
 
 class Normaliser:
-    """Turns a row into the columns of a post; what does not fit becomes entries of `load_findings`."""
+    """Turns a row into the columns of a post; values that do not fit become entries of `load_findings`.
+
+    Args:
+        columns: names of the rows' columns.
+        image_dir: the folder that image names are relative to.
+        stem: posts without id become `<stem>-<row>`.
+        local: whether the data was written on this machine: a downloaded dataset cannot name files of this machine.
+        stream: whether the rows are read as a stream: then ignored image names are announced at the first one.
+        keep_names: whether image names are kept as they are, whatever they refer to.
+
+    Attributes:
+        features: types of the columns that a normalised row has.
+        ignored: number of relative image names that were ignored because there is no image folder.
+
+    Raises:
+        FileNotFoundError: if `image_dir` is not a folder.
+    """
 
     def __init__(
         self,
@@ -99,15 +124,24 @@ class Normaliser:
             raise FileNotFoundError(f"image_dir={str(image_dir)!r} is not a folder")
         self.local = local
         self.stream = stream
-        self.keep_names = keep_names  # names of pictures stay as they are, whatever they name
-        self.ignored = 0  # relative image names without an image folder
-        # In a mixture with prompt-completion rows both kinds of columns stand side by side.
+        self.keep_names = keep_names
+        self.ignored = 0
+        # A mixture with prompt-completion rows has both kinds of columns.
         conversational = {"prompt", "completion"} <= self.columns
         content = {name: kind for name, kind in CONTENT.items() if not conversational or name in self.columns}
         self.features = Features({**IDENTITY, **content, LOAD_FINDINGS: _FINDINGS_TYPE})
 
     def __call__(self, row: Mapping[str, Any], fallback_id: str, extra: Iterable[str] = ()) -> dict[str, Any]:
-        """The row as a post, with the columns of `extra` carried along."""
+        """Normalise one row.
+
+        Args:
+            row: the row.
+            fallback_id: the id of a row without id.
+            extra: names of further columns to keep.
+
+        Returns:
+            The columns of `features`, and those of `extra`.
+        """
         problems = list(row.get(LOAD_FINDINGS) or [])
 
         def report(code: str, message: str) -> None:
@@ -128,7 +162,16 @@ class Normaliser:
         return {name: post[name] for name in self.features} | carried
 
     def batch(self, batch: Mapping[str, list[Any]], indices: list[int], columns: list[str]) -> dict[str, list[Any]]:
-        """The function for `map`: rows as columns, in and out."""
+        """Normalise a batch of rows; the function for `datasets.Dataset.map`.
+
+        Args:
+            batch: values of each column.
+            indices: positions of the rows, from 0.
+            columns: names of the columns to read.
+
+        Returns:
+            Values of each column of `features`.
+        """
         values = [batch[name] for name in columns]
         rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*values, strict=True)] or [{} for _ in indices]
         posts = [self(row, f"{self.stem}-{index}") for row, index in zip(rows, indices, strict=True)]
@@ -158,7 +201,7 @@ class Normaliser:
             return {"bytes": value["bytes"], "path": value.get("path")}
         name = value.get("path") if isinstance(value, Mapping) else value
         if not isinstance(name, str | Path) or not str(name):
-            raise ImageError(f"an image must be a file name, bytes or a picture, got {name!r:.80}", "wrong_type")
+            raise ImageError(f"an image must be a file name, bytes or a PIL image, got {name!r:.80}", "wrong_type")
         if self.keep_names:
             return {"bytes": None, "path": str(name)}
         if not self.local and isinstance(value, str) and os.path.isabs(value):
@@ -168,7 +211,7 @@ class Normaliser:
             self.ignored += 1
             if self.stream and self.ignored == 1:
                 logger.warning(
-                    "the stream's posts have relative image names (%r), and no image folder: they are used without "
+                    "the stream's posts have relative image names (%r), but there is no image folder: they are used without "
                     "image. To use the images, pass image_dir=.",
                     str(name),
                 )
@@ -176,10 +219,14 @@ class Normaliser:
         return {"bytes": None, "path": path}
 
     def announce_ignored(self, posts: int) -> None:
-        """Say once how many pictures were left out for want of an image folder."""
+        """Log how many images were ignored because there is no image folder.
+
+        Args:
+            posts: number of posts.
+        """
         if self.ignored:
             logger.warning(
-                "%d relative image names in %d posts, and no image folder: they are used without image. To use the "
+                "%d relative image names in %d posts, but there is no image folder: they are used without image. To use the "
                 "images, pass image_dir=.",
                 self.ignored,
                 posts,
@@ -187,7 +234,7 @@ class Normaliser:
 
 
 def _absent(value: Any) -> bool:
-    """Whether a cell holds no image: null, an empty name, an empty list, or Arrow's struct of nulls."""
+    """Return whether a value is no image: null, an empty name, an empty list, or Arrow's struct of nulls."""
     if isinstance(value, Mapping):
         return value.get("bytes") is None and value.get("path") is None
     return value is None or (isinstance(value, str | bytes | list | tuple) and not value)
@@ -210,9 +257,9 @@ def _string(value: Any, name: str, report: Any) -> str | None:
 
 
 def _unicode(value: str, name: str, report: Any) -> str:
-    # JSON can spell half a surrogate pair ("\ud83d"), which neither Arrow nor a tokenizer can hold.
+    # JSON can spell half a surrogate pair ("\ud83d"), which neither Arrow nor a tokenizer accepts.
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        report("bad_unicode", f"{name} holds half a surrogate pair: {value!r:.120}")
+        report("bad_unicode", f"{name} has half a surrogate pair: {value!r:.120}")
         return value.encode("utf-8", "replace").decode("utf-8")
     return value
 
@@ -245,7 +292,7 @@ def _keyphrases(value: Any, report: Any) -> list[str]:
 
 
 def _encode(image: PILImage.Image) -> bytes:
-    """A picture in memory as lossless bytes, upright (PNG made by Pillow keeps no orientation)."""
+    """Return an image in memory as lossless bytes, rotated by its EXIF orientation (which Pillow's PNG does not keep)."""
     if image.width * image.height > MAX_IMAGE_PIXELS:  # before anything is decoded
         raise ImageError(f"an image of {image.width} x {image.height} pixels is refused", "decompression_bomb")
     data = io.BytesIO()
@@ -257,14 +304,14 @@ def _encode(image: PILImage.Image) -> bytes:
 
 
 def _from_conversation(row: Mapping[str, Any], report: Any) -> dict[str, Any]:
-    """AimKP's rows, LLaVA-style: the human says `<image>`, the text and the question, the model `k1, k2`."""
+    """Read a row of AimKP's format, LLaVA-style: a question of `<image>`, text and instruction, and the answer `k1, k2`."""
     turns = row["conversations"]
     turns = turns if isinstance(turns, list) else []
-    said = [turn["value"] for turn in turns if isinstance(turn, Mapping) and isinstance(turn.get("value"), str)]
-    if len(said) != len(turns) or not 1 <= len(said) <= 2:
-        report("bad_conversation", "conversations must hold one question and its answer, each with a string 'value'")
+    values = [turn["value"] for turn in turns if isinstance(turn, Mapping) and isinstance(turn.get("value"), str)]
+    if len(values) != len(turns) or not 1 <= len(values) <= 2:
+        report("bad_conversation", "conversations must have one question and its answer, each with a string 'value'")
         return {**row, "keyphrases": []}
-    question, answer = (*said, "")[:2]
+    question, answer = (*values, "")[:2]
     text = row.get("text")
     if text is None:
         text = question.replace("<image>", "").strip().removesuffix(_QUESTION).strip()
@@ -272,7 +319,7 @@ def _from_conversation(row: Mapping[str, Any], report: Any) -> dict[str, Any]:
 
 
 def normalise_posts(posts: Any, *, image_dir: str | Path | None = None, stem: str = "post", local: bool = True) -> Posts:
-    """Bring posts into the row format of this module.
+    """Normalise posts into the row format of this module.
 
     Args:
         posts: a `Dataset`, an `IterableDataset` (stays a stream), or an iterable of dicts.
@@ -282,11 +329,11 @@ def normalise_posts(posts: Any, *, image_dir: str | Path | None = None, stem: st
         local: whether the data was written on this machine: a downloaded dataset cannot name files of this machine.
 
     Returns:
-        The posts. What did not fit stands in the column `load_findings` until `validate_posts` reads it.
+        The posts. Values that did not fit are listed in the column `load_findings`, which `validate_posts` reads.
 
     Raises:
         FileNotFoundError: if `image_dir` is not a folder.
-        TypeError: if `posts` is something else, or a row is not a dict.
+        TypeError: if `posts` is anything else, or a row is not a dict.
 
     Example:
         >>> normalise_posts([{"id": 7, "text": "my dog", "keyphrases": ["#beagles"]}])[0]
@@ -305,12 +352,29 @@ def normalise_posts(posts: Any, *, image_dir: str | Path | None = None, stem: st
 
 
 def enumerate_ids(rows: Iterable[Any], stem: str) -> Iterable[tuple[str, Any]]:
-    """Pair each row with the id it gets if it has none of its own."""
+    """Pair each row with the id that it gets if it has none.
+
+    Args:
+        rows: the rows.
+        stem: ids are `<stem>-<row from 0>`.
+
+    Example:
+        >>> list(enumerate_ids(["a", "b"], "post"))
+        [('post-0', 'a'), ('post-1', 'b')]
+    """
     return ((f"{stem}-{index}", row) for index, row in enumerate(rows))
 
 
 def normalise_rows(rows: Iterable[tuple[str, Any]], options: Mapping[str, Any]) -> Dataset:
-    """Build a `Dataset` in memory from Python rows, each with the id it gets if it has none."""
+    """Build a `Dataset` in memory from Python rows.
+
+    Args:
+        rows: pairs of the id that a row gets if it has none, and the row.
+        options: arguments of `Normaliser`.
+
+    Raises:
+        TypeError: if a row is not a dict, or the name of a column is not a valid string.
+    """
     pairs = list(rows)
     normaliser, extra = row_types([row for _, row in pairs], options)
     posts = [normaliser(row, fallback_id, extra) for fallback_id, row in pairs]
@@ -321,7 +385,15 @@ def normalise_rows(rows: Iterable[tuple[str, Any]], options: Mapping[str, Any]) 
 
 
 def row_types(rows: Sequence[Any], options: Mapping[str, Any]) -> tuple[Normaliser, Features]:
-    """The normaliser for these rows, and the types of the columns that are carried along."""
+    """Return the normaliser of some rows, and the types of the further columns that are kept.
+
+    Args:
+        rows: all rows, or the first ones of a stream.
+        options: arguments of `Normaliser`.
+
+    Raises:
+        TypeError: if a row is not a dict, or the name of a column is not a valid string.
+    """
     for row in rows:
         if not isinstance(row, Mapping):
             raise TypeError(f"a post must be a dict, got {type(row).__name__} {row!r:.80}")
@@ -334,16 +406,21 @@ def row_types(rows: Sequence[Any], options: Mapping[str, Any]) -> tuple[Normalis
 
 
 def extra_type(name: str, values: list[Any]) -> Any:
-    """The type of a column that is carried along: what Arrow infers, JSON where its values are of several types."""
-    # Arrow would fill a message {"role", "content": [{"type": "image"}, {"type": "text", "text"}]} up with None, and
-    # chat templates ask which keys there are.
+    """Return the type of a column that is kept: the one that Arrow infers, or JSON if its values have several types.
+
+    Args:
+        name: name of the column.
+        values: its values.
+    """
+    # Arrow would add keys with None to a message {"role", "content": [{"type": "image"}, {"type": "text", "text"}]}, and
+    # chat templates test which keys there are.
     if name in CONVERSATION:
         return Json()
     try:
         kind = pa.array([_encodable(value, "", lambda *_: None) for value in values]).type
         return Value("string") if pa.types.is_null(kind) else Features.from_arrow_schema(pa.schema({name: kind}))[name]
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-        return Json()  # of several types
+        return Json()  # values of several types
 
 
 def _without_empty_findings(posts: Dataset) -> Dataset:
@@ -354,7 +431,12 @@ def _without_empty_findings(posts: Dataset) -> Dataset:
 
 
 def undecoded(posts: Any, features: Features) -> Any:
-    """Pictures as paths or bytes: `datasets` decodes an `Image` column whenever a row is read."""
+    """Return posts whose images are read as paths or bytes: `datasets` decodes an `Image` column when a row is read.
+
+    Args:
+        posts: a `Dataset` or an `IterableDataset`.
+        features: the types of its columns.
+    """
     for name in {"image", "images"} & set(features):
         if isinstance(features[name], Image):
             posts = posts.cast_column(name, Image(decode=False))
@@ -384,7 +466,7 @@ def _normalise_dataset(posts: Dataset, options: Mapping[str, Any]) -> Dataset:
         fn_kwargs={"columns": read},
         remove_columns=read,
         features=features,
-        # The cache knows the data but not the version of this code, and a cached pass would announce nothing.
+        # The cache key has the data but not the version of this code, and a cached pass would log no warning.
         load_from_cache_file=False,
         desc="Reading posts",
     )
@@ -393,7 +475,7 @@ def _normalise_dataset(posts: Dataset, options: Mapping[str, Any]) -> Dataset:
 
 
 def _is_normal(posts: Dataset, normaliser: Normaliser) -> bool:
-    """Whether normalising would change nothing; then a large dataset need not be copied."""
+    """Return whether normalisation would change nothing; then a large dataset need not be copied."""
     expected = {name: kind for name, kind in normaliser.features.items() if name != LOAD_FINDINGS}
     features = posts.features
     if {"image", "conversations"} & set(features) or Value("null") in features.values():
@@ -408,7 +490,7 @@ def _is_normal(posts: Dataset, normaliser: Normaliser) -> bool:
     phrases = pc.list_flatten(table.column("keyphrases")).to_pylist() if "keyphrases" in expected else []
     if not all(phrase is not None and phrase == clean_keyphrase(phrase) for phrase in phrases):
         return False
-    # Bytes stay in Arrow: only the paths of pictures without bytes are looked at.
+    # Bytes stay in Arrow: only the paths of images without bytes are read.
     for chunk in pc.list_flatten(table.column("images")).chunks:
         by_path = pc.is_null(pc.struct_field(chunk, "bytes"))
         for path in pc.struct_field(chunk, "path").filter(by_path).to_pylist():
@@ -442,7 +524,7 @@ def _normalise_stream(posts: IterableDataset, options: Mapping[str, Any]) -> Ite
     return posts.map(
         normaliser.batch,
         batched=True,
-        batch_size=16,  # few, so that the first batch of training does not wait for many pictures
+        batch_size=16,  # few, so that the first batch of training does not wait for many images
         with_indices=True,
         fn_kwargs={"columns": read},
         remove_columns=read,

@@ -1,10 +1,11 @@
-"""Posts with a sentiment: Twitter-2015/2017 (one row per aspect) and MVSA (one row per post), read and checked.
+"""Loading and validation of posts with a sentiment: Twitter-2015/2017 (a row per aspect) and MVSA (a row per post).
 
-Given   TomBERT's TSV files, MVSA's folders, JSON files with reasoning chains, or any source of `load_posts` with the columns
-        `label` and, for the sentiment towards an aspect, `aspect`.
-Gives   rows with `id`, `images`, `text`, `aspect`, `label`, `rationale` and the source's other columns.
-Holds   a line that cannot be parsed is an error with file and line; a row that cannot be used is a finding with the post's
-        id, and is dropped only when asked for, counted and listed.
+Sources are TomBERT's TSV files, MVSA's folders, JSON files with response chains, or any source of `load_posts` with the
+columns `label` and, for the sentiment towards an aspect, `aspect`. Posts have `id`, `images`, `text`, `aspect`, `label`,
+`rationale` and the source's other columns.
+
+Guarantees: a line that cannot be parsed is an error with file and line; a row that cannot be used is a finding with the post's
+id, and is dropped only if this is asked for, and then counted and listed.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from dynkp.data.sources import file_stem, read_lines, read_rows
 logger = logging.getLogger(__name__)
 
 SENTIMENT_FORMATS = ("auto", "tombert", "mvsa", "rows")
-# TomBERT's numbers.
+# TomBERT's labels.
 _POLARITIES = {"0": "negative", "1": "neutral", "2": "positive"}
-# Where the aspect stands in TomBERT's texts.
+# The placeholder of the aspect in TomBERT's texts.
 _PLACE = "$T$"
 _MVSA_LABELS = "labelResultAll.txt"
-# Findings that matter where labels do.
+# Findings that matter only if labels are needed.
 _OF_LABELS = ("no_majority", "contradictory_labels", "unknown_vote")
 
 
@@ -44,28 +45,30 @@ def read_sentiment_posts(
     format: str = "auto",
     need_labels: bool = True,
 ) -> Dataset:
-    """Load posts for sentiment; what is wrong with which is for `validate_posts` to say, or for `load_sentiment_posts`.
+    """Load posts with a sentiment, without validating them; `load_sentiment_posts` does both.
 
     Args:
         source: one of
-            a TomBERT file (`.tsv`: index, label 0/1/2, image, text with `$T$` for the aspect, aspect);
-            an MVSA folder, with `labelResultAll.txt` and the texts and pictures in `data/`, or that file itself;
-            anything that `load_posts` takes, with rows of `text`, `label`, `aspect` (task "masc"), `image` or
-            `image_path`, and `rationale` or `cot`; MASC files are read row by row, one per aspect.
-        task: "masc" for the sentiment towards an aspect, "msc" for that of whole posts, or a task of your own.
-        image_dir: the folder that image names are relative to; MVSA's own `data` folder by default. Without it posts
-            have no image.
-        split: of a folder saved by `datasets` or a Hub dataset.
-        format: one of `SENTIMENT_FORMATS`, if it cannot be seen from the source.
-        need_labels: whether a post without label is invalid: True to train or to score, False to predict.
+
+            - a TomBERT file (`.tsv`: index, label 0/1/2, image, text with `$T$` for the aspect, aspect);
+            - an MVSA folder, with `labelResultAll.txt` and the texts and images in `data/`, or that file itself;
+            - any source of `load_posts` with the columns `text`, `label`, `aspect` (task "masc"), `image` or `image_path`,
+              and `rationale` or `cot`; MASC files are read row by row, one per aspect.
+        task: "masc" for the sentiment towards an aspect, "msc" for the sentiment of whole posts, or a task of your own.
+        image_dir: the folder that image names are relative to; by default MVSA's own `data` folder. Without it posts have no
+            image.
+        split: the split of a folder saved by `datasets` or of a Hub dataset.
+        format: one of `SENTIMENT_FORMATS`, if it cannot be recognised from the source.
+        need_labels: whether a post without label is invalid: True for training and scoring, False for prediction.
 
     Returns:
-        All posts, in the source's order. MVSA's label follows Xu and Mao (2017): the majority of the annotators for text
-        and image apart; of the two, the one that is not neutral. Posts without majority or with opposite labels are
-        invalid (`no_majority`, `contradictory_labels`).
+        All posts, in the source's order, with the column `load_findings` that `validate_posts` reads. MVSA's label follows
+        Xu and Mao (2017): the majority of the annotators for text and for image separately; of the two, the one that is not
+        neutral. Posts without majority or with opposite labels are invalid (`no_majority`, `contradictory_labels`).
 
     Raises:
-        FileNotFoundError, ValueError: as in `load_posts`.
+        FileNotFoundError: as in `load_posts`.
+        ValueError: as in `load_posts`.
     """
     rows = read_sentiment_rows(source, task=task, split=split, format=format, need_labels=need_labels)
     image_dir = image_dir if image_dir is not None else image_folder(source, format)
@@ -81,16 +84,22 @@ def read_sentiment_rows(
     format: str = "auto",
     need_labels: bool = True,
 ) -> Iterator[tuple[str, Any]]:
-    """Read rows for sentiment one at a time, images by the names they are written with.
+    """Read rows with a sentiment one at a time, with image names as they are written.
 
     Args:
-        source, task, split, format, need_labels: as in `read_sentiment_posts`.
+        source: as in `read_sentiment_posts`.
+        task: as in `read_sentiment_posts`.
+        split: as in `read_sentiment_posts`.
+        format: as in `read_sentiment_posts`.
+        need_labels: as in `read_sentiment_posts`.
 
     Returns:
-        Pairs of the id that a row gets if it has none, and the row; its column `load_findings` says what is wrong with it.
+        An iterator over pairs of the id that a row gets if it has none, and the row, whose column `load_findings` lists its
+        problems.
 
     Raises:
-        FileNotFoundError, ValueError: as in `load_posts`.
+        FileNotFoundError: as in `load_posts`.
+        ValueError: as in `load_posts`.
     """
     if format not in SENTIMENT_FORMATS:
         raise ValueError(f"format={format!r} is not known: use one of {', '.join(SENTIMENT_FORMATS)}")
@@ -108,7 +117,12 @@ def read_sentiment_rows(
 
 
 def image_folder(source: Any, format: str = "auto") -> Path | None:
-    """Where a source keeps its pictures, if it is one that says so: MVSA's folder."""
+    """Return the image folder of a source whose layout includes one (MVSA), else None.
+
+    Args:
+        source: as in `read_sentiment_posts`.
+        format: as in `read_sentiment_posts`.
+    """
     path = os.fspath(source) if isinstance(source, str | Path) else None
     is_mvsa = path is not None and (format == "mvsa" or (format == "auto" and _recognise(path) == "mvsa"))
     return _mvsa_folder(str(path)) if is_mvsa else None
@@ -124,17 +138,23 @@ def load_sentiment_posts(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Dataset, PostReport]:
-    """Load and check posts for sentiment.
+    """Load and validate posts with a sentiment.
 
     Args:
-        source, task, **options: as in `read_sentiment_posts`.
-        on_invalid, report_file, check_images, progress: as in `validate_posts`.
+        source: as in `read_sentiment_posts`.
+        task: as in `read_sentiment_posts`.
+        on_invalid: as in `validate_posts`.
+        report_file: as in `validate_posts`.
+        check_images: as in `validate_posts`.
+        progress: as in `validate_posts`.
+        **options: as in `read_sentiment_posts`.
 
     Returns:
         The valid posts, in the source's order, and the report.
 
     Raises:
-        FileNotFoundError, ValueError: as in `load_posts`.
+        FileNotFoundError: as in `load_posts`.
+        ValueError: as in `load_posts`.
         InvalidPostsError: as in `validate_posts`.
 
     Example:
@@ -165,9 +185,9 @@ def _recognise(path: str | None) -> str:
 
 
 def _prepared(row: Any, task: ReasoningTask, need_labels: bool) -> Any:
-    """The row with the columns' names of a post, and what is wrong with its label and aspect among the findings."""
+    """Return the row with a post's column names, and with findings about its label and aspect."""
     if not isinstance(row, Mapping):
-        return row  # refused, with its number, where rows are normalised
+        return row  # refused, with its number, when rows are normalised
     row = dict(row)
     for other, name in (("cot", "rationale"), ("image_path", "image")):
         if other in row and row.get(name) is None:
@@ -180,7 +200,7 @@ def _prepared(row: Any, task: ReasoningTask, need_labels: bool) -> Any:
     label = row.get("label")
     if isinstance(label, str):
         label = row["label"] = label.strip().lower()
-    # A label that could not be settled has its finding already.
+    # A label that could not be determined has its finding already.
     if task.labels and label not in task.labels and not (label is None and (findings or not need_labels)):
         code = "no_label" if label in (None, "") else "unknown_label"
         report(code, f"the label is {label!r:.80}, and must be one of {', '.join(task.labels)}")
@@ -195,13 +215,13 @@ def _prepared(row: Any, task: ReasoningTask, need_labels: bool) -> Any:
 
 
 def _announce_rationales(posts: Dataset, task: ReasoningTask) -> None:
-    """Say how many rationales there are to learn from, and how many come to another label than the post's."""
+    """Log how many rationales there are, and how many of them predict another label than the post's."""
     pairs = zip(posts["rationale"], posts["label"], strict=True)
     parsed = [(task.parse(rationale).prediction, label) for rationale, label in pairs if rationale and label]
     differing = sum(prediction != label for prediction, label in parsed)
     if differing:
         logger.info(
-            "%d of %d rationales do not predict their post's label (or nothing that can be read); as targets they end in the "
+            "%d of %d rationales predict another label than their post's, or none; the targets made from them end with the "
             "post's label.",
             differing,
             len(parsed),
@@ -222,7 +242,7 @@ def _read_tombert(path: str, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
         index, label, image, text, aspect = fields
         findings = []
         if _PLACE not in text:
-            message = f"the text has no {_PLACE}, where the aspect {aspect!r:.80} belongs: {text[:80]!r}"
+            message = f"the text has no {_PLACE}, the placeholder of the aspect {aspect!r:.80}: {text[:80]!r}"
             findings.append({"code": "no_place_of_aspect", "message": message})
         row: dict[str, Any] = {
             "id": f"{stem}-{index}",
@@ -240,7 +260,7 @@ def _read_tombert(path: str, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _mvsa_folder(path: str) -> Path:
-    """The folder of texts and pictures."""
+    """Return the folder of texts and images."""
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
     return folder / "data" if (folder / "data").is_dir() else folder
 
@@ -279,7 +299,7 @@ def _read_mvsa(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _mvsa_label(pairs: list[tuple[str, ...]]) -> tuple[str | None, list[dict[str, str]]]:
-    """The post's label from its annotators' (text, image) pairs, or what stands against one."""
+    """Return the post's label from its annotators' (text, image) pairs, or None and the findings."""
     if unknown := sorted({vote for pair in pairs for vote in pair} - set(SENTIMENTS)):
         return None, [{"code": "unknown_vote", "message": f"an annotator's label is none of the three: {', '.join(unknown)}"}]
     modalities = []

@@ -1,9 +1,13 @@
-"""Where posts come from: files of several forms, saved and published datasets, and rows in memory.
+"""Sources of posts: files of several formats, saved and published datasets, and rows in memory.
 
-Given a path, a Hub id or data in memory, `load_posts` gives posts in the row format of `dynkp.data.rows`. Holds: a row
-that cannot be parsed is an error with file and line; a row that can is a post, whatever is wrong with it, and
-`validate_posts` says what; with `streaming=True` nothing is held but the row being read (JSON arrays and MASC files,
-which must be read whole, excepted).
+`load_posts` reads a path, a Hub id or data in memory into the row format of `dynkp.data.rows`.
+
+Guarantees:
+
+- A row that cannot be parsed is an error with file and line. A row that can be parsed becomes a post, and `validate_posts`
+  reports what is wrong with it.
+- With `streaming=True` only the row being read is in memory (except for JSON arrays and MASC files, which must be read
+  whole).
 """
 
 from __future__ import annotations
@@ -43,9 +47,9 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("auto", "json", "cmkp", "masc", "parquet", "saved", "hub")
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "cmkp", ".parquet": "parquet"}
-# The forms that `datasets` reads itself.
+# The formats that `datasets` reads.
 _DATASETS = ("parquet", "saved", "hub")
-# Rows from which the columns of a streamed file are taken.
+# Number of rows from which the columns of a streamed file are inferred.
 _PROBE = 1000
 
 
@@ -60,31 +64,34 @@ def load_posts(
     data_dir: str | None = None,
     data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Posts:
-    """Load posts from anywhere.
+    """Load posts from a file, a folder, the Hub or memory.
 
     Args:
         source: one of
-            a JSON or JSON Lines file of posts or of AimKP/LLaVA-style conversations; CMKP's `*_src.txt`; a MASC
-            (Twitter-2015) JSON Lines file; a Parquet file; a list of files of one of these forms;
-            a folder: saved by `save_to_disk`, or with `{split}.jsonl`, `{split}.json` or `{split}_src.txt`, or any
-            that `datasets.load_dataset` reads; a Hub id; a `Dataset`, an `IterableDataset`, or a list of dicts.
+
+            - a JSON or JSON Lines file of posts or of AimKP/LLaVA-style conversations; CMKP's `*_src.txt`; a MASC
+              (Twitter-2015) JSON Lines file; a Parquet file; or a list of files of one of these formats;
+            - a folder that was saved by `save_to_disk`, or has `{split}.jsonl`, `{split}.json` or `{split}_src.txt`, or that
+              `datasets.load_dataset` reads;
+            - a Hub id;
+            - a `Dataset`, an `IterableDataset`, or a list of dicts.
         image_dir: the folder that image names are relative to. Without it, posts with a relative image name count as
-            posts without image; this is announced once.
-        split: which split of a folder or Hub dataset. A file holds one split, whatever this says.
-        streaming: return an `IterableDataset` that reads as it goes.
-        format: one of `FORMATS`, if it cannot be seen from the source.
+            posts without image; this is logged once.
+        split: the split of a folder or Hub dataset. A file has one split, whatever its name.
+        streaming: whether to return an `IterableDataset` that reads the source during iteration.
+        format: one of `FORMATS`, if it cannot be recognised from the source.
         name: the configuration of a Hub dataset.
         data_dir: as in `datasets.load_dataset`, for folders and Hub datasets.
         data_files: as in `datasets.load_dataset`, for folders and Hub datasets.
 
     Returns:
         Posts with `id`, `text`, `keyphrases`, `images`, `rationale` and the source's other columns (rows in TRL's
-        prompt-completion form: `id`, `images` and what they had). Pictures are not decoded. Posts without id become
-        `<stem of the file>-<row from 0>`.
+        prompt-completion format: `id`, `images` and their own columns). Images are not decoded. The id of a post without id
+        is `<stem of the file>-<row from 0>`.
 
     Raises:
-        FileNotFoundError: if a file or `image_dir` is missing.
-        ValueError: naming file and line, if a row cannot be parsed; naming the argument, if it does not fit.
+        FileNotFoundError: if a file or `image_dir` does not exist.
+        ValueError: naming file and line, if a row cannot be parsed; naming the argument, if one is invalid.
 
     Example:
         >>> load_posts([{"text": "my dog", "keyphrases": ["beagles"]}])[0]["id"]
@@ -100,7 +107,7 @@ def load_posts(
     options["stem"] = file_stem(files[0])
     if format in _DATASETS:
         if format == "hub":
-            options["local"] = os.path.isdir(files[0])  # what was downloaded may not name files of this machine
+            options["local"] = os.path.isdir(files[0])  # a downloaded dataset may not name files of this machine
         more = {"name": name, "data_dir": data_dir, "data_files": data_files}
         return normalise_posts(_load_dataset(files, format, split, streaming, **more), **options)
     if "[" in split:
@@ -111,19 +118,22 @@ def load_posts(
 
 
 def read_rows(source: Any, *, split: str = "train", format: str = "auto") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read a source's rows as they stand, one at a time: nothing is cleaned, no column is left out, names stay names.
+    """Read a source's rows as they are, one at a time: without cleaning, with all columns, with image names as written.
 
-    For what must lose nothing on the way, such as conversion. AimKP's and MASC's rows come as elsewhere: one per
-    conversation, and one per picture and text.
+    This is for processing without loss, such as conversion. AimKP's and MASC's rows are read as by `load_posts`: one per
+    conversation, and one per image and text.
 
     Args:
-        source, split, format: as in `load_posts`.
+        source: as in `load_posts`.
+        split: as in `load_posts`.
+        format: as in `load_posts`.
 
     Returns:
-        Pairs of the id that a row gets if it has none, and the row.
+        An iterator over pairs of the id that a row gets if it has none, and the row.
 
     Raises:
-        FileNotFoundError, ValueError: as in `load_posts`, and before the first row where that can be told.
+        FileNotFoundError: as in `load_posts`.
+        ValueError: as in `load_posts`; before the first row, where possible.
 
     Example:
         >>> list(read_rows([{"text": "my dog"}]))
@@ -141,24 +151,24 @@ def read_rows(source: Any, *, split: str = "train", format: str = "auto") -> Ite
 
 
 def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, rationales: str = "first") -> Dataset:
-    """Make keyphrase posts of a multimodal aspect-sentiment (MASC) dataset such as Twitter-2015 with reasoning chains.
+    """Load a multimodal aspect-sentiment (MASC) dataset, such as Twitter-2015 with response chains, as keyphrase posts.
 
-    Rows are `{"id", "text", "aspect", "label", "cot", "image", "image_id"}`, one per aspect. The rows of one picture
-    and text become one post: its `keyphrases` are the aspects (repeats, by case-insensitive comparison, kept once),
-    its `rationale` the chain `cot`, its id `image_id` (a second text with the same picture gets `-2`, and so on);
-    `labels` keeps the sentiment of each keyphrase. A null image makes a post without image.
+    Rows are `{"id", "text", "aspect", "label", "cot", "image", "image_id"}`, one per aspect. The rows of one image and text
+    become one post: its `keyphrases` are the aspects (without repeats, compared without case), its `rationale` is the
+    response chain `cot`, its id is `image_id` (a second text with the same image gets `-2`, and so on), and `labels` has the
+    sentiment of each keyphrase. A row whose image is null makes a post without image.
 
     Args:
         path: the JSON Lines file.
-        image_dir: the folder of its pictures; without it no post has an image.
-        rationales: `"first"` takes the chain of the post's first aspect; `"joined"` all chains, with an empty line
-            between two (up to several thousand tokens).
+        image_dir: the folder of the images; without it no post has an image.
+        rationales: `"first"` takes the response chain of the post's first aspect; `"joined"` takes all of them, with an
+            empty line between two (up to several thousand tokens).
 
     Returns:
         The posts, in the order of their first rows.
 
     Raises:
-        ValueError: if a line cannot be parsed, or `rationales` is neither.
+        ValueError: if a line cannot be parsed, or `rationales` is neither `"first"` nor `"joined"`.
     """
     if rationales not in ("first", "joined"):
         raise ValueError(f"rationales={rationales!r} is not known: use 'first' or 'joined'")
@@ -172,11 +182,11 @@ def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path |
     Args:
         posts: posts as `load_posts` returns them.
         path: the file; replaced if it exists.
-        image_dir: a folder for the pictures, made if need be. Pictures in it are referred to by their names; others
-            are copied into it under their checksum. Needed as soon as a post has a picture.
+        image_dir: a folder for the images, created if it does not exist. Images in it are written by their names; others
+            are copied into it and named by their checksums. Required if a post has an image.
 
     Raises:
-        ValueError: naming the post, if it has a picture and there is no `image_dir`.
+        ValueError: naming the post, if it has an image and there is no `image_dir`.
     """
     root = None if image_dir is None else os.path.realpath(image_dir)
     plain = posts.with_format(None) if isinstance(posts, Dataset) else posts
@@ -184,13 +194,13 @@ def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path |
 
 
 def _stored_row(post: Mapping[str, Any], root: str | None) -> dict[str, Any]:
-    """A post as a row of a JSON Lines file; its pictures are in the image folder afterwards."""
+    """Return a post as a row of a JSON Lines file, after copying its images into the image folder."""
     row = {key: value for key, value in post.items() if key not in ("images", LOAD_FINDINGS)}
     return row | {"images": [_stored(image, root, post["id"]) for image in post["images"]]}
 
 
 def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
-    """The name of a picture in the image folder, where it is put unless it lies there."""
+    """Return the name of an image in the image folder, after copying it there unless it is there."""
     if root is None:
         raise ValueError(f"post {post_id!r} has an image: pass image_dir= for the images")
     path, data = image["path"], image["bytes"]
@@ -202,15 +212,16 @@ def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
 
 
 def store_image(data: bytes, folder: str, name: str | None = None) -> str:
-    """Put an encoded picture into a folder, whole or not at all.
+    """Write an encoded image into a folder, atomically.
 
     Args:
-        data: the picture's bytes; they are not checked.
-        folder: made if need be; its symbolic links resolved (`os.path.realpath`).
-        name: what to call it, relative to the folder.
+        data: the image's bytes; they are not checked.
+        folder: the folder, with symbolic links resolved (`os.path.realpath`); created if it does not exist.
+        name: the wanted name, relative to the folder.
 
     Returns:
-        Its name there: `name`, or its checksum if `name` is None, leads out of the folder or is taken by another picture.
+        The image's name in the folder: `name`, or its checksum if `name` is None, refers to a file outside the folder, or is
+        the name of another image there.
     """
     target = None
     if name is not None and not os.path.isabs(name):
@@ -219,7 +230,7 @@ def store_image(data: bytes, folder: str, name: str | None = None) -> str:
     if target is None or (os.path.exists(target) and not _holds(target, data)):
         try:
             suffix = f".{Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).format}".lower()
-        except Exception:  # not a picture: that is for `validate_posts` to say
+        except Exception:  # not an image: `validate_posts` reports it
             suffix = ".bin"
         name = hashlib.sha256(data).hexdigest()[:24] + suffix
         target = os.path.join(folder, name)
@@ -233,7 +244,7 @@ def _holds(path: str, data: bytes) -> bool:
     return os.path.isfile(path) and os.path.getsize(path) == len(data) and Path(path).read_bytes() == data
 
 
-# --- which form ---
+# --- Formats ---
 
 
 def _names_files(source: Any) -> bool:
@@ -248,7 +259,7 @@ def _known_format(format: str) -> None:
 
 
 def _files(source: Any, format: str, split: str) -> tuple[list[str], str]:
-    """The files that a source names, and the form they have."""
+    """Return the files that a source names, and their format."""
     _known_format(format)
     files = [os.fspath(path) for path in (source if isinstance(source, list | tuple) else [source])]
     if format == "auto":
@@ -260,14 +271,14 @@ def _files(source: Any, format: str, split: str) -> tuple[list[str], str]:
 
 
 def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **more: Any) -> Posts:
-    """Rows as `datasets` gives them."""
+    """Load rows with `datasets`."""
     if format != "saved":
         path = "parquet" if format == "parquet" else files[0]
         if format == "parquet":
             more = {"data_files": {split.partition("[")[0]: files}}
         posts = load_dataset(path, split=split, streaming=streaming, **more)
-        # pyarrow reads ahead of whoever asks for rows, without limit: a whole file is held where a step is slower than the
-        # disk, and takes several times its size. By row groups it holds one. Not across a network, where each would be a
+        # pyarrow reads ahead of the consumer without limit: if a training step is slower than the disk, a whole file is in
+        # memory, at several times its size. By row groups, one group is. Not over a network, where each group would be a
         # request, nor for posts without ids, which are numbered file by file.
         local = format == "parquet" or os.path.isdir(path)
         return posts.reshard() if streaming and local and "id" in (posts.column_names or ()) else posts
@@ -280,7 +291,7 @@ def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **
 
 
 def _as_stored(posts: Posts) -> Iterator[Mapping[str, Any]]:
-    """Rows with pictures as paths or bytes, and JSON exactly: `datasets` reads it with ujson, to 16 digits."""
+    """Yield rows with images as paths or bytes, and with exact JSON: `datasets` reads JSON with ujson, to 16 digits."""
     features = posts.features or Features()
     posts = undecoded(posts, features)
     exact = [name for name, kind in features.items() if isinstance(kind, Json)]
@@ -291,7 +302,15 @@ def _as_stored(posts: Posts) -> Iterator[Mapping[str, Any]]:
 
 
 def file_stem(path: str | Path) -> str:
-    """What a file's posts without id are called after."""
+    """Return the stem of the ids that a file's posts without id get.
+
+    Args:
+        path: the file.
+
+    Example:
+        >>> file_stem("data/train_src.txt")
+        'train'
+    """
     return Path(path).stem.removesuffix("_src") or "post"
 
 
@@ -309,23 +328,23 @@ def _recognise(files: list[str], split: str) -> tuple[str, list[str]]:
     if format == "hub" and (os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
         if not os.path.exists(path):
             raise FileNotFoundError(f"there is no file or folder {path!r}")
-        raise ValueError(f"{path!r}: the form of a {suffix or 'bare'} file is not known; pass format=")
+        raise ValueError(f"{path!r}: the format of {f'a {suffix}' if suffix else 'such a'} file is not known; pass format=")
     return _recognise_json(files) if format == "json" and os.path.isfile(path) else (format, files)
 
 
 def _recognise_json(files: list[str]) -> tuple[str, list[str]]:
     first = next(_read_json(files[0]), ("", {}))[1]
     if {"aspect", "image_id"} <= set(first) and "keyphrases" not in first:
-        logger.info("%s: aspects of pictures (MASC), the aspects become keyphrases", files[0])
+        logger.info("%s: an aspect-sentiment (MASC) file, whose aspects become keyphrases", files[0])
         return "masc", files
     return "json", files
 
 
-# --- reading ---
+# --- Reading ---
 
 
 def _read(files: Iterable[str], format: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with the id it gets if it has none."""
+    """Yield rows, each with the id that it gets if it has none."""
     for path in files:
         if format == "cmkp":
             yield from enumerate_ids(_read_cmkp(path), file_stem(path))
@@ -336,8 +355,18 @@ def _read(files: Iterable[str], format: str) -> Iterator[tuple[str, dict[str, An
 
 
 def read_lines(path: str) -> Iterator[tuple[str, str]]:
-    """Each line of a UTF-8 file, with the words that name it in an error."""
-    with open(path, "rb") as file:  # bytes end lines at \n only; text may hold other line ends of Unicode
+    """Yield the lines of a UTF-8 file, each with the words that name it in an error message.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Pairs of `"<path>, line <number>"` and the line without its line end.
+
+    Raises:
+        ValueError: naming file and line, if a line is not UTF-8.
+    """
+    with open(path, "rb") as file:  # lines of bytes end at \n only; text may contain other line ends of Unicode
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             try:
@@ -371,9 +400,9 @@ def _read_array(path: str) -> list[dict[str, Any]]:
 
 
 def _read_cmkp(path: str) -> Iterator[dict[str, Any]]:
-    """CMKP's raw files: `text<sep>k1;k2<sep>address of the picture`, one post a line.
+    """Read CMKP's raw files: `text<sep>k1;k2<sep>address of the image`, one post per line.
 
-    The picture's file name is the last part of its address. Beside `X_src.txt` are read, where they are: `X_trg.txt`
+    The image's file name is the last part of its address. Files beside `X_src.txt` are read if they exist: `X_trg.txt`
     (`k1;k2` for lines without `<sep>`), `X_ocr_final.txt` (column `ocr`), `X_attribute_cleaned.txt` (`attributes`).
     """
     base = path.removesuffix("_src.txt")
@@ -413,7 +442,7 @@ def _masc_posts(rows: Iterable[tuple[str, dict[str, Any]]], rationales: str) -> 
     further = sum(max(0, sum(bool(row.get("cot")) for row in members) - 1) for members in groups.values())
     if further and rationales == "first":
         logger.warning(
-            "%d reasoning chains of further aspects are left out; load_masc_posts(..., rationales='joined') keeps them",
+            "%d response chains of further aspects are not used; load_masc_posts(..., rationales='joined') keeps them",
             further,
         )
     texts_of: dict[str, int] = {}
@@ -422,7 +451,7 @@ def _masc_posts(rows: Iterable[tuple[str, dict[str, Any]]], rationales: str) -> 
         unique: dict[str, dict[str, Any]] = {}
         for row in members:
             unique.setdefault(fold_keyphrase(row["aspect"]), row)
-        chains = [row["cot"] for row in members if row.get("cot")]
+        response_chains = [row["cot"] for row in members if row.get("cot")]
         post_id = image_id if nth == 1 else f"{image_id}-{nth}"
         yield (
             post_id,
@@ -431,13 +460,13 @@ def _masc_posts(rows: Iterable[tuple[str, dict[str, Any]]], rationales: str) -> 
                 "text": text,
                 "keyphrases": [row["aspect"] for row in unique.values()],
                 "image": next((row["image"] for row in members if row.get("image")), None),
-                "rationale": "\n\n".join(chains) if rationales == "joined" else next(iter(chains), None),
+                "rationale": "\n\n".join(response_chains) if rationales == "joined" else next(iter(response_chains), None),
                 "labels": [row.get("label") for row in unique.values()],
             },
         )
 
 
-# --- streams ---
+# --- Streams ---
 
 
 def _stream(files: list[str], format: str, options: dict[str, Any]) -> IterableDataset:
@@ -446,7 +475,7 @@ def _stream(files: list[str], format: str, options: dict[str, Any]) -> IterableD
     return IterableDataset.from_generator(
         _stream_rows,
         features=Features({**normaliser.features, **extra}),
-        # A list among these is what the stream can be split by between workers.
+        # The workers of a data loader share the list among these: `files`.
         gen_kwargs={"files": files, "format": format, "normaliser": normaliser, "extra": tuple(extra)},
     )
 
@@ -456,10 +485,10 @@ def _stream_rows(files: list[str], format: str, normaliser: Normaliser, extra: t
     for fallback_id, row in _read(files, format):
         if not row.keys() <= known:
             new = sorted(row.keys() - known)
-            known |= set(new)  # said once
+            known |= set(new)  # logged once
             logger.warning(
-                "the column %s is first met in post %r, after the %d rows that settle the columns of a stream: it is "
-                "left out. Give it a value (null will do) in the first row.",
+                "the column %s occurs first in post %r, after the %d rows that determine the columns of a stream: it is "
+                "ignored. Give it a value (null is enough) in the first row.",
                 ", ".join(new),
                 row.get("id", fallback_id),
                 _PROBE,

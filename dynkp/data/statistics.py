@@ -1,9 +1,7 @@
-"""The papers' dataset table: how many posts and keyphrases, how many of them known from training, how long the texts.
+"""Statistics of datasets, as in the papers' tables: numbers of posts and keyphrases, overlap with training, text lengths.
 
-Given   posts of one split or more, and training keyphrases for the overlap.
-Gives   a dictionary per split, and the table of them.
-Holds   keyphrases are the same if they differ in case and blanks only (not by their stems: that is the metric's way, and
-        is used for one figure, the share present in the text); posts are read one at a time.
+Two keyphrases are the same if they differ in case and whitespace only. (The metric compares stems instead; here, stems are
+used for one figure, the share of keyphrases present in the text.) Posts are read one at a time.
 """
 
 from __future__ import annotations
@@ -19,24 +17,30 @@ from dynkp.data.sources import load_posts
 from dynkp.mmkp_f1.scoring import stem_phrase
 
 
-def describe_posts(posts: Iterable[Mapping[str, Any]], train_keyphrases: Iterable[str] | None = None) -> dict[str, Any]:
-    """Describe the posts of one split.
+def split_statistics(posts: Iterable[Mapping[str, Any]], train_keyphrases: Iterable[str] | None = None) -> dict[str, Any]:
+    """Return the statistics of the posts of one split.
 
     Args:
-        posts: rows with `keyphrases`, and of `text`, `images`, `rationale` what there is.
-        train_keyphrases: those of the training posts, for the overlap; None where there are none, or the posts are them.
+        posts: posts with `keyphrases` and, if they have them, `text`, `images` and `rationale`.
+        train_keyphrases: keyphrases of the training posts, for the overlap; None to leave the overlap out.
 
     Returns:
-        `posts`, `keyphrases`, `keyphrases_per_post` (mean), `posts_by_keyphrases` (number of keyphrases -> posts),
-        `unique_keyphrases`; `text_words` and `rationale_words` (mean, median, min, max over the posts that have one, in
-        blank-separated words; None where no post has); `present_share` (of the keyphrases, those whose stems stand in
-        their post's stemmed text); `image_share`, `images_per_post`, `rationale_share`, `text_share` (of the posts). With
-        training keyphrases also `unique_in_train` and `unique_in_train_share` (of the different keyphrases),
-        `unseen_keyphrases` (the others), `posts_with_unseen`, `posts_all_unseen`.
+        A `dict` with
+        - `posts`, `keyphrases`: their numbers;
+        - `keyphrases_per_post`: the mean;
+        - `posts_by_keyphrases`: number of posts per number of keyphrases;
+        - `unique_keyphrases`: number of distinct keyphrases;
+        - `text_words`, `rationale_words`: mean, median, min and max over the posts that have one, in whitespace-separated
+          words; None if no post has one;
+        - `present_share`: the share of keyphrases whose stems occur in the stemmed text of their post;
+        - `text_share`, `image_share`, `rationale_share`: the shares of posts that have one; `images_per_post`: the mean;
+        - with training keyphrases, `unique_in_train` and `unique_in_train_share`: number and share of the distinct keyphrases
+          that occur in training; `unseen_keyphrases`: number of the others; `posts_with_unseen`, `posts_all_unseen`: number
+          of posts with at least one such keyphrase, and with no other ones.
 
     Example:
-        >>> table = describe_posts([{"keyphrases": ["dogs", "nba"], "text": "my dog"}], train_keyphrases=["NBA"])
-        >>> table["present_share"], table["unique_in_train_share"], table["posts_with_unseen"]
+        >>> statistics = split_statistics([{"keyphrases": ["dogs", "nba"], "text": "my dog"}], train_keyphrases=["NBA"])
+        >>> statistics["present_share"], statistics["unique_in_train_share"], statistics["posts_with_unseen"]
         (0.5, 0.5, 1)
     """
     seen = None if train_keyphrases is None else {fold_keyphrase(phrase) for phrase in train_keyphrases}
@@ -53,38 +57,38 @@ def describe_posts(posts: Iterable[Mapping[str, Any]], train_keyphrases: Iterabl
                 words.append(count)
         text = f" {stem_phrase(row.get('text') or '')} "
         present += sum(f" {stem_phrase(phrase)} " in text for phrase in phrases)
-        pictures = len(row.get("images") or [])
-        images += pictures
-        with_image += pictures > 0
+        num_images = len(row.get("images") or [])
+        images += num_images
+        with_image += num_images > 0
         if seen is not None:
             unseen = [phrase not in seen for phrase in phrases]
             with_unseen += any(unseen)
             all_unseen += bool(unseen) and all(unseen)
     count = by_count.total()
-    phrases_in_all = sum(number * times for number, times in by_count.items())
-    table: dict[str, Any] = {
+    num_keyphrases = sum(number * times for number, times in by_count.items())
+    result: dict[str, Any] = {
         "posts": count,
-        "keyphrases": phrases_in_all,
-        "keyphrases_per_post": _share(phrases_in_all, count),
+        "keyphrases": num_keyphrases,
+        "keyphrases_per_post": _share(num_keyphrases, count),
         "posts_by_keyphrases": {str(number): by_count[number] for number in sorted(by_count)},
         "unique_keyphrases": len(unique),
         "text_words": _spread(lengths["text"]),
         "rationale_words": _spread(lengths["rationale"]),
-        "present_share": _share(present, phrases_in_all),
+        "present_share": _share(present, num_keyphrases),
         "text_share": _share(len(lengths["text"]), count),
         "image_share": _share(with_image, count),
         "images_per_post": _share(images, count),
         "rationale_share": _share(len(lengths["rationale"]), count),
     }
     if seen is not None:
-        table |= {
+        result |= {
             "unique_in_train": len(unique & seen),
             "unique_in_train_share": _share(len(unique & seen), len(unique)),
             "unseen_keyphrases": len(unique - seen),
             "posts_with_unseen": with_unseen,
             "posts_all_unseen": all_unseen,
         }
-    return table
+    return result
 
 
 def _share(part: float, whole: int) -> float | None:
@@ -98,15 +102,18 @@ def _spread(values: Sequence[int]) -> dict[str, float] | None:
 
 
 def load_keyphrases(source: str, split: str = "train") -> list[str]:
-    """The different keyphrases of a training set.
+    """Load the distinct keyphrases of a training set.
 
     Args:
-        source: a text file with one keyphrase per line (`.txt`, other than CMKP's `*_src.txt`), or posts in any form that
+        source: a text file with one keyphrase per line (`.txt`, except CMKP's `*_src.txt`), or posts in any format that
             `load_posts` reads.
-        split: of a folder or Hub dataset.
+        split: the split of a folder or Hub dataset.
+
+    Returns:
+        The keyphrases, in the order of their first occurrences.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no keyphrase, or a text file is not UTF-8.
     """
     if lists_keyphrases(source):
         try:
@@ -118,16 +125,24 @@ def load_keyphrases(source: str, split: str = "train") -> list[str]:
         posts = load_posts(source, split=split)
         phrases = [phrase for row in posts.select_columns(["keyphrases"]) for phrase in row["keyphrases"] or []]
     if not phrases:
-        raise ValueError(f"{source}: there is no keyphrase in it")
+        raise ValueError(f"{source} has no keyphrases")
     return list(dict.fromkeys(phrases))
 
 
 def lists_keyphrases(source: str) -> bool:
-    """Whether a file is a list of keyphrases rather than posts, by its name."""
+    """Return whether a file is a list of keyphrases and not of posts, judging by its name.
+
+    Args:
+        source: name of the file.
+
+    Example:
+        >>> lists_keyphrases("keyphrases.txt"), lists_keyphrases("train_src.txt")
+        (True, False)
+    """
     return source.endswith(".txt") and not source.endswith("_src.txt")
 
 
-# Key of `describe_posts`, or key and key within -> how the table calls it, and whether it is a share.
+# Key of `split_statistics` (with the key inside it), the name in the table, and the format of the number.
 _LINES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("posts",), "posts", "{:,}"),
     (("keyphrases",), "keyphrases", "{:,}"),
@@ -152,16 +167,19 @@ _LINES: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def statistics_table(splits: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of cells, the first one the heads: a row per figure, a column per split; figures no split has are left out.
+    """Return the table of statistics: a row per figure, a column per split.
 
     Args:
-        splits: name -> what `describe_posts` returned, or part of it.
+        splits: per split's name, what `split_statistics` returned, or part of it.
+
+    Returns:
+        Rows of cells; the first row has the column heads. Figures that no split has are omitted.
     """
     rows = [["", *splits]]
-    for keys, name, form in _LINES:
+    for keys, name, number_format in _LINES:
         values = [_value(split, keys) for split in splits.values()]
         if any(value is not None for value in values):
-            rows.append([name, *("-" if value is None else form.format(value) for value in values)])
+            rows.append([name, *("-" if value is None else number_format.format(value) for value in values)])
     return rows
 
 

@@ -109,7 +109,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
-    """Write a UTF-8 text file atomically.
+    r"""Write a UTF-8 text file atomically.
 
     Args:
         path: The file. A pipe or a device such as `/dev/stdout` is written to, not replaced.

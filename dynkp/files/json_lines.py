@@ -37,7 +37,7 @@ def json_line(row: Any, *, allow_nan: bool = True) -> str:
 
 
 def read_json_lines(path: str | os.PathLike[str], *, skip_torn: bool = False) -> Iterator[tuple[str, Any]]:
-    """Read a JSON Lines file row by row.
+    r"""Read a JSON Lines file row by row.
 
     Args:
         path: The file.
@@ -74,7 +74,7 @@ def read_json_lines(path: str | os.PathLike[str], *, skip_torn: bool = False) ->
 def write_json_lines(
     path: str | os.PathLike[str], rows: Iterable[Any], *, errors: str = "strict", allow_nan: bool = True
 ) -> int:
-    """Write a JSON Lines file atomically.
+    r"""Write a JSON Lines file atomically.
 
     Args:
         path: The file; missing folders are created. A pipe or a device such as `/dev/stdout` is written to, not replaced.

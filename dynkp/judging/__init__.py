@@ -1,1 +1,1 @@
-"""Judging: systems' predictions ranked by a large model or by people."""
+"""Systems' predictions ranked by a large model or by people."""

@@ -1,9 +1,9 @@
-"""Systems' predictions as a judge is shown them: without their names, in an order drawn for each post.
+"""Candidates: systems' predictions as a judge sees them, without the systems' names, in an order drawn for each post.
 
-Given   posts, and files of what systems predicted for them.
-Gives   each post's candidates, in the order to be shown.
-Holds   predictions that are the same are one candidate, so that they share a rank; the order depends on seed, id and
-        predictions alone: neither on the systems' names nor on their order; posts and predictions are matched by id.
+Given   posts, and files of systems' predictions for them.
+Gives   each post's candidates, in the order in which they are shown.
+Holds   equal predictions are one candidate, so that they share a rank; the order depends only on seed, id and predictions,
+        neither on the systems' names nor on their order; posts and predictions are matched by id.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dynkp.data.rows import fold_keyphrase
 from dynkp.prediction.prediction_files import listed, match_predictions, read_predictions
 
 LABELS = string.ascii_uppercase
-# A system that repeats itself without end must not crowd out the others.
+# Limits for systems whose output degenerates: their predictions must not fill the prompt.
 _MOST_PHRASES, _LONGEST_PHRASE = 50, 200
 
 
@@ -31,8 +31,8 @@ class Candidate:
     """A prediction, and the systems that made it.
 
     Attributes:
-        keyphrases: as they are shown.
-        systems: by name.
+        keyphrases: The predicted keyphrases, as they are shown.
+        systems: The names of the systems.
     """
 
     keyphrases: tuple[str, ...]
@@ -40,21 +40,21 @@ class Candidate:
 
 
 def draw_candidates(post_id: str, predictions: Mapping[str, Sequence[str]], *, seed: int = 0) -> list[Candidate]:
-    """A post's candidates in the order to be shown.
+    """Group a post's predictions into candidates, and draw the order in which they are shown.
 
-    The order depends on seed, id and predictions alone: not on the systems' names or order.
+    The order depends only on seed, id and predictions, not on the systems' names or order.
 
     Args:
-        post_id: the post's id.
-        predictions: system -> keyphrases.
-        seed: of the order.
+        post_id: The post's id.
+        predictions: System -> predicted keyphrases, best first.
+        seed: The seed of the order.
 
     Returns:
-        Candidates; predictions that differ in case, blanks and "#" only are one.
+        The candidates; predictions that differ only in case, whitespace and "#" are one candidate.
 
     Example:
         >>> [candidate.systems for candidate in draw_candidates("7", {"a": ["NBA"], "b": ["#nba"], "c": []})]
-        [('a', 'b'), ('c',)]
+        [('c',), ('a', 'b')]
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     shown: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -62,10 +62,10 @@ def draw_candidates(post_id: str, predictions: Mapping[str, Sequence[str]], *, s
         kept = tuple(" ".join(phrase.split())[:_LONGEST_PHRASE] for phrase in keyphrases[:_MOST_PHRASES])
         folded = tuple(map(fold_keyphrase, kept))
         groups.setdefault(folded, []).append(system)
-        # Of two spellings the first in the alphabet, whoever predicted it.
+        # Of several spellings the first in alphabetical order, whichever system predicted it.
         shown[folded] = min(shown.get(folded, kept), kept)
     order = sorted(groups)
-    # Not `hash`, which differs from process to process.
+    # A digest, because `hash` differs from process to process.
     random.Random(hashlib.blake2b(f"{seed}\t{post_id}".encode("utf-8", "surrogatepass")).digest()).shuffle(order)
     return [Candidate(shown[folded], tuple(groups[folded])) for folded in order]
 
@@ -78,28 +78,28 @@ def load_candidates(
     top: int | None = None,
     allow_missing: bool = False,
 ) -> tuple[dict[str, list[Candidate]], int]:
-    """Read what systems predicted for posts.
+    """Read systems' predictions, and draw the candidates of every post.
 
     Args:
-        posts: the posts; rows that are no posts are left out.
-        files: system -> JSONL file of predictions, as `dynkp predict` writes it, for all posts of the posts file.
-        seed: of the orders.
-        top: how many of each system's keyphrases to show; all if None.
-        allow_missing: whether a post without prediction counts as predicted empty.
+        posts: The posts; rows that could not be parsed are ignored.
+        files: System -> JSON Lines file of predictions, as `dynkp predict` writes it, for all posts of the posts file.
+        seed: The seed of the orders.
+        top: The number of each system's keyphrases that are shown; None for all.
+        allow_missing: Whether a post without a prediction counts as one with an empty prediction.
 
     Returns:
-        From a post's id to its candidates, and how many predictions were missing.
+        Post id -> candidates, and the number of missing predictions.
 
     Raises:
-        ValueError: if there are not 2 to 26 systems, posts share an id, or a file does not fit the posts: unknown, repeated
-            or missing ids, several decodes.
+        ValueError: If there are not 2 to 26 systems; if posts share an id; or if a file does not match the posts (unknown,
+            repeated or missing ids, several decodes).
     """
     if not 2 <= len(files) <= len(LABELS):
-        raise ValueError(f"predictions of {len(files)} systems: give 2 to {len(LABELS)}, each with a name of its own")
+        raise ValueError(f"predictions of {len(files)} systems: give 2 to {len(LABELS)}, each with its own name")
     wanted = [source for source in posts if source.problem is None]
     if repeated := [post_id for post_id, count in Counter(source.id for source in wanted).items() if count > 1]:
-        raise ValueError(f"{posts.path}: ids that several posts have: {listed(repeated)}")
-    # With a limit the other posts' predictions are there, too.
+        raise ValueError(f"{posts.path}: several posts have the same id: {listed(repeated)}")
+    # With a limit, the files also contain predictions of the posts beyond it.
     ids = {source.id for source in wanted}
     others = {source.id for source in PostStream(posts.path)} - ids if posts.limit is not None else set()
     predicted: dict[str, dict[str, Sequence[str]]] = {source.id: {} for source in wanted}
@@ -111,7 +111,7 @@ def load_candidates(
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         if len(decodes) > 1:
-            raise ValueError(f"{file} has {len(decodes)} decodes of each post: keep the rows of one")
+            raise ValueError(f"{file} has {len(decodes)} decodes of each post: keep the rows of one decode")
         missing += absent
         for row in decodes[0]:
             predicted[row["id"]][system] = row["keyphrases"][:top]
@@ -119,10 +119,17 @@ def load_candidates(
 
 
 def name_systems(files: Sequence[str], names: Sequence[str] | None = None) -> dict[str, str]:
-    """Systems by name: those given, else the files' names without their ends, or their paths where two are alike.
+    """Name the systems: as given, else by the files' names without suffix, or by their paths if two names are equal.
+
+    Args:
+        files: The systems' files of predictions.
+        names: The systems' names, in the same order; None to derive them.
+
+    Returns:
+        Name -> file.
 
     Raises:
-        ValueError: if names and files are not equally many, or two names are the same.
+        ValueError: If the numbers of names and files differ, or two names are equal.
 
     Example:
         >>> name_systems(["out/direct.jsonl", "out/dynamic.jsonl"])
@@ -131,7 +138,7 @@ def name_systems(files: Sequence[str], names: Sequence[str] | None = None) -> di
     stems = [Path(file).stem for file in files]
     chosen = list(names) if names else stems if len(set(stems)) == len(stems) else list(files)
     if len(chosen) != len(files):
-        raise ValueError(f"{len(chosen)} names for {len(files)} files of predictions: give one each")
+        raise ValueError(f"{len(chosen)} names for {len(files)} files of predictions: give one name per file")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"two systems have the same name: {', '.join(chosen)}")
     return dict(zip(chosen, files, strict=True))

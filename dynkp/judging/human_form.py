@@ -1,16 +1,15 @@
-"""The same ranking by people: a form to fill in, and their answers read back (Dynamic CoT, Table 8, column "Human").
+"""Ranking by people: an HTML form to fill in, and the judgements read from its answers (Dynamic CoT, Table 8, column "Human").
 
 Given   posts and candidates (`dynkp.judging.candidates`).
-Gives   an HTML form, a key that says which system is behind which letter, and judgements from answers.
-Holds   the form stands alone: pictures are in it, nothing is fetched, what posts say is shown as text; it does not know the
-        systems, only the key does, and answers are of use with their form's key alone; a post counts for an annotator once
-        every candidate has its three ranks; posts on which all systems agree are not shown, and count as equal.
+Gives   an HTML form, a key file that maps its letters to systems, and judgements from exported answers.
+Holds   the form is self-contained (`dynkp.report.pages`) and does not contain the systems' names; only the key does, and
+        answers can be read only with the key of their form; a post counts for an annotator once every candidate has its three
+        ranks; posts on which all systems agree are not shown, and count as ties.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,93 +25,26 @@ from dynkp.files.json_lines import write_json_lines
 from dynkp.judging.candidates import LABELS, Candidate
 from dynkp.judging.prompts import check_judgeable, checked_ranks
 from dynkp.judging.ranks import CRITERIA, Judgement, rank_tables
-from dynkp.report.preview import picture_element
+from dynkp.report.pages import write_page
 
-_PICTURE_SIDE = 640
+_IMAGE_SIDE = 640
 _QUESTIONS = {
     "correctness": "Do the phrases match the author's, or could they stand in their place?",
     "relevance": "Do they belong to what the post says and shows?",
     "usefulness": "As hashtags, would they help the post to be spread, found or sorted?",
 }
 
-_STYLE = """\
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 25%, transparent); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 0 1rem 4rem; }
-header { position: sticky; top: 0; background: Canvas; padding: .75rem 0; border-bottom: 1px solid var(--line); z-index: 1;
-  display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: center; }
-header output { font-variant-numeric: tabular-nums; }
-section { display: grid; grid-template-columns: minmax(0, 20rem) minmax(0, 1fr); gap: 1.5rem; padding: 1.5rem 0;
-  border-bottom: 1px solid var(--line); scroll-margin-top: 4rem; }
-section.done h2::after { content: " \\2713"; color: #2e7d32; }
-img { max-width: 100%; border-radius: 4px; display: block; margin-bottom: .5rem; }
-h2 { font-size: 1rem; margin: 0; }
-p { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; margin-top: 1rem; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .6rem .4rem 0; border-top: 1px solid var(--line);
-  overflow-wrap: anywhere; font-weight: normal; }
-thead th { font-weight: 600; }
-select, input, button { font: inherit; padding: .2rem .4rem; }
-.note { font-size: .875rem; opacity: .8; }
-@media (max-width: 44rem) { section { grid-template-columns: 1fr; } }
-"""
-
-_SCRIPT = """\
-"use strict";
-const form = document.body.dataset.form, place = "dynkp-judge-" + form;
-const name = document.querySelector("#annotator"), said = document.querySelector("#progress");
-const sections = [...document.querySelectorAll("section")];
-function ranks(section) {
-  const found = {};
-  for (const select of section.querySelectorAll("select")) {
-    const { criterion, label } = select.dataset;
-    if (select.value) (found[criterion] ??= {})[label] = Number(select.value);
-  }
-  return found;
-}
-function isDone(section) { return [...section.querySelectorAll("select")].every((select) => select.value); }
-function answers() {
-  const posts = sections.map((section) => ({ id: section.dataset.post, ranks: ranks(section), complete: isDone(section) }));
-  return { form, annotator: name.value.trim(), answers: posts };
-}
-function show() {
-  const done = sections.filter(isDone).length;
-  sections.forEach((section) => section.classList.toggle("done", isDone(section)));
-  said.textContent = `${done} of ${sections.length} posts ranked`;
-}
-function save() {
-  show();
-  try {
-    localStorage.setItem(place, JSON.stringify(answers()));
-  } catch {
-    said.textContent += "; this browser keeps nothing: export before you close the page";
-  }
-}
-function restore() {
-  let saved = null;
-  try { saved = JSON.parse(localStorage.getItem(place)); } catch { return; }
-  if (!saved) return;
-  name.value = saved.annotator;
-  const byPost = new Map(saved.answers.map((answer) => [answer.id, answer.ranks]));
-  for (const section of sections)
-    for (const select of section.querySelectorAll("select"))
-      select.value = byPost.get(section.dataset.post)?.[select.dataset.criterion]?.[select.dataset.label] ?? "";
-}
-document.addEventListener("input", save);
-document.querySelector("#export").addEventListener("click", () => {
-  if (!name.reportValidity()) return;
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(answers(), null, 1)], { type: "application/json" }));
-  link.download = `answers-${name.value.trim().replace(/[^\\p{L}\\p{N}]+/gu, "-")}.json`;
-  link.click();
-  URL.revokeObjectURL(link.href);
-});
-restore();
-show();
-"""
-
 
 def key_path(form: str | os.PathLike[str]) -> Path:
-    """Where the key of a form lies: `form.key.json` beside `form.html`."""
+    """Return the path of a form's key: `form.key.json` beside `form.html`.
+
+    Args:
+        form: The form's path.
+
+    Example:
+        >>> key_path("out/form.html").name
+        'form.key.json'
+    """
     return Path(form).with_suffix(".key.json")
 
 
@@ -128,28 +60,37 @@ def write_form(
     """Write a form, and its key beside it.
 
     Args:
-        path: the HTML file; replaced if it exists.
-        posts: the posts.
-        candidates: from a post's id to its candidates in the order to be shown.
-        sample: how many posts to draw; all if None. The same seed draws the same posts.
-        seed: of the draw.
-        title: of the page.
+        path: The HTML file; form and key are replaced together when both are complete.
+        posts: The posts.
+        candidates: Post id -> candidates, in the order in which they are shown.
+        sample: The number of posts to draw; None for all. The same seed draws the same posts.
+        seed: The seed of the draw.
+        title: The page's title and heading.
 
     Returns:
-        Counts: posts `drawn`, of these `shown`, and posts that cannot be judged (`left_out`).
+        The numbers of posts `drawn`, of these `shown` (those on which systems differ), and of posts that cannot be judged
+        (`unjudgeable`).
 
     Raises:
-        ValueError: if there is no post to rank.
+        ValueError: If no post drawn has predictions that differ.
 
     Example:
-        >>> write_form("form.html", PostStream("posts.jsonl"), candidates, sample=20)
-        {'drawn': 20, 'shown': 17, 'left_out': 0}
+        >>> import json, pathlib, tempfile
+        >>> from dynkp.judging.candidates import draw_candidates
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "posts.jsonl").write_text(json.dumps({"id": "7", "text": "Finals!", "keyphrases": ["nba"]}))
+        >>> candidates = {"7": draw_candidates("7", {"a": ["nba"], "b": ["cats"]})}
+        >>> write_form(folder / "form.html", PostStream(folder / "posts.jsonl"), candidates)
+        {'drawn': 1, 'shown': 1, 'unjudgeable': 0}
     """
-    fit = [source for source in posts if _is_fit(source)]
-    drawn = fit
+    judgeable = [source for source in posts if _is_judgeable(source)]
+    drawn = judgeable
     if sample is not None:
-        by_chance = sorted(fit, key=lambda source: hashlib.blake2b(f"{seed} {source.id}".encode("utf-8", "replace")).digest())
-        drawn = sorted(by_chance[:sample], key=lambda source: source.index)
+        # Sorted by a digest of the id, so that the draw does not depend on the other posts.
+        shuffled = sorted(
+            judgeable, key=lambda source: hashlib.blake2b(f"{seed} {source.id}".encode("utf-8", "replace")).digest()
+        )
+        drawn = sorted(shuffled[:sample], key=lambda source: source.index)
     shown = [source for source in drawn if len(candidates[source.id]) > 1]
     if not shown:
         raise ValueError(f"{posts.path}: of {len(drawn)} posts none has predictions that differ: there is nothing to rank")
@@ -161,16 +102,21 @@ def write_form(
         "posts": [{"id": source.id, "order": [list(one.systems) for one in candidates[source.id]]} for source in drawn],
     }
     with atomic_files(Path(path), key_path(path)) as (page, key_file):
-        with page.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(_head(title, form))
-            for number, source in enumerate(shown, start=1):
-                file.write(_section(source.post, candidates[source.id], number))
-            file.write(f"</main>\n<script>\n{_SCRIPT}</script>\n</body>\n</html>\n")
+        write_page(
+            page,
+            "human_form.html",
+            package="dynkp.judging",
+            title=title,
+            form=form,
+            questions=_QUESTIONS,
+            posts=(_form_values(source, candidates[source.id], number) for number, source in enumerate(shown, start=1)),
+            max_side=_IMAGE_SIDE,
+        )
         write_json(key_file, key)
-    return {"drawn": len(drawn), "shown": len(shown), "left_out": len(posts) - len(fit)}
+    return {"drawn": len(drawn), "shown": len(shown), "unjudgeable": len(posts) - len(judgeable)}
 
 
-def _is_fit(source: SourcePost) -> bool:
+def _is_judgeable(source: SourcePost) -> bool:
     try:
         if source.findings():
             return False
@@ -180,53 +126,26 @@ def _is_fit(source: SourcePost) -> bool:
     return True
 
 
-def _head(title: str, form: str) -> str:
-    questions = "\n".join(f"<li><b>{name}</b>: {text}</li>" for name, text in _QUESTIONS.items())
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n"
-        f'<body data-form="{form}">\n<header>\n<label>Your name <input id="annotator" required autocomplete="name"></label>\n'
-        '<output id="progress"></output>\n<button id="export" type="button">Export answers</button>\n</header>\n<main>\n'
-        f"<h1>{html.escape(title)}</h1>\n<p>Rank each post's suggestions from 1, the best, by three questions. Equally good "
-        "ones get the same rank. What you enter is kept in this browser; when you are done, export your answers and send "
-        f"the file back.</p>\n<ul>\n{questions}\n</ul>\n"
-    )
-
-
-def _section(post: Mapping[str, Any], candidates: Sequence[Candidate], number: int) -> str:
-    pictures = "\n".join(picture_element(image, post["id"], _PICTURE_SIDE) for image in post["images"])
-    heads = "".join(f'<th scope="col">{name}</th>' for name in CRITERIA)
-    options = '<option value=""></option>' + "".join(f"<option>{rank}</option>" for rank in range(1, len(candidates) + 1))
-    rows = []
-    for label, candidate in zip(LABELS[: len(candidates)], candidates, strict=True):
-        phrases = "; ".join(map(html.escape, candidate.keyphrases)) or '<span class="note">nothing</span>'
-        cells = "".join(
-            f'<td><select data-criterion="{name}" data-label="{label}" aria-label="{name} of {label}, post {number}">{options}'
-            "</select></td>"
-            for name in CRITERIA
-        )
-        rows.append(f'<tr><th scope="row">{label}: {phrases}</th>{cells}</tr>')
-    gold = html.escape("; ".join(post["keyphrases"]))
-    return (
-        f'<section data-post="{html.escape(post["id"], quote=True)}">\n<div>{pictures or "no picture"}</div>\n<div>\n'
-        f"<h2>Post {number}</h2>\n<p>{html.escape(post['text'])}</p>\n<p>Author's keyphrases: <b>{gold}</b></p>\n"
-        f'<table>\n<thead><tr><th scope="col">suggestion</th>{heads}</tr></thead>\n<tbody>{"".join(rows)}</tbody>\n</table>\n'
-        "</div>\n</section>\n"
-    )
+def _form_values(source: SourcePost, candidates: Sequence[Candidate], number: int) -> dict[str, Any]:
+    """What the template shows of a post."""
+    post = source.post
+    letters = LABELS[: len(candidates)]
+    return {
+        "number": number,
+        **{name: post[name] for name in ("id", "text", "keyphrases", "images")},
+        "candidates": {letter: one.keyphrases for letter, one in zip(letters, candidates, strict=True)},
+    }
 
 
 @dataclass(frozen=True)
 class HumanAnswers:
-    """What people said.
+    """The judgements of annotators.
 
     Attributes:
-        systems: by name.
-        judgements: one per annotator and post.
-        annotators: name -> posts that they ranked in full.
-        unfinished: posts that an annotator left in part or in full, all annotators together.
+        systems: The names of the systems compared.
+        judgements: One judgement per annotator and post.
+        annotators: Name -> number of posts that the annotator ranked completely.
+        unfinished: The number of posts that annotators did not rank completely, summed over annotators.
     """
 
     systems: list[str]
@@ -236,37 +155,43 @@ class HumanAnswers:
 
 
 def read_answers(files: Sequence[str | os.PathLike[str]], keys: Sequence[str | os.PathLike[str]]) -> HumanAnswers:
-    """Read what annotators exported.
+    """Read the answers that annotators exported.
 
-    A post counts for those who ranked it in full; one on which all systems agree, for all annotators whose form drew it.
+    A post counts for the annotators who ranked it completely; a post on which all systems agree counts for every annotator
+    whose form drew it.
 
     Args:
-        files: exported answers, one file per annotator.
-        keys: of the forms, as `write_form` wrote them; several forms may show the same posts in other orders.
+        files: The exported answers, one file per annotator.
+        keys: The keys of the forms, as `write_form` wrote them; several forms may show the same posts in different orders.
+
+    Returns:
+        The judgements.
 
     Raises:
-        ValueError: naming the file, if it has no answers, belongs to no key, has ranks that are none, or two files have the
-            same annotator; or if the forms compare other systems.
+        ValueError: If a file does not contain answers, belongs to a form whose key is missing, contains invalid ranks, or has
+            the same annotator as another file; or if the forms compare different systems. The error names the file.
     """
     by_form = {key["form"]: key for key in map(_read_key, keys)}
     systems = [key["systems"] for key in by_form.values()]
     if any(one != systems[0] for one in systems):
-        raise ValueError(f"the keys are of forms that compare other systems: {systems}")
+        raise ValueError(f"the keys are of forms that compare different systems: {systems}")
     judgements: list[Judgement] = []
     annotators: dict[str, int] = {}
     unfinished = 0
     for path in files:
-        said = _read(path, ("form", "annotator", "answers"))
-        annotator = str(said["annotator"]).strip()
-        if said["form"] not in by_form:
-            raise ValueError(f"{path}: its form is {said['form']!r}, and the keys are of {sorted(by_form)}: give its key")
+        content = _read(path, ("form", "annotator", "answers"))
+        annotator = str(content["annotator"]).strip()
+        if content["form"] not in by_form:
+            raise ValueError(f"{path}: its form is {content['form']!r}, and the keys are of {sorted(by_form)}: give its key")
         if not annotator or annotator in annotators:
-            raise ValueError(f"{path}: the annotator {annotator!r} has no name, or another file has it: rename one in its file")
+            raise ValueError(
+                f"{path}: the annotator's name, {annotator!r}, is empty or occurs in another file: change it in one of them"
+            )
         annotators[annotator] = 0
-        found = _by_post(said["answers"], path)
-        posts = by_form[said["form"]]["posts"]
-        if foreign := set(found) - {post["id"] for post in posts}:
-            raise ValueError(f"{path}: the form has no posts {sorted(foreign)[:5]}")
+        found = _by_post(content["answers"], path)
+        posts = by_form[content["form"]]["posts"]
+        if unknown := set(found) - {post["id"] for post in posts}:
+            raise ValueError(f"{path}: the form has no posts {sorted(unknown)[:5]}")
         for post in posts:
             order = post["order"]
             if len(order) == 1:
@@ -288,7 +213,14 @@ def read_answers(files: Sequence[str | os.PathLike[str]], keys: Sequence[str | o
 def write_judgements(
     output: str | os.PathLike[str], judgements: Sequence[Judgement], report: Mapping[str, Any], *, ties: str = "dense"
 ) -> None:
-    """Write a row per judgement, and the report as JSON and as tables, all named after the output."""
+    """Write the judgements as JSON Lines, and the report as JSON and as Markdown tables, all named after the output.
+
+    Args:
+        output: The JSON Lines file; the other files are named after it (`RunPaths`).
+        judgements: The judgements.
+        report: The report; see `dynkp.judging.ranks.rank_report`.
+        ties: The ranks of equal candidates; see `dynkp.judging.ranks.mean_ranks`.
+    """
     paths = RunPaths(output)
     write_json_lines(paths.output, (judgement.row(ties) for judgement in judgements), errors="replace")
     write_json(paths.report, report)
@@ -317,5 +249,5 @@ def _by_post(answers: Any, path: str | os.PathLike[str]) -> dict[str, dict[str, 
 def _read(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or set(names) - set(content) or not isinstance(content["form"], str):
-        raise ValueError(f"{path}: must be a JSON object with {', '.join(names)}, the first a string")
+        raise ValueError(f"{path}: must be a JSON object with {', '.join(names)}, the first of them a string")
     return content

@@ -1,12 +1,12 @@
-"""Systems ranked by judges: mean ranks, whether the order shown mattered, whether judges agree (Dynamic CoT, Table 8).
+"""Statistics of judgements: mean ranks, position bias, and agreement between judges (Dynamic CoT, Table 8).
 
-Given   judgements: of a post, the candidates in the order shown, the systems behind each, and a rank per criterion.
+Given   judgements: for a post, the candidates in the order shown, the systems of each, and their ranks by each criterion.
 Gives   each system's mean rank with a bootstrap interval over posts, a test of position bias, Krippendorff's alpha.
-Holds   of a judge's numbers only their order counts; systems with the same answer share a candidate, and so a rank; a post
-        weighs the same however many judged it; resampling is seeded.
+Holds   only the order of a judge's numbers counts; systems with equal predictions share a candidate, and so a rank; posts
+        have equal weight, however many judges ranked them; resampling is seeded.
 
-The paper does not say what rank follows a tie. Its six systems average 2.4 (people: 1.9), where average ranks (1.5, 1.5, 3)
-would give 3.5, so it is not those. Dense ranks (1, 1, 2) are the default: our guess.
+The paper does not state which rank follows a tie. Its six systems average 2.4 (people: 1.9); average ranks (1.5, 1.5, 3)
+would give 3.5, so it does not use those. Dense ranks (1, 1, 2) are the default, which is our assumption.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dynkp.mmkp_f1.significance import Interval, quantiles, resampled_means
 from dynkp.report.tables import markdown_table
 
 CRITERIA = ("correctness", "relevance", "usefulness")
-# The mean of a candidate's ranks by the criteria: the paper's one figure per system.
+# The mean of a candidate's ranks by the criteria: the single figure that the paper reports per system.
 OVERALL = "overall"
 MEASURES = (*CRITERIA, OVERALL)
 TIES = ("dense", "min", "average")
@@ -32,13 +32,13 @@ _ENTRIES = 1 << 21
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one judge said about one post.
+    """One judge's ranking of one post's candidates.
 
     Attributes:
-        post: the post's id.
-        order: the systems behind each candidate, in the order the candidates were shown.
-        ranks: criterion -> rank of each candidate in that order, lower is better, as the judge gave them.
-        judge: who.
+        post: The post's id.
+        order: The systems of each candidate, in the order in which the candidates were shown.
+        ranks: Criterion -> rank of each candidate in that order, lower is better, as the judge gave them.
+        judge: The judge's name.
 
     Example:
         >>> Judgement("7", [["a"], ["b", "c"]], dict.fromkeys(CRITERIA, [2, 1])).post
@@ -51,17 +51,27 @@ class Judgement:
     judge: str = ""
 
     def candidate_ranks(self, ties: str = "dense") -> NDArray[np.float64]:
-        """(measures, candidates): the ranks, ties resolved, and their mean over the criteria.
+        """Compute the ranks of the candidates, with ties resolved, and their mean over the criteria.
 
-        Systems stand behind candidates, and are what is ranked: of two systems with one answer that is best, `min` has the
-        next one third, `average` has both at 1.5.
+        Systems are ranked, not candidates: if the best candidate is that of two systems, `min` ranks the next one third, and
+        `average` ranks both at 1.5.
+
+        Args:
+            ties: One of `TIES`; see `mean_ranks`.
+
+        Returns:
+            The ranks, (measures, candidates), in the order of `MEASURES`.
         """
         sizes = [len(systems) for systems in self.order]
         rows = [_resolved(self.ranks[name], sizes, ties) for name in CRITERIA]
         return np.array([*rows, np.mean(rows, axis=0)])
 
     def row(self, ties: str = "dense") -> dict[str, Any]:
-        """The judgement as a JSON row: `ranks` as criterion -> system -> rank."""
+        """Return the judgement as JSON values: `id`, `judge`, `ranks` (criterion -> system -> rank) and `order`.
+
+        Args:
+            ties: One of `TIES`; see `mean_ranks`.
+        """
         by_system = {
             name: {system: float(rank) for systems, rank in zip(self.order, ranks, strict=True) for system in systems}
             for name, ranks in zip(CRITERIA, self.candidate_ranks(ties), strict=False)  # the last row is their mean
@@ -82,7 +92,14 @@ def _resolved(ranks: Sequence[float], sizes: Sequence[int], ties: str) -> list[f
 
 
 class PositionRank(NamedTuple):
-    """Candidates that were shown at one position: how many, their mean rank, and what it would be were all shown alike."""
+    """The ranks of the candidates that were shown at one position.
+
+    Attributes:
+        position: The position, from 1.
+        posts: The number of posts that have a candidate there.
+        mean_rank: The mean of these candidates' ranks.
+        expected: The same mean if the position had no effect: the mean over all candidates of these posts.
+    """
 
     position: int
     posts: int
@@ -91,7 +108,12 @@ class PositionRank(NamedTuple):
 
 
 class PositionBias(NamedTuple):
-    """Ranks by the position shown, and the p-value of the hypothesis that the position does not matter (None: no data)."""
+    """Ranks by the position shown, and a test of its effect.
+
+    Attributes:
+        positions: The ranks at each position.
+        p_value: The p-value of the hypothesis that the position has no effect; None without data.
+    """
 
     positions: list[PositionRank]
     p_value: float | None
@@ -106,23 +128,23 @@ def mean_ranks(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, dict[str, Interval]]:
-    """Each system's mean rank over posts, 1 being best.
+    """Compute each system's mean rank over posts; 1 is best.
 
-    Where several judged a post, its rank is their mean.
+    If several judges ranked a post, the post's ranks are the means of theirs.
 
     Args:
-        judgements: of any number of judges; each must rank all systems.
-        systems: their names.
-        ties: the rank of equals and of what follows: `dense` (1, 1, 2), `min` (1, 1, 3), `average` (1.5, 1.5, 3).
-        confidence: of the intervals, between 0 and 1.
-        resamples: how often posts are drawn with replacement.
-        seed: of the draws.
+        judgements: The judgements of any number of judges; each must rank all systems.
+        systems: The systems' names.
+        ties: The ranks of equal candidates and of the next one: `dense` (1, 1, 2), `min` (1, 1, 3), `average` (1.5, 1.5, 3).
+        confidence: The confidence of the intervals, between 0 and 1.
+        resamples: The number of resamples of the posts.
+        seed: The seed of the resamples.
 
     Returns:
         System -> measure (`MEASURES`) -> mean rank and its percentile interval.
 
     Raises:
-        ValueError: if there is no judgement, or `ties` is not known.
+        ValueError: If there is no judgement, or `ties` is not known.
 
     Example:
         >>> ranks = mean_ranks([Judgement("7", [["a"], ["b"]], dict.fromkeys(CRITERIA, [2, 1]))], ["a", "b"])
@@ -147,24 +169,24 @@ def mean_ranks(
 def position_bias(
     judgements: Sequence[Judgement], *, ties: str = "dense", permutations: int = 2_000, seed: int = 0
 ) -> dict[str, PositionBias]:
-    """Whether candidates are ranked better or worse for where they were shown.
+    """Test whether the position at which a candidate is shown has an effect on its rank.
 
-    The order shown was drawn at random, so without bias any other order of a post's ranks was as likely. The statistic is
-    the sum over positions of n (mean rank - expected rank)²; the p-value is the share of orders, drawn anew within each
-    post, in which it is as large. Posts with one candidate say nothing and are left out. An order that several judges were
-    shown was drawn once, so their ranks are averaged first.
+    The order shown was drawn at random, so that without bias every other order of a post's ranks is equally likely. The
+    statistic is the sum over positions of n (mean rank - expected rank)²; the p-value is the share of orders, permuted within
+    each post, for which it is at least as large. Posts with one candidate carry no information and are left out. An order
+    that several judges saw was drawn once, so their ranks are averaged first.
 
     Args:
-        judgements: as in `mean_ranks`.
-        ties: as in `mean_ranks`.
-        permutations: how many orders to draw.
-        seed: of the draws.
+        judgements: The judgements, as in `mean_ranks`.
+        ties: One of `TIES`, as in `mean_ranks`.
+        permutations: The number of permuted orders.
+        seed: The seed of the permutations.
 
     Returns:
         Measure -> bias.
 
     Raises:
-        ValueError: as in `mean_ranks`.
+        ValueError: If there is no judgement, or `ties` is not known.
     """
     _check(judgements, ties)
     by_draw: dict[tuple[Any, ...], list[NDArray[np.float64]]] = {}
@@ -175,7 +197,7 @@ def position_bias(
     if not by_draw:
         return {measure: PositionBias([], None) for measure in MEASURES}
     shown = [np.mean(ranks, axis=0) for ranks in by_draw.values()]
-    # Those with equally many candidates together, so that their orders are drawn at once.
+    # Posts with equally many candidates together, so that their orders are drawn at once.
     groups: dict[int, NDArray[np.float64]] = {}
     for count in sorted({ranks.shape[1] for ranks in shown}):
         groups[count] = np.array([ranks for ranks in shown if ranks.shape[1] == count])  # (posts, measures, positions)
@@ -208,7 +230,7 @@ def position_bias(
 def _permuted_statistics(
     groups: Mapping[int, NDArray[np.float64]], posts: NDArray[np.float64], permutations: int, seed: int
 ) -> NDArray[np.float64]:
-    """(permutations, measures): the statistic of `position_bias`, positions drawn anew within each post."""
+    """The statistic of `position_bias` with positions permuted within each post, (permutations, measures)."""
     generator = np.random.default_rng(seed)
     sums = np.zeros((permutations, len(MEASURES), len(posts)))
     for count, ranks in groups.items():
@@ -222,20 +244,20 @@ def _permuted_statistics(
 
 
 def agreement(judgements: Sequence[Judgement], *, ties: str = "dense") -> dict[str, float | None]:
-    """Krippendorff's alpha between judges, for ordinal data: 1 is agreement, 0 is chance.
+    """Compute Krippendorff's alpha between judges, for ordinal data: 1 is perfect agreement, 0 is chance.
 
-    A unit is a candidate of a post; a judge's rank of it is the value. Posts with one candidate are left out.
+    A unit is a candidate of a post, its value a judge's rank of it. Posts with one candidate are left out.
 
     Args:
-        judgements: of several judges.
-        ties: as in `mean_ranks`.
+        judgements: The judgements of several judges.
+        ties: One of `TIES`, as in `mean_ranks`.
 
     Returns:
-        Measure -> alpha; None where no two judged the same candidate, or all gave one and the same rank.
+        Measure -> alpha; None if no two judges ranked the same candidate, or if all ranks are equal.
 
     Raises:
-        ImportError: if the package `krippendorff` is not installed.
-        ValueError: as in `mean_ranks`, or if a judge judged a post twice.
+        ImportError: If the package `krippendorff` is not installed.
+        ValueError: If there is no judgement, `ties` is not known, or a judge ranked a post twice.
 
     Example:
         >>> same = dict.fromkeys(CRITERIA, [1, 2])
@@ -253,12 +275,12 @@ def agreement(judgements: Sequence[Judgement], *, ties: str = "dense") -> dict[s
         for place, systems in enumerate(judgement.order):
             of_unit = values.setdefault((judgement.post, frozenset(systems)), {})
             if judgement.judge in of_unit:
-                raise ValueError(f"post {judgement.post!r} was judged twice by {judgement.judge!r}: keep one of them")
+                raise ValueError(f"post {judgement.post!r} was judged twice by {judgement.judge!r}: keep one judgement")
             if len(judgement.order) > 1:
                 of_unit[judgement.judge] = ranks[:, place]
     judges = list(dict.fromkeys(judgement.judge for judgement in judgements))
-    nothing = np.full(len(MEASURES), np.nan)
-    data = np.array([[unit.get(judge, nothing) for unit in values.values()] for judge in judges])
+    missing = np.full(len(MEASURES), np.nan)
+    data = np.array([[unit.get(judge, missing) for unit in values.values()] for judge in judges])
     alphas: dict[str, float | None] = {}
     for row, measure in enumerate(MEASURES):
         table = data[:, :, row]
@@ -284,7 +306,23 @@ def rank_report(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All figures but the agreement, as JSON values; arguments as in `mean_ranks`."""
+    """Return all figures except the agreement, as JSON values.
+
+    Args:
+        judgements: The judgements, as in `mean_ranks`.
+        systems: The systems' names.
+        ties: One of `TIES`, as in `mean_ranks`.
+        confidence: The confidence of the intervals, between 0 and 1.
+        resamples: The number of resamples of the posts.
+        seed: The seed of resamples and permutations.
+
+    Returns:
+        `judged` and `judged_alike`, the numbers of posts and of posts on which all systems agree; `ties`; `confidence`;
+        `mean_ranks` (system -> measure -> `mean`, `low`, `high`); and `position_bias` (measure -> `positions`, `p_value`).
+
+    Raises:
+        ValueError: If there is no judgement, or `ties` is not known.
+    """
     posts = {judgement.post for judgement in judgements}
     same = {judgement.post for judgement in judgements if len(judgement.order) == 1}
     ranks = mean_ranks(judgements, systems, ties=ties, confidence=confidence, resamples=resamples, seed=seed)
@@ -308,10 +346,13 @@ def rank_report(
 
 
 def rank_tables(report: Mapping[str, Any]) -> str:
-    """A report as Markdown: mean ranks, the best system first, then ranks by position, then agreement if there is any.
+    """Lay out a report as Markdown: mean ranks, the best system first; ranks by position; and agreement, if computed.
 
     Args:
-        report: what `rank_report` gave; `alpha` (measure -> alpha) is shown if it is there.
+        report: The figures that `rank_report` returned, and optionally `alpha` (measure -> alpha).
+
+    Returns:
+        The tables and their captions, separated by empty lines.
     """
     systems = sorted(report["mean_ranks"].items(), key=lambda item: item[1][OVERALL]["mean"])
     rows = [["mean rank", *MEASURES]]
@@ -330,7 +371,7 @@ def rank_tables(report: Mapping[str, Any]) -> str:
             shown = [f"{cell['mean_rank']:.2f} ({cell['mean_rank'] - cell['expected']:+.2f})" for cell in cells]
             rows.append([str(first["position"]), f"{first['posts']:,}", *shown])
         rows.append(["p-value", "", *(f"{bias[name]['p_value']:.4f}" for name in MEASURES)])
-        parts += [markdown_table(rows), "In brackets: the difference to what it would be if positions did not matter."]
+        parts += [markdown_table(rows), "In brackets: the difference to the mean rank expected if positions had no effect."]
     if "alpha" in report:
         alphas = [report["alpha"][name] for name in MEASURES]
         rows = [["agreement", *MEASURES], ["Krippendorff's α", *("-" if a is None else f"{a:.3f}" for a in alphas)]]

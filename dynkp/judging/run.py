@@ -1,9 +1,10 @@
-"""Systems ranked by a large model, from the settings to the files.
+"""Systems ranked by a large model: from the settings to the files.
 
-Given   settings: posts, and files of what systems predicted.
-Gives   what `dynkp judge` does: `R.jsonl` (ranks per post), `R.errors.jsonl`, `R.report.json`, `R.report.md`.
-Holds   as `dynkp.rationales.run`; every post is in exactly one of the first two files unless it was not come to; names
-        and order of the systems, ties and resampling may change without a new question.
+Given   settings: posts, and files of systems' predictions.
+Gives   the files of `dynkp judge`: `R.jsonl` (ranks per post), `R.errors.jsonl`, `R.report.json`, `R.report.md`.
+Holds   settings that change requests change the posts' fingerprints, as in `dynkp.rationales.run`; every post is in exactly
+        one of the first two files, unless the run ended before it; names and order of the systems, ties and resampling may
+        change without a new request.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dynkp.chat.settings import RunPaths, RunSettings
 from dynkp.files.atomic import atomic_files, write_text
 from dynkp.files.json_lines import json_line
 from dynkp.judging.candidates import load_candidates
-from dynkp.judging.prompts import JudgeDialogue, read_ranks, response_format
+from dynkp.judging.prompts import JudgeConversation, read_ranks, response_format
 from dynkp.judging.ranks import CRITERIA, TIES, Judgement, rank_report, rank_tables
 
 INVALID, FAILED, UNREADABLE = "invalid_post", "request_failed", "invalid_ranks"
@@ -35,19 +36,19 @@ ANSWER_FORMATS = ("auto", "json_schema", "text")
 
 @dataclass(frozen=True)
 class JudgeSettings(RunSettings):
-    """What to have ranked, and how.
+    """Settings of a judging run, besides those of `RunSettings`.
 
     Attributes:
-        predictions: system -> JSONL file of predictions.
-        allow_missing: whether a post without prediction counts as predicted empty.
-        top: how many of each system's keyphrases are shown; None for all.
-        shuffle_seed: of the orders shown, and of resampling.
-        answer_format: `json_schema` sends the request field `response_format`, `text` does not, `auto` finds out once which
-            of them the server takes.
-        max_replies: how many answers to ask for until one is valid.
-        ties, confidence, resamples: as in `dynkp.judging.ranks.mean_ranks`.
-
-    The others are those of `RunSettings`.
+        predictions: System -> JSON Lines file of predictions.
+        allow_missing: Whether a post without a prediction counts as one with an empty prediction.
+        top: The number of each system's keyphrases that are shown; None for all.
+        shuffle_seed: The seed of the orders shown, and of resampling.
+        answer_format: `json_schema` sends the request field `response_format`, `text` does not, `auto` tests once which of them
+            the server supports.
+        max_replies: The largest number of answers requested per post until one is valid, at least 1.
+        ties: The ranks of equal candidates, as in `dynkp.judging.ranks.mean_ranks`.
+        confidence: The confidence of the intervals, between 0 and 1.
+        resamples: The number of resamples of the posts.
     """
 
     predictions: Mapping[str, str] = field(default_factory=dict)
@@ -68,21 +69,28 @@ class JudgeSettings(RunSettings):
 
 
 class JudgeRun(PostRun[JudgeSettings]):
-    """A run of `dynkp judge`.
+    """A run of `dynkp judge`; a context manager, which locks the output.
 
     Args:
-        settings: the settings.
+        settings: The settings.
+
+    Attributes:
+        candidates: Post id -> candidates, in the order in which they are shown.
+        missing: The number of missing predictions.
+        outcome: How the last `ask` or `write` ended; None before.
 
     Raises:
-        ValueError: naming what does not fit.
-        BlockingIOError: if another run writes to the same output.
+        ValueError: If posts, predictions or settings do not match.
+        BlockingIOError: If another run writes to the same output.
 
     Example:
-        >>> predictions = {"direct": "direct.jsonl", "dynamic": "dynamic.jsonl"}
-        >>> url = "http://127.0.0.1:8000/v1"
-        >>> with JudgeRun(JudgeSettings("posts.jsonl", "ranks.jsonl", "m", url, predictions=predictions)) as run:
-        ...     outcome = run.ask()
-        ...     report = run.write()
+        ```python
+        predictions = {"direct": "direct.jsonl", "dynamic": "dynamic.jsonl"}
+        url = "http://127.0.0.1:8000/v1"
+        with JudgeRun(JudgeSettings("posts.jsonl", "ranks.jsonl", "m", url, predictions=predictions)) as run:
+            outcome = run.ask()
+            report = run.write()
+        ```
     """
 
     label = "Judging"
@@ -96,16 +104,19 @@ class JudgeRun(PostRun[JudgeSettings]):
             top=settings.top,
             allow_missing=settings.allow_missing,
         )
-        self.dialogue = self._dialogue(structured=False)
+        self.conversation = self._conversation(structured=False)
         self._open_journal()
         self._probes = 0
         self.run: RequestRun | None = None
 
     def ask(self) -> Outcome:
-        """Ask about all posts that are not ranked yet.
+        """Send the requests about all posts that have no ranks yet.
+
+        Returns:
+            How the run ended.
 
         Raises:
-            ValueError: if there is no address to ask at.
+            ValueError: If `base_url` is not set.
         """
         self.settings.check_server()
         structured = self._structured()
@@ -120,15 +131,15 @@ class JudgeRun(PostRun[JudgeSettings]):
         self.outcome = Outcome(**{**asdict(outcome), "requests": outcome.requests + self._probes})
         return self.outcome
 
-    # --- the form of answers ---
+    # --- the format of answers ---
 
     def _probe(self, structured: bool) -> ChatRequest:
-        question = 'Reply with this JSON object: {"correctness": {"A": 1}, "relevance": {"A": 1}, "usefulness": {"A": 1}}'
+        prompt = 'Reply with this JSON object: {"correctness": {"A": 1}, "relevance": {"A": 1}, "usefulness": {"A": 1}}'
         more = {"response_format": response_format(1)} if structured else {}
-        return ChatRequest([{"role": "user", "content": question}], {**self.settings.request_settings(), **more}, "probe")
+        return ChatRequest([{"role": "user", "content": prompt}], {**self.settings.request_settings(), **more}, "probe")
 
     def _structured(self) -> bool | None:
-        """Whether the server takes `response_format`; None if that is to be found out."""
+        """Whether the server supports `response_format`; None if that is not known yet."""
         if self.settings.answer_format != "auto":
             return self.settings.answer_format == "json_schema"
         for structured in (True, False):
@@ -138,7 +149,7 @@ class JudgeRun(PostRun[JudgeSettings]):
         return None
 
     async def _try_formats(self) -> bool:
-        """Ask a small question in one form, and if that is refused, in the other; the journal keeps what came of it."""
+        """Send a small request in one format, and in the other if the server rejects it; the journal records the results."""
         client = self.settings.client()
         try:
             try:
@@ -161,8 +172,8 @@ class JudgeRun(PostRun[JudgeSettings]):
             raise
         self.journal.append(request.key, {**row, **asdict(answer)})
 
-    def _dialogue(self, structured: bool) -> JudgeDialogue:
-        return JudgeDialogue(
+    def _conversation(self, structured: bool) -> JudgeConversation:
+        return JudgeConversation(
             self.candidates,
             self.settings.request_settings(),
             structured=structured,
@@ -171,16 +182,16 @@ class JudgeRun(PostRun[JudgeSettings]):
         )
 
     def _ranking_run(self, structured: bool) -> RequestRun:
-        self.dialogue = self._dialogue(structured)
+        self.conversation = self._conversation(structured)
         shown = {post_id: [one.keyphrases for one in candidates] for post_id, candidates in self.candidates.items()}
         text = json.dumps(shown, sort_keys=True)
-        asked = {**self.dialogue.describe(), "candidates": hashlib.blake2b(text.encode()).hexdigest()}
-        return self._request_run(self.dialogue, asked)
+        asked = {**self.conversation.describe(), "candidates": hashlib.blake2b(text.encode()).hexdigest()}
+        return self._request_run(self.conversation, asked)
 
     # --- files ---
 
     def write(self) -> dict[str, Any]:
-        """Write the files, as far as posts are ranked; without `ask`, from what an earlier run left.
+        """Write the files for the posts ranked so far; without `ask`, from the journal of an earlier run.
 
         Returns:
             The report; without `mean_ranks` if no post is ranked.
@@ -208,8 +219,8 @@ class JudgeRun(PostRun[JudgeSettings]):
                     else:
                         reason, error = found
                         counts[reason] += 1
-                        said = {"reason": reason, "error": error, "reply": row.get("text")}
-                        failures.write(json_line({"index": source.index, "id": source.id, **said}))
+                        failure = {"reason": reason, "error": error, "reply": row.get("text")}
+                        failures.write(json_line({"index": source.index, "id": source.id, **failure}))
         report: dict[str, Any] = {
             "posts": counts.total() + len(judgements),
             "ranked": len(judgements),
@@ -226,12 +237,12 @@ class JudgeRun(PostRun[JudgeSettings]):
                 seed=settings.shuffle_seed,
             )
         made = {name: getattr(settings, name) for name in ("model", "limit", "top", "shuffle_seed", "resamples")}
-        self._write_report(report, settings={"posts": Path(settings.posts).name, **made, **self.dialogue.describe()})
+        self._write_report(report, settings={"posts": Path(settings.posts).name, **made, **self.conversation.describe()})
         write_text(paths.table, rank_tables(report) + "\n" if judgements else "No post is ranked.\n")
         return report
 
     def _judgement(self, source: SourcePost, row: Mapping[str, Any]) -> Judgement | tuple[str, str]:
-        """A post's ranks, or the reason why there are none and what it is in words."""
+        """A post's ranks; if there are none, the reason and an error message."""
         if row["failed"]:
             return (INVALID if row.get("invalid") else FAILED), row["error"]
         candidates = self.candidates[source.id]
@@ -244,12 +255,15 @@ class JudgeRun(PostRun[JudgeSettings]):
             return UNREADABLE, f"{self.settings.max_replies} answers, the last: {error}"
 
 
-def summarise(report: Mapping[str, Any]) -> str:
-    """A report's counts in a sentence.
+def judging_summary(report: Mapping[str, Any]) -> str:
+    """Format a report's counts as one line.
+
+    Args:
+        report: The report that `JudgeRun.write` returned.
 
     Example:
         >>> report = {"posts": 3, "ranked": 2, "request_failed": 1, "invalid_post": 0, "invalid_ranks": 0, "open": 0}
-        >>> summarise({**report, "missing_predictions": 0})
+        >>> judging_summary({**report, "missing_predictions": 0})
         '3 posts: 2 ranked, 1 failed'
     """
     parts = [f"{report['ranked']:,} ranked"]

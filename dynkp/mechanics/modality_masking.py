@@ -328,7 +328,7 @@ def image_token_counts(model: nn.Module, prompt: dict[str, Any]) -> list[int]:
     return (prompt["input_ids"] == token).sum(dim=1).tolist()
 
 
-def dropping_unsupported_reason(model: nn.Module, length: int) -> str | None:
+def why_tokens_cannot_be_dropped(model: nn.Module, length: int) -> str | None:
     """Why masked tokens cannot be dropped from inputs of this length; `None` if they can. Then mask instead.
 
     Args:

@@ -1,15 +1,17 @@
-"""One prompt, several targets: the prompt and its pictures are computed once and continued per target.
+"""One prompt, several targets: prompts and images are computed once and continued with each target.
 
-Given   a causal (vision-)language model and a batch of left-padded prompts.
-Gives   `log_probs(targets, rows)`: log-probabilities of each target token under the prompts of `rows`, in one graph,
-        so that one backward reaches the prompt through every continuation.
-Holds   values and gradients equal those of [`PlainPrompt`], the twin that runs prompt and target in one ordinary
-        forward per call: to rounding, for unequal lengths, with and without gradient checkpointing. The prompt's
-        keys and values are written once and only read afterwards, so the replay of a checkpointed layer finds what
-        its first run found.
+Given a causal (vision-)language model and a batch of left-padded prompts, a [`Prompt`] computes the losses of several targets
+of each post, in one graph, so that one backward pass reaches the prompt through every continuation.
 
-The prompt pass leaves out the prompt's last token; every continuation starts with it, because it predicts the
-target's first token. Positions are explicit everywhere: a left-padded prompt shifts slots, never positions.
+Guarantees:
+
+- [`SharedPrompt`] equals [`PlainPrompt`], the reference that runs prompt and target in one ordinary forward pass per call, in
+  values and gradients: to rounding, for unequal lengths, with and without gradient checkpointing.
+- The prompt's keys and values are written once and only read afterwards, so the replay of a checkpointed layer reads what its
+  first run read.
+
+The pass over the prompts leaves out their last token; every continuation starts with it, because it predicts the target's
+first token. Position ids are explicit everywhere: left padding shifts columns, never positions.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dynkp.batches.targets import CONTINUED_INPUTS, SEQUENCE_INPUTS, Targets, select, targets_of
+from dynkp.objectives.token_loss import TargetLoss, target_loss
 
 REENTRANT = "reentrant gradient checkpointing drops the graph of a layer's keys and values (set use_reentrant=False)"
 
@@ -32,18 +35,19 @@ REENTRANT = "reentrant gradient checkpointing drops the graph of a layer's keys 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 Scorer = Callable[[nn.Module, dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor]
+"""Computes log-probabilities of target tokens from model inputs; see [`score_targets`] for the arguments."""
 
 
 def score_targets(
     model: nn.Module, inputs: dict[str, Any], target_ids: torch.Tensor, target_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probabilities of `target_ids`, predicted by the last T positions of `inputs`.
+    """Compute the log-probabilities of the tokens that the last T positions of `inputs` predict.
 
-    Only positions with a target are projected through the LM head, unless the model transforms its logits afterwards.
+    Only positions with a target go through the LM head, unless the model transforms its logits afterwards.
 
     Args:
-        model: causal language model, or a PEFT model around one.
-        inputs: model inputs with at least T columns.
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        inputs (`dict`): model inputs with at least T columns.
         target_ids (`torch.Tensor` of shape `(B, T)`): next token of each of the last T positions.
         target_mask (`torch.Tensor` of shape `(B, T)`): bool, False where there is no target.
 
@@ -57,7 +61,16 @@ def score_targets(
 
 
 def target_logits(model: nn.Module, inputs: dict[str, Any], target_mask: torch.Tensor) -> torch.Tensor:
-    """Logits at those of the last T positions of `inputs` where `target_mask` (B, T) is True: (N, V), in reading order."""
+    """Compute the logits at those of the last T positions that predict a target token.
+
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        inputs (`dict`): model inputs with at least T columns.
+        target_mask (`torch.Tensor` of shape `(B, T)`): bool, N entries of which are True.
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)`: in reading order.
+    """
     causal_lm = causal_lm_of(model)
     length = target_mask.shape[1]
     if any(getattr(_text_config(model), name, None) is not None for name in LOGIT_TRANSFORMS):
@@ -67,16 +80,17 @@ def target_logits(model: nn.Module, inputs: dict[str, Any], target_mask: torch.T
 
 
 class SharedPrefix:
-    """The beginning of a batch of inputs, run once and kept in the graph, ready to be continued again and again.
+    """The first tokens of a batch of inputs, computed once and kept in the graph for any number of continuations.
 
     Args:
-        model: causal language model (or a PEFT model around one) that [`unsupported_reason`] has no objection to.
+        model (`torch.nn.Module`): causal language model (or a PEFT model around one) for which
+            [`why_prompts_cannot_be_shared`] returns `None`.
         inputs (`dict`): model inputs, left-padded: `input_ids` (B, P), `attention_mask` (B, P), pixels, grids, token types.
         positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`): explicit position ids.
-        score ([`Scorer`], *optional*): how the last positions' hidden states become log-probabilities.
+        score ([`Scorer`], *optional*): computes log-probabilities from the inputs of a continuation.
 
     Raises:
-        RuntimeError: if the model did not put the prefix's keys and values into the cache it was handed.
+        RuntimeError: if the model did not write the prefix's keys and values into the given cache.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], positions: torch.Tensor, score: Scorer = score_targets):
@@ -89,72 +103,121 @@ class SharedPrefix:
         with cache_survives_checkpointing(model):
             causal_lm_of(model).base_model(**inputs, position_ids=positions, past_key_values=cache, use_cache=False)
         config = _text_config(model)
-        # Mllama's cross-attention layers stay empty when no post of the batch has a picture.
+        # Mllama's cross-attention layers stay empty when no post of the batch has an image.
         expected = set(range(config.num_hidden_layers)) - set(getattr(config, "cross_attention_layers", None) or ())
         written = {index for index, layer in enumerate(cache.layers) if layer.is_initialized}
         if missing := expected - written:
             raise RuntimeError(
-                f"{type(model).__name__} did not write layers {sorted(missing)} into the cache it was handed, so the "
-                "prompt cannot be shared between targets. Use `prompt_backend='plain'`."
+                f"{type(model).__name__} did not write layers {sorted(missing)} into the cache it was given, so the prompt "
+                "cannot be shared between targets. Use `prompt_backend='plain'`."
             )
         self._layers = cache.layers
 
     def close(self) -> None:
-        """Let go of the keys and values, once all continuations ran backward.
+        """Release the keys and values, once all continuations have run backward.
 
-        A checkpointed layer keeps the cache it was called with, and the cache the layer's graph: with a graph that is retained,
-        a circle that nobody collects.
+        A checkpointed layer keeps the cache it was called with, and the cache keeps the layer's graph. With a retained graph
+        that is a reference cycle which Python's garbage collector does not find.
         """
         for layer in self._layers:
             layer.keys = layer.values = layer.keys.new_empty(0) if layer.is_initialized else layer.keys
         self._layers = []
 
     def log_probs(
-        self, rest: dict[str, torch.Tensor], positions: torch.Tensor, targets: Targets, rows: Sequence[int] | None = None
+        self, rest: dict[str, torch.Tensor], positions: torch.Tensor, targets: Targets, indices: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Log-probabilities of targets behind the prefix and the rest of the prompt, which each continuation brings along.
+        """Compute the log-probabilities of targets behind the prefix and the rest of the prompt.
 
         Args:
-            rest (`dict`): `input_ids` (R, W), `attention_mask` (R, W) and, for Mllama, `cross_attention_mask`, left-padded;
-                no pictures. Its last column predicts the first target token.
-            positions (`torch.Tensor` of shape `(R, W)` or `(3, R, W)`): of the rest.
-            targets ([`Targets`]): R targets.
-            rows (`Sequence[int]`, *optional*): which prefix each of the R continues; all B in order, if `None`.
+            rest (`dict`): the rest of each prompt: `input_ids` (R, W), `attention_mask` (R, W) and, for Mllama,
+                `cross_attention_mask`, left-padded; no images. Its last column predicts the first target token.
+            positions (`torch.Tensor` of shape `(R, W)` or `(3, R, W)`): position ids of the rest.
+            targets ([`~dynkp.batches.targets.Targets`]): R targets.
+            indices (`Sequence[int]`, *optional*): which of the B prefixes each of the R rests continues; all of them in
+                order, if `None`.
 
         Returns:
-            `torch.Tensor` of shape `(R, T)`: nats, zero at padding; T is the longest target.
+            `torch.Tensor` of shape `(R, T)`: nats, zero at padding; T is the length of the longest target.
         """
         length = max(targets["lengths"], default=0)
         ids, mask = targets["input_ids"][:, :length], targets["mask"][:, :length]
         if ids.numel() == 0:
             return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        before = select(self.attention_mask, rows)
+        before = select(self.attention_mask, indices)
         inputs: dict[str, Any] = {
             "input_ids": torch.cat([rest["input_ids"], ids[:, :-1]], dim=1),
             "attention_mask": torch.cat([before, rest["attention_mask"], mask[:, :-1].to(before.dtype)], dim=1),
             "position_ids": torch.cat([positions, following_positions(positions, length)[..., 1:]], dim=-1),
             "use_cache": False,
         }
-        if "cross_attention_mask" in rest:  # Mllama: a target sees the pictures its prompt's end sees
+        if "cross_attention_mask" in rest:  # Mllama: a target attends to the images that the end of its prompt attends to
             last = rest["cross_attention_mask"][:, -1:].expand(-1, length - 1, -1, -1)
             inputs["cross_attention_mask"] = torch.cat([rest["cross_attention_mask"], last], dim=1)
         if self._layers:
-            inputs["past_key_values"] = Cache(layers=[_ContinuationLayer(layer, rows) for layer in self._layers])
+            inputs["past_key_values"] = Cache(layers=[_ContinuationLayer(layer, indices) for layer in self._layers])
         with cache_survives_checkpointing(self.model):
             return self.score(self.model, inputs, ids, mask)
 
 
-class SharedPrompt:
-    """The prompts of a batch, computed once, ready to be continued with several targets.
+class Prompt:
+    """The prompts of a batch, ready for the computation of targets: the interface of its two implementations.
+
+    [`SharedPrompt`] computes the prompts once for all targets, [`PlainPrompt`] once per call.
+    """
+
+    def log_probs(self, targets: Targets, indices: Sequence[int] | None = None) -> torch.Tensor:
+        """Compute the log-probabilities of the targets' tokens.
+
+        Args:
+            targets ([`~dynkp.batches.targets.Targets`]): B targets.
+            indices (`Sequence[int]`, *optional*): posts whose targets are computed; all, if `None`.
+
+        Returns:
+            `torch.Tensor` of shape `(len(indices), T)`: nats, zero at padding; T is the length of the longest target among
+            `indices`.
+        """
+        raise NotImplementedError
+
+    def loss(self, targets: Targets, mask: torch.Tensor | None = None) -> TargetLoss:
+        """Compute NLL(y | x), the loss of each post's target y given its prompt x.
+
+        Args:
+            targets ([`~dynkp.batches.targets.Targets`]): B targets.
+            mask (`torch.Tensor` of shape `(B,)`, *optional*): bool, the posts whose targets are computed; all, if `None`.
+                With [`SharedPrompt`] the other posts cost nothing.
+
+        Returns:
+            [`~dynkp.objectives.token_loss.TargetLoss`]: parts of shape (B,); exactly zero, and without gradient, where `mask`
+            is False or the post has no such target.
+        """
+        if mask is None or mask.all():
+            return loss_of_log_probs(self.log_probs(targets), targets)
+        indices = mask.nonzero().flatten().tolist()
+        loss = loss_of_log_probs(self.log_probs(targets, indices), targets, indices)
+        return TargetLoss(*(part.new_zeros(mask.shape).masked_scatter(mask, part) for part in loss))
+
+
+class SharedPrompt(Prompt):
+    """The prompts of a batch, computed once, to be continued with several targets.
 
     Args:
-        model: causal language model (or a PEFT model around one) that [`unsupported_reason`] has no objection to.
-        prompt (`dict`): what the processor gives for the prompts, left-padded: `input_ids` (B, P), `attention_mask`
-            (B, P), pixels, grids, token types.
-        score ([`Scorer`], *optional*): how the last positions' hidden states become log-probabilities.
+        model (`torch.nn.Module`): causal language model (or a PEFT model around one) for which
+            [`why_prompts_cannot_be_shared`] returns `None`.
+        prompt (`dict`): the processor's output for B prompts, left-padded: `input_ids` (B, P), `attention_mask` (B, P),
+            pixels, grids, token types.
+        score ([`Scorer`], *optional*): computes log-probabilities from model inputs.
 
     Raises:
-        RuntimeError: if the model did not put the prompt's keys and values into the cache it was handed.
+        RuntimeError: if the model did not write the prompt's keys and values into the given cache.
+
+    Example:
+
+    ```python
+    prompt = SharedPrompt(model, batch["prompt"])
+    direct = prompt.loss(batch["direct"])
+    easy = direct.mean < 0.4
+    reasoning = prompt.loss(batch["reasoning"], easy)  # of the easy posts only
+    ```
     """
 
     def __init__(self, model: nn.Module, prompt: dict[str, Any], score: Scorer = score_targets):
@@ -164,30 +227,25 @@ class SharedPrompt:
         self.last = {key: value[:, -1:] for key, value in prompt.items() if key in CONTINUED_INPUTS}
         self.last_position = positions[..., -1:]
 
-    def log_probs(self, targets: Targets, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """Log-probabilities of the targets' tokens.
-
-        Args:
-            targets ([`Targets`]): B targets.
-            rows (`Sequence[int]`, *optional*): the posts to continue; the others cost nothing. All, if `None`.
-
-        Returns:
-            `torch.Tensor` of shape `(len(rows), T)`: nats, zero at padding; T is the longest target among `rows`.
-        """
-        last = {key: select(value, rows) for key, value in self.last.items()}
-        return self.prefix.log_probs(last, select(self.last_position, rows, dim=-2), targets_of(targets, rows), rows)
+    def log_probs(self, targets: Targets, indices: Sequence[int] | None = None) -> torch.Tensor:
+        """Compute the log-probabilities of the targets' tokens; see [`Prompt.log_probs`]."""
+        last = {key: select(value, indices) for key, value in self.last.items()}
+        position = select(self.last_position, indices, dim=-2)
+        return self.prefix.log_probs(last, position, targets_of(targets, indices), indices)
 
 
-class PlainPrompt:
-    """The plain twin of [`SharedPrompt`]: prompt and target in one ordinary forward per call.
+class PlainPrompt(Prompt):
+    """The reference of [`SharedPrompt`]: prompt and target in one ordinary forward pass per call.
 
-    It is the oracle of the tests and serves models and settings that cannot share a prompt. Every call computes all
-    posts of the batch, pictures included; posts outside `rows` are computed and their results dropped.
+    The tests compare with it, and it serves models and settings that cannot share a prompt, and prompts with a single target.
+    Every call computes all posts of the batch, images included; the results of posts that are not asked for are dropped.
 
     Args:
-        model, prompt, score: as for [`SharedPrompt`].
-        positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`, *optional*): the prompt's position ids where they do
-            not follow from its attention mask, as when tokens are masked or left out.
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        prompt (`dict`): as for [`SharedPrompt`].
+        score ([`Scorer`], *optional*): as for [`SharedPrompt`].
+        positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`, *optional*): the prompt's position ids, where they do not
+            follow from its attention mask, as when tokens are masked or left out.
     """
 
     def __init__(
@@ -200,12 +258,12 @@ class PlainPrompt:
         self.model, self.prompt, self.score = model, prompt, score
         self.positions = prompt_positions(model, prompt) if positions is None else positions
 
-    def log_probs(self, targets: Targets, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """As [`SharedPrompt.log_probs`]."""
-        length = max(targets_of(targets, rows)["lengths"], default=0)
+    def log_probs(self, targets: Targets, indices: Sequence[int] | None = None) -> torch.Tensor:
+        """Compute the log-probabilities of the targets' tokens; see [`Prompt.log_probs`]."""
+        length = max(targets_of(targets, indices)["lengths"], default=0)
         ids, mask = targets["input_ids"][:, :length], targets["mask"][:, :length]
         if ids.numel() == 0:
-            return torch.zeros(select(ids, rows).shape, dtype=torch.float32, device=ids.device)
+            return torch.zeros(select(ids, indices).shape, dtype=torch.float32, device=ids.device)
 
         inputs = dict(self.prompt)
         # The last target token predicts nothing, so it is left out.
@@ -219,14 +277,18 @@ class PlainPrompt:
             inputs["cross_attention_mask"] = torch.cat([inputs["cross_attention_mask"], last], dim=1)
         following = following_positions(self.positions, length)[..., 1:]
         inputs["position_ids"] = torch.cat([self.positions, following], dim=-1)
-        return select(self.score(self.model, {**inputs, "use_cache": False}, ids, mask), rows)
+        return select(self.score(self.model, {**inputs, "use_cache": False}, ids, mask), indices)
 
 
-def unsupported_reason(model: nn.Module) -> str | None:
-    """Why this model, as it is configured, cannot share a prompt; `None` if it can.
+def why_prompts_cannot_be_shared(model: nn.Module) -> str | None:
+    """Return the reason why a model, as it is configured, cannot share a prompt between targets.
 
-    Example: `unsupported_reason(llava)` is `None`; after
-    `llava.gradient_checkpointing_enable({"use_reentrant": True})` it names reentrant checkpointing.
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+
+    Returns:
+        `str` or `None`: a clause such as "its layers of type linear_attention keep a state other than keys and values";
+        `None` if the model can share a prompt.
     """
     for layer in checkpointed_layers(model):
         function = getattr(layer, "_gradient_checkpointing_func", None)
@@ -242,7 +304,15 @@ def unsupported_reason(model: nn.Module) -> str | None:
 
 
 def prompt_positions(model: nn.Module, prompt: dict[str, Any]) -> torch.Tensor:
-    """Position ids of left-padded prompts: `(B, P)`, or `(3, B, P)` for models with 3-D rotary positions (Qwen-VL)."""
+    """Compute the position ids of left-padded prompts.
+
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        prompt (`dict`): the processor's output for B prompts of P columns.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P)`; `(3, B, P)` for models with 3-D rotary positions (Qwen-VL).
+    """
     attention_mask = prompt["attention_mask"]
     backbone = causal_lm_of(model).base_model
     get_rope_index = getattr(backbone, "get_rope_index", None)
@@ -258,12 +328,39 @@ def prompt_positions(model: nn.Module, prompt: dict[str, Any]) -> torch.Tensor:
 
 
 def following_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions of the prompt's last token and the `length - 1` text tokens behind it."""
+    """Compute the position ids of a prompt's last token and of the `length - 1` text tokens behind it.
+
+    Args:
+        positions (`torch.Tensor` of shape `(..., P)`): position ids of the prompt.
+        length (`int`): number of positions wanted.
+
+    Returns:
+        `torch.Tensor` of shape `(..., length)`.
+
+    Example:
+        >>> following_positions(torch.tensor([[0, 1, 2]]), 3)
+        tensor([[2, 3, 4]])
+    """
     return positions[..., -1:] + torch.arange(length, device=positions.device)
 
 
+def loss_of_log_probs(log_probs: torch.Tensor, targets: Targets, indices: Sequence[int] | None = None) -> TargetLoss:
+    """Sum the token losses of some posts' targets, given their log-probabilities.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(len(indices), T)`): as [`Prompt.log_probs`] returns them, as wide as the longest
+            target among `indices`.
+        targets ([`~dynkp.batches.targets.Targets`]): B targets, as wide as the longest of them.
+        indices (`Sequence[int]`, *optional*): the posts; all, if `None`.
+
+    Returns:
+        [`~dynkp.objectives.token_loss.TargetLoss`]: parts of shape (len(indices),).
+    """
+    return target_loss(log_probs, select(targets["weights"], indices)[:, : log_probs.shape[1]])
+
+
 class _PromptLayer(DynamicLayer):
-    """Keeps the first keys and values it is given, in the graph; a checkpoint's replay writes nothing."""
+    """Stores the first keys and values it is given, in the graph; the replay of a checkpointed layer stores nothing."""
 
     is_initialized: bool
 
@@ -275,18 +372,18 @@ class _PromptLayer(DynamicLayer):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        # While the prompt pass runs (and is replayed) there is no past: masks are those of an ordinary forward.
+        # While the prompt is computed (and replayed) there is no past: masks are those of an ordinary forward pass.
         return 0
 
 
 class _ContinuationLayer(DynamicLayer):
-    """The prompt's keys and values for some rows; `update` appends to what it returns, never to what it keeps."""
+    """The prompt's keys and values for some posts; `update` appends to what it returns, never to what it stores."""
 
-    def __init__(self, prompt: _PromptLayer, rows: Sequence[int] | None):
+    def __init__(self, prompt: _PromptLayer, indices: Sequence[int] | None):
         super().__init__()
         self.is_initialized = prompt.is_initialized
         if prompt.is_initialized:
-            self.keys, self.values = select(prompt.keys, rows), select(prompt.values, rows)
+            self.keys, self.values = select(prompt.keys, indices), select(prompt.values, indices)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -296,10 +393,13 @@ class _ContinuationLayer(DynamicLayer):
 
 @contextlib.contextmanager
 def cache_survives_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let checkpointed layers keep the cache they are handed, which transformers otherwise takes from them.
+    """Within the block, checkpointed layers keep the cache they are called with.
 
-    transformers reserves `_can_checkpoint_with_cache` for layers that only read a cache; ours may be written to once
-    and is only read in the replay, which is as safe.
+    transformers drops the cache unless a layer has `_can_checkpoint_with_cache`, which it reserves for layers that only read
+    a cache. Our caches are written once, in the first run, and only read in the replay, which is as safe.
+
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
     """
     layers = list(checkpointed_layers(model))
     for layer in layers:
@@ -312,13 +412,22 @@ def cache_survives_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def checkpointed_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """Iterate over the layers of a model that use gradient checkpointing.
+
+    Args:
+        model (`torch.nn.Module`): any model.
+    """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             yield module
 
 
 def causal_lm_of(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """Return the transformers model inside a PEFT model, or the model itself.
+
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

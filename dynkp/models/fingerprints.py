@@ -1,4 +1,4 @@
-"""Fingerprints of saved models: what tells a checkpoint from another one in the same folder."""
+"""Fingerprints of saved models: digests that distinguish a model from another one saved in the same folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
-# Places in a file of weights whose bytes stand for the whole of it, and how many bytes each.
+# Number of positions in a file of weights that are sampled, and number of bytes read at each.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
-# What of a checkpoint decides on its outputs beside the weights: by name, as a run's own files may lie in the folder.
+# Files that determine a model's outputs beside its weights; by name, since a run may have files of its own in the folder.
 _SETTINGS_FILES = frozenset(
     (
         "config.json",
@@ -30,14 +30,15 @@ _SETTINGS_FILES = frozenset(
 
 
 def weights_fingerprint(model: str) -> str:
-    """What tells a checkpoint from another one in the same folder, in milliseconds.
+    """Return the fingerprint of a saved model, within milliseconds.
 
     Args:
         model: a folder, a file of weights, or a Hub id.
 
     Returns:
-        For a folder, a checksum of bytes sampled all over its weights and of its configuration, tokenizer, chat template
-        and processor, so that it may be moved; for a file, one of its bytes; for a Hub id, the id.
+        For a folder, a checksum of sampled bytes of its weights and of its configuration, tokenizer, chat template and
+        processor, which does not change when the folder is moved; for a file, a checksum of its sampled bytes; for a Hub id,
+        the id.
     """
     if os.path.isdir(model):
         inside = sorted(Path(model).iterdir())

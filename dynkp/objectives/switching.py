@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dynkp.objectives.token_loss import TargetLoss
+from dynkp.objectives.token_loss import PostLosses, TargetLoss
 
 
 def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -38,34 +38,56 @@ def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
     return direct_loss < gamma
 
 
-def mixed_loss(
-    direct: TargetLoss,
-    reasoning: TargetLoss,
-    direct_share: torch.Tensor,
-    reasoning_share: torch.Tensor,
-    over_tokens: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each post adds to numerator and denominator of the batch's loss (Eq. 4 and, with both shares, multi-task).
-
-    Over posts (the default; the paper's batch size is 1): a post adds its targets' mean losses, weighted by their
-    shares, and counts 1. Over tokens: it adds its targets' summed losses and their tokens.
+def switched_loss(easy: torch.Tensor, reasoning: TargetLoss, direct: TargetLoss) -> TargetLoss:
+    """Select the loss of what each post is taught, NLL(y^d | x) of Eq. 4.
 
     Args:
-        direct, reasoning ([`TargetLoss`]): losses of both kinds of target, each part `(B,)`.
-        direct_share, reasoning_share (`torch.Tensor` of shape `(B,)`): weight of either objective, not both zero; the
-            switch gives one of them 1 and the other 0.
-        over_tokens (`bool`): normalise over tokens instead of posts.
+        easy (`torch.Tensor` of shape `(B,)`): bool; where True the post is taught its reasoning target, y^d = y^c, elsewhere
+            its direct target, y^d = y^s.
+        reasoning ([`TargetLoss`]): loss of the reasoning targets y^c, parts of shape (B,).
+        direct ([`TargetLoss`]): loss of the direct targets y^s, parts of shape (B,).
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: numerator and denominator, each `(B,)`.
+        [`TargetLoss`]: parts of shape (B,). Posts get no gradient from the loss that is not selected.
 
-    Example: means 2.0 (direct) and 1.0 (reasoning) with shares 1 and 1 give 1.5 over 1.
+    Example:
+        >>> direct = TargetLoss(torch.tensor([6.0, 8.0]), torch.tensor([3.0, 2.0]))
+        >>> reasoning = TargetLoss(torch.tensor([0.0, 20.0]), torch.tensor([0.0, 10.0]))
+        >>> switched_loss(torch.tensor([False, True]), reasoning, direct).mean
+        tensor([2., 2.])
+    """
+    if easy.all():
+        return reasoning  # without the direct loss, whose graph would only be traversed with zero gradients
+    return TargetLoss(*(torch.where(easy, *parts) for parts in zip(reasoning, direct, strict=True)))
+
+
+def mixed_loss(
+    direct: TargetLoss, reasoning: TargetLoss, reasoning_share: torch.Tensor, over_tokens: bool = False
+) -> PostLosses:
+    """Combine both objectives of a post (the row "multi-task" of Table 4 of the paper).
+
+    Args:
+        direct ([`TargetLoss`]): loss of the direct targets y^s, parts of shape (B,).
+        reasoning ([`TargetLoss`]): loss of the reasoning targets y^c, parts of shape (B,).
+        reasoning_share (`torch.Tensor` of shape `(B,)`): weight of the reasoning objective against 1 for the direct one; 0
+            for a post without a reasoning target.
+        over_tokens (`bool`, *optional*, defaults to `False`): normalize over tokens instead of posts: a post then adds both
+            targets' summed losses and their tokens, instead of the weighted average of their means and 1.
+
+    Returns:
+        [`~dynkp.objectives.token_loss.PostLosses`]: parts of shape (B,).
+
+    Example:
+        >>> direct = TargetLoss(torch.tensor([4.0]), torch.tensor([2.0]))
+        >>> reasoning = TargetLoss(torch.tensor([5.0]), torch.tensor([5.0]))
+        >>> mixed_loss(direct, reasoning, torch.tensor([1.0]))
+        PostLosses(total=tensor([1.5000]), denominator=tensor([1.]))
     """
     if over_tokens:
-        total = direct_share * direct.total + reasoning_share * reasoning.total
-        return total, direct_share * direct.weight + reasoning_share * reasoning.weight
-    total = (direct_share * direct.mean + reasoning_share * reasoning.mean) / (direct_share + reasoning_share)
-    return total, torch.ones_like(total)
+        total = direct.total + reasoning_share * reasoning.total
+        return PostLosses(total, direct.tokens + reasoning_share * reasoning.tokens)
+    total = (direct.mean + reasoning_share * reasoning.mean) / (1 + reasoning_share)
+    return PostLosses(total, torch.ones_like(total))
 
 
 class Threshold:

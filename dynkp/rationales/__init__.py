@@ -1,1 +1,1 @@
-"""Rationales: why posts have their keyphrases, as a teacher explains it."""
+"""Rationales: explanations by a teacher model of why posts have their keyphrases."""

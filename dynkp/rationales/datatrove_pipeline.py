@@ -1,11 +1,11 @@
 """Rationales for millions of posts on a cluster: a `datatrove` pipeline.
 
-Given   folders of JSON Lines files of posts, and the settings of a run.
-Gives   pipeline steps for any of datatrove's executors (local, Slurm, Ray): each task reads its share of the files, asks the
-        server, and writes its share of the rationales.
-Holds   a task that is killed and started again goes on where it was, by its own journal; posts without a rationale are not
-        in the output but in the task's `.errors.jsonl`. Between two steps a document's text is the rationale, so that
-        datatrove's own steps (MinHash deduplication over all tasks, filters) see what they are to look at.
+Given   a folder of JSON Lines files of posts, and the settings of a run.
+Gives   pipeline steps for any of datatrove's executors (local, Slurm, Ray): each task reads its share of the files, sends the
+        requests, and writes its share of the rationales.
+Holds   a task that is killed and restarted resumes from its own journal; posts without a rationale are not in the output but
+        in the task's `.errors.jsonl`. Between steps a document's text is the rationale, so that datatrove's own steps
+        (MinHash deduplication over all tasks, filters) process rationales.
 
 Needs the extra `datatrove`.
 """
@@ -30,14 +30,16 @@ _POST = "post"
 
 
 class AskTeacher(PipelineStep):
-    """Asks about a task's posts, and hands on those with a rationale.
+    """A pipeline step that requests rationales for a task's posts, and yields the posts that have one.
 
     Args:
-        settings: as of `dynkp rationales`; `posts`, `output`, `shard` and `progress` are set by the step.
-        work_dir: a folder that all machines see; each task has its files there.
+        settings: The settings of `dynkp rationales`; the step sets `posts`, `output`, `shard`, `keep_all` and `progress`.
+        work_dir: A folder that all machines share; contains the files of each task.
 
     Example:
-        >>> AskTeacher(RationaleSettings("", "", "teacher", base_url="http://127.0.0.1:8000/v1"), "work")
+        >>> step = AskTeacher(RationaleSettings("", "", "teacher", base_url="http://127.0.0.1:8000/v1"), "work")
+        >>> step.settings.model
+        'teacher'
     """
 
     type = "💬 - TEACHER"
@@ -49,11 +51,23 @@ class AskTeacher(PipelineStep):
         self.work_dir = work_dir
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Ask about the posts of a task."""
+        """Request rationales for the posts of one task.
+
+        Args:
+            data: The task's documents, whose metadata hold the posts.
+            rank: The task's number, from 0.
+            world_size: The number of tasks.
+
+        Yields:
+            The posts that have a rationale, as documents whose text is the rationale.
+
+        Raises:
+            RuntimeError: If the run ended before all posts were processed; the executor restarts the task.
+        """
         folder = Path(self.work_dir)
         folder.mkdir(parents=True, exist_ok=True)
         posts, output = (folder / f"{rank:05d}.{kind}.jsonl" for kind in ("posts", "rationales"))
-        # Written again by a task that is started again: the same lines, which the journal knows.
+        # A restarted task writes the same lines again, and its journal recognises them.
         write_json_lines(posts, (document.metadata[_POST] for document in data))
         settings = dataclasses.replace(
             self.settings, posts=str(posts), output=str(output), shard=(1, 1), keep_all=False, progress=False
@@ -61,7 +75,7 @@ class AskTeacher(PipelineStep):
         with self.track_time(), RationaleRun(settings) as run:
             outcome = run.ask()
             if outcome.stopped is not None:
-                # The executor counts the task as not done, and starts it again.
+                # The executor counts the task as failed, and restarts it.
                 raise RuntimeError(f"task {rank} stopped with {outcome.open} posts open ({outcome.stopped}: {outcome.reason})")
             report = run.write()
         self.stat_update("posts", value=report["posts"])
@@ -73,7 +87,7 @@ class AskTeacher(PipelineStep):
 
 
 def _read_post(self: Any, data: dict[str, Any], path: str, id_in_file: int | str) -> dict[str, Any]:
-    """datatrove's adapter for reading: the text is the whole post, as documents without text are left out."""
+    """datatrove's adapter for reading: the text is the whole post, because datatrove drops documents without text."""
     post = {"id": f"{Path(path).stem}-{id_in_file}", **data}
     return {"text": json_line(post), "id": str(post["id"]), "metadata": {_POST: post}}
 
@@ -89,20 +103,22 @@ def rationale_pipeline(
     work_dir: str | os.PathLike[str],
     settings: RationaleSettings,
 ) -> list[PipelineStep]:
-    """The steps from posts to posts with rationales.
+    """Build the steps from posts to posts with rationales.
 
     Args:
-        posts_dir: folder of `*.jsonl` (or `.jsonl.gz`) files; a task takes whole files, so have at least one for each.
-        output_dir: gets one file per task.
-        work_dir: a folder that outlives the tasks, for their journals.
-        settings: of the run; `posts` and `output` are set for each task.
+        posts_dir: The folder of `*.jsonl` (or `.jsonl.gz`) files. A task reads whole files: provide at least one per task.
+        output_dir: The folder for the output, one file per task.
+        work_dir: A folder for the tasks' journals, kept until all tasks have finished.
+        settings: The settings of the run; `posts` and `output` are set for each task.
 
     Returns:
         The steps, for an executor.
 
     Example:
-        >>> steps = rationale_pipeline("posts", "rationales", "work", settings)
-        >>> LocalPipelineExecutor(steps, tasks=8, workers=8, logging_dir="logs").run()
+        ```python
+        steps = rationale_pipeline("posts", "rationales", "work", settings)
+        LocalPipelineExecutor(steps, tasks=8, workers=8, logging_dir="logs").run()
+        ```
     """
     return [
         JsonlReader(str(posts_dir), adapter=_read_post),

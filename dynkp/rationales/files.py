@@ -1,13 +1,13 @@
-"""What a run leaves: posts with rationales, posts without, and a report.
+"""The files of a run: posts with rationales, posts without, and a report.
 
-Given   posts, and what was answered about each.
-Gives   `R.jsonl`, `R.errors.jsonl`, `R.report.json`, and, if wanted, `R.preview.html`.
-Holds   every post is in exactly one of the first two, in the posts' order, unless it was not come to; each file appears, or
-        is replaced, only when it is complete; memory does not grow with the posts but for 150 bytes each.
+Given   posts, and the journal of the teacher's answers.
+Gives   `R.jsonl`, `R.errors.jsonl`, `R.report.json`, and optionally `R.preview.html`.
+Holds   every post is in exactly one of the first two files, in the posts' order, unless the run ended before it (the post is
+        open); files are written atomically; memory grows by 150 bytes per post.
 
 A row of `R.jsonl` is the post's own row with `rationale`, `rationale_model`, `rationale_stage` and `reasoning_content`. A row
 of `R.errors.jsonl` has the post's number (`index`) and `id`, the `reason` (`invalid_post`, `request_failed`, or the name of
-a filter), an `error` in words and the rejected `rationale`.
+a filter), an `error` message and the rejected `rationale`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_rationales(
     key_of: Callable[[int], bytes | None],
     journal: AnswerJournal,
     paths: RunPaths,
-    judge: RationaleFilter,
+    rationale_filter: RationaleFilter,
     *,
     max_similarity: float = 0.8,
     keep_all: bool = False,
@@ -56,32 +56,32 @@ def write_rationales(
     """Write a run's files.
 
     Args:
-        posts: the posts.
-        key_of: from a post's place among them to the key of its last answer; None if it was not come to.
-        journal: the answers.
-        paths: where to.
-        judge: the filters.
-        max_similarity: above this Jaccard similarity a rationale is a near-copy.
-        keep_all: whether posts without a rationale go to the output, too, with null, so that it can be trained on as it is.
-        preview: how many posts to show on the HTML page; 0 for none.
-        progress: whether to show progress bars.
+        posts: The posts.
+        key_of: Post's index in `posts` -> key of its last answer in the journal; None if the post is open.
+        journal: The answers.
+        paths: The files to write.
+        rationale_filter: The filters.
+        max_similarity: The least Jaccard similarity at which a rationale counts as a near-copy.
+        keep_all: Whether posts without a rationale go to the output too, with null, so that the output has all valid posts.
+        preview: The number of posts on the HTML page, drawn at random; 0 for no page.
+        progress: Whether to show progress bars.
 
     Returns:
-        The report: counts of posts by what became of them.
+        The report: numbers of posts in all, with a rationale (`written`), open, invalid, failed, and rejected by each filter.
     """
     copies: dict[int, int] = {}
-    if "near_copy" in judge.names:
+    if "near_copy" in rationale_filter.names:
         copies = _near_copies(len(posts), key_of, journal, max_similarity, progress)
     counts: Counter[str] = Counter()
     sample = _Sample(preview)
     with _Writer(paths) as writer:
-        for place, source in enumerate(tqdm(posts, "Writing", len(posts), unit="post", disable=not progress)):
-            key = key_of(place)
+        for index, source in enumerate(tqdm(posts, "Writing", len(posts), unit="post", disable=not progress)):
+            key = key_of(index)
             if key is None:
                 counts["open"] += 1
                 continue
             row = journal.read(key)
-            reason, message = _reason(row, source, judge, place, copies)
+            reason, message = _reason(row, source, rationale_filter, index, copies)
             counts[reason or "written"] += 1
             if reason is None:
                 added = (row["text"], row["model"], row["stage"], row["reasoning"])
@@ -94,7 +94,7 @@ def write_rationales(
     report = _report(counts)
     if preview:
         shown = [_preview_post(*one) for one in sample.chosen()]
-        write_preview(paths.preview, f"Rationales: {paths.output.name}", summarise(report), shown)
+        write_preview(paths.preview, f"Rationales: {paths.output.name}", rationale_summary(report), shown)
     return report
 
 
@@ -102,39 +102,40 @@ def _near_copies(
     count: int, key_of: Callable[[int], bytes | None], journal: AnswerJournal, threshold: float, progress: bool
 ) -> dict[int, int]:
     finder = NearCopies(threshold)
-    places: list[int] = []
-    for place in tqdm(range(count), "Comparing", unit="post", disable=not progress):
-        key = key_of(place)
+    indices: list[int] = []
+    for index in tqdm(range(count), "Comparing", unit="post", disable=not progress):
+        key = key_of(index)
         if key is not None and not journal.has_failed(key):
             finder.add(journal.read(key)["text"])
-            places.append(place)
+            indices.append(index)
 
     def text_of(number: int) -> str:
-        key = key_of(places[number])
+        key = key_of(indices[number])
         assert key is not None
         return journal.read(key)["text"]
 
-    return {places[copy]: places[original] for copy, original in finder.find(text_of).items()}
+    return {indices[copy]: indices[original] for copy, original in finder.find(text_of).items()}
 
 
 def _reason(
-    row: Mapping[str, Any], source: SourcePost, judge: RationaleFilter, place: int, copies: Mapping[int, int]
+    row: Mapping[str, Any], source: SourcePost, rationale_filter: RationaleFilter, index: int, copies: Mapping[int, int]
 ) -> tuple[str | None, str]:
+    """Why a post has no rationale, None if it has one, and an error message."""
     if row["failed"]:
         return INVALID if row.get("invalid") else FAILED, row["error"]
-    task = judge.reasoning_task
-    reason = judge(
+    task = rationale_filter.reasoning_task
+    reason = rationale_filter(
         row["text"],
         keyphrases=source.post["keyphrases"],
         answer=None if task is None else task.answer(source.post),
         finish_reason=row["finish_reason"],
     )
-    if reason is None and place in copies:
-        return "near_copy", _copy_of(source.stream.index_in_file(copies[place]))
+    if reason is None and index in copies:
+        return "near_copy", _near_copy_message(source.stream.index_in_file(copies[index]))
     return reason, FILTERS.get(reason or "", "")
 
 
-def _copy_of(index: int) -> str:
+def _near_copy_message(index: int) -> str:
     return f"{FILTERS['near_copy']}: that of post number {index}"
 
 
@@ -149,11 +150,15 @@ def _report(counts: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def summarise(report: Mapping[str, Any]) -> str:
-    """A report in a sentence.
+def rationale_summary(report: Mapping[str, Any]) -> str:
+    """Format a report's counts as one line.
+
+    Args:
+        report: The report that `write_rationales` or `merge_shards` returned.
 
     Example:
-        >>> summarise({"posts": 3, "written": 2, "open": 0, "invalid_post": 0, "request_failed": 0, "rejected": {"empty": 1}})
+        >>> counts = {"posts": 3, "written": 2, "open": 0, "invalid_post": 0, "request_failed": 0}
+        >>> rationale_summary({**counts, "rejected": {"empty": 1}})
         '3 posts: 2 with a rationale; rejected: 1 empty'
     """
     parts = [f"{report['written']:,} with a rationale"]
@@ -167,7 +172,7 @@ def summarise(report: Mapping[str, Any]) -> str:
 
 
 class _Writer:
-    """Output and errors, which appear when both are complete."""
+    """Writes output and errors atomically, both or neither."""
 
     def __init__(self, paths: RunPaths):
         self.paths = paths
@@ -193,7 +198,7 @@ class _Writer:
 
 
 class _Sample:
-    """Some posts of many, each equally likely, the same ones each time."""
+    """A random sample of posts offered one by one (reservoir sampling); the same for the same posts."""
 
     def __init__(self, size: int):
         self.size = size
@@ -236,23 +241,23 @@ def merge_shards(
     near_copies: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Put the outputs of `--shard 1/n` to `--shard n/n` together, in the posts' order.
+    """Merge the outputs of `--shard 1/n` to `--shard n/n`, in the posts' order.
 
-    Near-copies are looked for anew: each machine saw its own rationales only. Neither posts nor pictures are needed, only
-    each shard's `.jsonl`, `.errors.jsonl` and `.report.json`.
+    Near-copies are searched again, because each machine compared its own rationales only. Neither posts nor images are read,
+    only each shard's `.jsonl`, `.errors.jsonl` and `.report.json`.
 
     Args:
-        output: the whole run's output; the shards' files lie beside it, as `r.1-of-n.jsonl` and so on.
-        max_similarity: as in `write_rationales`.
-        near_copies: whether to look for them.
-        progress: whether to show progress bars.
+        output: The merged output; the shards' files are beside it, named `r.1-of-n.jsonl` and so on.
+        max_similarity: The least Jaccard similarity of near-copies, as in `write_rationales`.
+        near_copies: Whether to search for near-copies.
+        progress: Whether to show progress bars.
 
     Returns:
         The report.
 
     Raises:
-        FileNotFoundError: if there is no shard, or one is missing.
-        ValueError: if a shard is not finished, or was made with other settings.
+        FileNotFoundError: If there is no shard, or one is missing.
+        ValueError: If a shard is not finished, was made with different settings, or lost rows.
     """
     paths = RunPaths(output)
     shards = _shards(paths)
@@ -261,20 +266,20 @@ def merge_shards(
         if report["open"]:
             raise ValueError(f"{shard.output} is not finished: {report['open']} posts are open. Run its --shard again")
         if report["settings"] != reports[0]["settings"]:
-            raise ValueError(f"{shard.output} was made with other settings than {shards[0].output}: see their reports")
+            raise ValueError(f"{shard.output} was made with different settings than {shards[0].output}: see their reports")
     keep_all = reports[0]["keep_all"]
     copies: dict[int, int] = {}
     if near_copies:
         copies = _copies_across(shards, max_similarity, keep_all, progress)
     counts: Counter[str] = Counter()
     with _Writer(paths) as writer:
-        for place, row, error in _interleaved(shards, keep_all):
+        for index, row, error in _interleaved(shards, keep_all):
             if error is not None:
                 counts[error["reason"]] += 1
                 writer.error(*(error[name] for name in ("index", "id", "reason", "error", "rationale")))
-            elif row is not None and place in copies:
+            elif row is not None and index in copies:
                 counts["near_copy"] += 1
-                writer.error(place, row["id"], "near_copy", _copy_of(copies[place]), row["rationale"])
+                writer.error(index, row["id"], "near_copy", _near_copy_message(copies[index]), row["rationale"])
                 row = {**row, **dict.fromkeys(_COLUMNS)} if keep_all else None
             else:
                 counts["written"] += 1
@@ -283,7 +288,7 @@ def merge_shards(
         if counts.total() != (expected := sum(report["posts"] for report in reports)):
             raise ValueError(
                 f"the shards of {paths.output} have {counts.total()} posts in their places, and their reports {expected}: they "
-                "are not of the same posts, or a file was changed. Run each --shard again"
+                "were made from different posts, or a file was changed. Run each --shard again"
             )
     report = _report(counts)
     for name in ("cost", "requests"):
@@ -321,32 +326,32 @@ def _interleaved(
         outputs = [_rows(shard.output, files) for shard in shards]
         errors = [_rows(shard.errors, files) for shard in shards]
         next_errors = [next(one, None) for one in errors]
-        place = 0
+        index = 0
         while True:
-            shard = place % len(shards)
+            shard = index % len(shards)
             error = next_errors[shard]
-            if error is not None and error["index"] == place:
+            if error is not None and error["index"] == index:
                 next_errors[shard] = next(errors[shard], None)
                 row = None
                 if keep_all and error["reason"] != INVALID and (row := next(outputs[shard], None)) is None:
                     return
-                yield place, row, error
+                yield index, row, error
             elif (row := next(outputs[shard], None)) is not None:
-                yield place, row, None
+                yield index, row, None
             else:
                 return
-            place += 1
+            index += 1
 
 
 def _copies_across(shards: Sequence[RunPaths], threshold: float, keep_all: bool, progress: bool) -> dict[int, int]:
     finder = NearCopies(threshold)
-    places: list[int] = []
-    offsets: list[tuple[int, int]] = []  # where each rationale's row lies
+    indices: list[int] = []
+    offsets: list[tuple[int, int]] = []  # of each rationale's row: its shard, and its first byte
     ends = [0] * len(shards)
     with contextlib.ExitStack() as files:
         readers = [files.enter_context(shard.output.open("rb")) for shard in shards]
-        for place, row, error in tqdm(_interleaved(shards, keep_all), "Comparing", unit="post", disable=not progress):
-            shard = place % len(shards)
+        for index, row, error in tqdm(_interleaved(shards, keep_all), "Comparing", unit="post", disable=not progress):
+            shard = index % len(shards)
             if row is None:
                 continue
             start = ends[shard]
@@ -354,7 +359,7 @@ def _copies_across(shards: Sequence[RunPaths], threshold: float, keep_all: bool,
             ends[shard] = start + len(readers[shard].readline())
             if error is None:
                 finder.add(row["rationale"])
-                places.append(place)
+                indices.append(index)
                 offsets.append((shard, start))
 
         def text_of(number: int) -> str:
@@ -362,4 +367,4 @@ def _copies_across(shards: Sequence[RunPaths], threshold: float, keep_all: bool,
             readers[shard].seek(start)
             return json.loads(readers[shard].readline())["rationale"]
 
-        return {places[copy]: places[original] for copy, original in finder.find(text_of).items()}
+        return {indices[copy]: indices[original] for copy, original in finder.find(text_of).items()}

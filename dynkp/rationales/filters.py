@@ -1,9 +1,9 @@
-"""Rationales that should not be learned from.
+"""Filters that reject rationales not suitable for training.
 
-Given   an answer, the post's gold keyphrases, and the prompt's field names.
-Gives   the first rule it breaks, or None.
-Holds   a rule looks at one answer (near-copies of others' are `dynkp.rationales.near_copies`'s); rules are tried in the
-        order of `FILTERS`, so that each rejected rationale is counted once.
+Given   an answer of the teacher, the post's gold keyphrases, and the prompt's field names.
+Gives   the name of the first filter that rejects it, or None.
+Holds   a filter considers a single answer (`dynkp.rationales.near_copies` compares answers); filters are applied in the order
+        of `FILTERS`, so that each rejected rationale is counted once.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.mmkp_f1.answers import TAG
 
 FILTERS = {
-    "empty": "nothing was answered",
+    "empty": "the answer is empty",
     "refusal": "the teacher refuses (“I'm sorry, but I can't ...”)",
     "cut_off": "the answer ended at the token limit",
     "too_short": "fewer words than --min-words",
     "too_long": "more words than --max-words",
-    "field_names": 'speaks of the prompt\'s fields (“the "Post text" says ...”)',
-    "wrong_prediction": "of a chain: its prediction is not the gold answer",
+    "field_names": 'refers to the prompt\'s fields (“the "Post text" says ...”)',
+    "wrong_prediction": "the response chain's prediction is not the gold answer",
     "no_gold_phrase": "mentions none of the post's keyphrases",
-    "near_copy": "says again what another post's rationale says",
+    "near_copy": "almost equal to another post's rationale",
 }
 DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "no_gold_phrase")
 
-# At the beginning only: a rationale may well speak of people who cannot help.
+# Matched at the beginning only: a rationale may quote a post that contains such words.
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i['’]?m|i am|we['’]?re)\s+(?:really |very |so )?(?:sorry|afraid|unable|not able)\b"
     r"|(?:sorry|apologies)\b[\s\S]{0,40}\b(?:can(?:no|['’])?t|unable|not able)\b"
@@ -42,23 +42,23 @@ _WORD = re.compile(r"\w+")
 
 
 class RationaleFilter:
-    """The rules that look at one answer.
+    """The filters that consider a single answer.
 
     Args:
-        names: which of `FILTERS` to apply.
-        min_words: fewest words.
-        max_words: most words.
-        field_names: what the prompt calls its parts.
-        reasoning_task: of chains, to read their predictions; None for other rationales.
+        names: The names of the filters to apply, of `FILTERS`.
+        min_words: The least number of words, for `too_short`.
+        max_words: The largest number of words, for `too_long`.
+        field_names: The names of the prompt's fields, for `field_names`.
+        reasoning_task: The task whose response chains are filtered, for `wrong_prediction`; None for other rationales.
 
     Raises:
-        ValueError: if a name is not known.
+        ValueError: If a name is not known, or `min_words` is not from 0 to `max_words`.
 
     Example:
-        >>> judge = RationaleFilter(["empty", "refusal"])
-        >>> judge("I'm sorry, but I can't help with that.", keyphrases=["dogs"])
+        >>> reject = RationaleFilter(["empty", "refusal"])
+        >>> reject("I'm sorry, but I can't help with that.", keyphrases=["dogs"])
         'refusal'
-        >>> judge("The picture shows a dog.", keyphrases=["dogs"]) is None
+        >>> reject("The image shows a dog.", keyphrases=["dogs"]) is None
         True
     """
 
@@ -73,12 +73,12 @@ class RationaleFilter:
     ):
         self.names = set(names)
         if unknown := self.names - FILTERS.keys():
-            raise ValueError(f"filters={sorted(unknown)} are not known: use some of {', '.join(FILTERS)}, or none")
+            raise ValueError(f"filters={sorted(unknown)} are not known: use names of {', '.join(FILTERS)}, or none")
         if not 0 <= min_words <= max_words:
             raise ValueError(f"min_words={min_words!r} must be from 0 to max_words={max_words!r}")
         self.min_words, self.max_words = min_words, max_words
         self.reasoning_task = reasoning_task
-        # In quotes, or as a label: the words themselves are ordinary ones.
+        # In quotes, or as a label: the names are ordinary words, which a rationale may use.
         fields = "|".join(re.escape(name) for name in field_names)
         named = rf"[\"“*]({fields})[\"”*]|^[ \t]*({fields}):"
         self._fields = re.compile(named, re.IGNORECASE | re.MULTILINE) if fields else None
@@ -86,19 +86,19 @@ class RationaleFilter:
     def __call__(
         self, text: str, *, keyphrases: Sequence[str] = (), answer: str | None = None, finish_reason: str | None = None
     ) -> str | None:
-        """Judge a rationale.
+        """Apply the filters to a rationale.
 
         Args:
-            text: the rationale.
-            keyphrases: the post's gold keyphrases.
-            answer: the post's gold answer as the reasoning task reads it.
-            finish_reason: of the answer.
+            text: The rationale.
+            keyphrases: The post's gold keyphrases.
+            answer: The post's gold answer, as the reasoning task parses it.
+            finish_reason: Why the answer ended, as the server reports it; `length` at the token limit.
 
         Returns:
-            The name of the rule it breaks, or None.
+            The name of the first filter that rejects it, or None.
         """
         words = len(text.split())
-        broken = {
+        rejected = {
             "empty": not TAG.sub("", text).strip(),
             "refusal": bool(_REFUSAL.match(text)),
             "cut_off": finish_reason == "length",
@@ -108,14 +108,18 @@ class RationaleFilter:
             "wrong_prediction": self.reasoning_task is not None and self.reasoning_task.parse(text).prediction != answer,
             "no_gold_phrase": "no_gold_phrase" in self.names and not mentions_any(text, keyphrases),
         }
-        return next((name for name in FILTERS if name in self.names and broken.get(name)), None)
+        return next((name for name in FILTERS if name in self.names and rejected.get(name)), None)
 
 
 def mentions_any(text: str, keyphrases: Iterable[str]) -> bool:
-    """Whether a text has one of the phrases, as words or as a hashtag.
+    """Check whether a text contains one of the keyphrases, as words or as a hashtag.
 
-    Upper and lower case do not count, nor what stands between a phrase's words: "Happy Friday", "happy-friday" and
-    "#HappyFriday" are one.
+    Case is ignored, and so are whitespace and punctuation between a keyphrase's words: "Happy Friday", "happy-friday" and
+    "#HappyFriday" are equal.
+
+    Args:
+        text: The text.
+        keyphrases: The keyphrases.
 
     Example:
         >>> mentions_any("It is #HappyFriday!", ["happy friday"]), mentions_any("A fridayish day", ["friday"])

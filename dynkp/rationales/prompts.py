@@ -1,14 +1,15 @@
-"""What a teacher is asked about a post, and in which order.
+"""The requests to a teacher about a post.
 
 Given   a post with its gold answer, and a task.
-Gives   the dialogue of `dynkp.chat.run`.
-Holds   each prompt is made of the post alone, by a template that a file may replace; the stage of each answer says whether
-        the teacher was told the gold answer.
+Gives   the conversation that `dynkp.chat.run` conducts.
+Holds   a prompt depends on the post only, by a template that a file may replace; the stage of each answer records whether the
+        teacher was given the gold answer.
 
-- `dynamic_cot` (Dynamic CoT, section 3.2, Table 1, in our words): the teacher is told keyphrases, text and images, and says
-  in brief why people would use these tags. One question, stage `explain`.
-- a task of MulCoT-RD (`masc`, `msc`, `keyphrases`): the chain prompt asks for five fields without telling the answer, stage
-  `predict`. Where the prediction is wrong, the answer is told and an explanation asked for, stage `explain`.
+- `dynamic_cot` (Dynamic CoT, section 3.2, Table 1, in our wording): the teacher is given keyphrases, text and images, and
+  explains briefly why people would use these keyphrases. One request, stage `explain`.
+- a task of MulCoT-RD (`masc`, `msc`, `keyphrases`): the prompt asks for the five fields of a response chain without giving the
+  answer, stage `predict`. If the prediction is wrong, a second request gives the answer and asks for an explanation, stage
+  `explain`.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ _FIELD = re.compile(r"^[ \t]*[\"'*]*([A-Za-z][A-Za-z_ ]*?)[\"'*]*:", re.MULTILIN
 
 @dataclass(frozen=True)
 class Template:
-    """A system prompt and a user prompt with places to fill in.
+    """A system prompt and a user prompt with placeholders.
 
     Args:
-        system: may be empty.
-        user: `{images}` is where the pictures go (before the text if it is missing); `{keyphrases}`, `{text}`, `{answer}`
-            and the post's other columns by their names.
+        system: The system prompt; may be empty.
+        user: The user prompt. `{images}` marks the position of the images (before the text if it is missing); `{keyphrases}`,
+            `{text}`, `{answer}` and the names of the post's other columns are replaced by their values.
 
     Example:
         >>> template = Template("Be brief.", "Tags: {keyphrases}")
@@ -50,25 +51,28 @@ class Template:
     user: str
 
     def messages(self, values: Mapping[str, Any], images: Iterable[RequestImage]) -> list[dict[str, Any]]:
-        """Fill in a post.
+        """Fill in the placeholders.
 
         Args:
-            values: by placeholder.
-            images: the post's.
+            values: Placeholder -> value; a list is joined by "; ".
+            images: The post's images.
+
+        Returns:
+            The messages of a request.
 
         Raises:
-            ValueError: naming a placeholder that the post has no value for.
+            ValueError: If a placeholder has no value; the error names it.
         """
-        pictures = [{"type": "image", "image": image} for image in images]
+        image_parts = [{"type": "image", "image": image} for image in images]
         user = self.user if "{images}" in self.user else "{images}" + self.user
         before, _, after = user.partition("{images}")
-        parts = [_text_part(_filled(before, values)), *pictures, _text_part(_filled(after, values))]
+        parts = [_text_part(_filled(before, values)), *image_parts, _text_part(_filled(after, values))]
         message = {"role": "user", "content": [part for part in parts if part]}
         system = [{"role": "system", "content": _filled(self.system, values)}] if self.system else []
         return [*system, message]
 
     def field_names(self) -> list[str]:
-        """What the user prompt calls its parts, such as `Post text`; a rationale should not speak of them."""
+        """Return the names of the user prompt's fields, such as `Post text`, to which a rationale should not refer."""
         return list(dict.fromkeys(name.strip() for name in _FIELD.findall(self.user)))
 
 
@@ -83,10 +87,11 @@ def _filled(text: str, values: Mapping[str, Any]) -> str:
             raise ValueError(f"the template asks for {{{match[1]}}}, and the post has no such column")
         return "; ".join(map(str, found)) if isinstance(found, list) else str(found)
 
-    return _PLACEHOLDER.sub(value, text)  # in one pass: braces in a post's text mean nothing
+    return _PLACEHOLDER.sub(value, text)  # in one pass, so that braces in a post's text are not replaced
 
 
-TABLE_1 = Template(
+# Our wording of the prompt of Table 1 of the Dynamic CoT paper.
+DYNAMIC_COT_TEMPLATE = Template(
     'You help to understand hashtags. You are given the hashtags ("Keyphrases") that a social media post carries, its text '
     '("Post text") and its picture ("Image"). Explain briefly why social media users would use these hashtags for this '
     "post.",
@@ -95,21 +100,25 @@ TABLE_1 = Template(
 
 
 def load_templates(path: str | os.PathLike[str], task: str) -> dict[str, Template]:
-    """Read templates from a file.
+    """Read templates from a YAML file.
 
     Args:
-        path: YAML with `user` and, if wanted, `system`; for a task of two stages both under `predict` and `explain`.
-        task: one of `TASKS`.
+        path: The file, with `user` and optionally `system`; for a task of two stages, with both under `predict` and
+            `explain`.
+        task: One of `TASKS`.
 
     Returns:
         Stage -> template.
 
     Raises:
-        ValueError: if the file has another form.
+        ValueError: If the file has another format.
 
     Example:
-        system: You know social media well.
-        user: "Why would people tag the post {text} with {keyphrases}?"
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "template.yaml")
+        >>> _ = file.write_text("user: 'Why would people tag the post {text} with {keyphrases}?'")
+        >>> load_templates(file, "dynamic_cot")
+        {'explain': Template(system='', user='Why would people tag the post {text} with {keyphrases}?')}
     """
     import yaml
 
@@ -124,26 +133,28 @@ def load_templates(path: str | os.PathLike[str], task: str) -> dict[str, Templat
         entry = entries.get(stage) if isinstance(entries, Mapping) else None
         if not isinstance(entry, Mapping) or not isinstance(entry.get("user"), str) or set(entry) - {"system", "user"}:
             where = "" if task == DYNAMIC_COT else f" under {stage!r}"
-            raise ValueError(f"{path}: a template for task {task!r} has texts 'user' and 'system'{where}, got {entry!r:.100}")
+            raise ValueError(
+                f"{path}: a template for task {task!r} has the texts 'user' and 'system'{where}, got {entry!r:.100}"
+            )
         templates[stage] = Template(str(entry.get("system") or ""), entry["user"])
     return templates
 
 
-class RationaleDialogue:
-    """The questions about one post.
+class RationaleConversation:
+    """The requests about a post.
 
     Args:
-        task: one of `TASKS`.
-        settings: what goes into every request: `model`, `max_tokens`, sampling.
-        max_side: longest side of a picture in pixels.
-        templates: as `load_templates` gives them; the task's own if None.
+        task: One of `TASKS`.
+        settings: The fields of every request besides its messages: `model`, `max_tokens`, sampling.
+        max_side: Longest side of an image, in pixels; larger ones are shrunk.
+        templates: Stage -> template, as `load_templates` returns them; None for the task's own.
 
     Raises:
-        ValueError: if the task is not known.
+        ValueError: If the task is not known.
 
     Example:
-        >>> steps = RationaleDialogue("dynamic_cot", {"model": "m"})({"id": "1", "text": "Hi", "keyphrases": ["dogs"]})
-        >>> next(steps).stage
+        >>> requests = RationaleConversation("dynamic_cot", {"model": "m"})({"id": "1", "text": "Hi", "keyphrases": ["dogs"]})
+        >>> next(requests).stage
         'explain'
     """
 
@@ -159,13 +170,19 @@ class RationaleDialogue:
             raise ValueError(f"task={task!r} is not known: use one of {', '.join(TASKS)}")
         self.settings, self.max_side = dict(settings), max_side
         self.reasoning_task = None if task == DYNAMIC_COT else REASONING_TASKS[task]
-        self.templates = dict(templates or ({EXPLAIN: TABLE_1} if self.reasoning_task is None else {}))
+        self.templates = dict(templates or ({EXPLAIN: DYNAMIC_COT_TEMPLATE} if self.reasoning_task is None else {}))
 
     def __call__(self, post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-        """Ask about a post.
+        """Yield the requests about a post.
+
+        Args:
+            post: The post, with `id`, `text`, the gold answer's columns and, optionally, `images` or `image_urls`.
+
+        Yields:
+            Requests; the answer to each is sent to the generator.
 
         Raises:
-            ValueError: naming the post, if it has not what the questions need.
+            ValueError: If the post has neither text nor image, or no gold answer; the error names it.
         """
         if not (post.get("text") or "").strip() and not post.get("images") and not post.get("image_urls"):
             raise ValueError(f"post {post['id']!r} has neither text nor image")
@@ -180,8 +197,8 @@ class RationaleDialogue:
     def _chain(
         self, task: ReasoningTask, post: dict[str, Any], images: list[RequestImage]
     ) -> Generator[ChatRequest, ChatAnswer, None]:
-        task.answer(post)  # before anything is asked: without gold answer there is no second question
-        shown = {**post, "images": images}  # one placeholder for each picture that is sent
+        task.answer(post)  # raises before the first request if there is no gold answer, which the second one needs
+        shown = {**post, "images": images}  # one placeholder for each image that is sent
         answer = yield self._request(PREDICT, post, images, self.templates.get(PREDICT) or task.chain_prompt(shown))
         if not task.is_right(post, answer.text):
             yield self._request(EXPLAIN, post, images, self.templates.get(EXPLAIN) or task.explain_prompt(shown))
@@ -197,11 +214,11 @@ class RationaleDialogue:
         return ChatRequest(messages, self.settings, stage)
 
     def field_names(self) -> list[str]:
-        """What the prompt calls its parts; for chains none, since they are to have them."""
+        """Return the names of the prompt's fields; none for response chains, which consist of named fields."""
         return [] if self.reasoning_task is not None else self.templates[EXPLAIN].field_names()
 
     def describe(self) -> dict[str, Any]:
-        """All that requests depend on besides the post, as JSON values."""
+        """Return everything that requests depend on besides the post, as JSON values."""
         prompts: dict[str, Any] = {stage: [template.system, template.user] for stage, template in self.templates.items()}
         if self.reasoning_task is not None:
             row = {"id": "", "text": "{text}", "images": [], "aspect": "{aspect}"}
@@ -212,6 +229,6 @@ class RationaleDialogue:
 
 
 def _with_images(message: Mapping[str, Any], images: list[RequestImage]) -> dict[str, Any]:
-    left = iter(images)
-    content = [{"type": "image", "image": next(left)} if part["type"] == "image" else part for part in message["content"]]
+    remaining = iter(images)
+    content = [{"type": "image", "image": next(remaining)} if part["type"] == "image" else part for part in message["content"]]
     return {**message, "content": content}

@@ -1,9 +1,9 @@
-"""Rationales for posts, from the settings to the files.
+"""Rationales for posts: from the settings to the files.
 
 Given   settings.
-Gives   what `dynkp rationales` does: ask, export and import batches, write the files.
-Holds   settings that change what is asked change the posts' fingerprints, so that answers to other questions are never taken
-        for these; settings that do not (concurrency, filters, prices) may change between runs.
+Gives   the actions of `dynkp rationales`: send requests, export and import batches, write the files.
+Holds   settings that change requests change the posts' fingerprints, so that answers to other requests are never used;
+        settings that do not (concurrency, filters, prices) may change between runs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from dynkp.data.images import ImageError
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.rationales.files import write_rationales
 from dynkp.rationales.filters import DEFAULT_FILTERS, RationaleFilter
-from dynkp.rationales.prompts import DYNAMIC_COT, RationaleDialogue, load_templates
+from dynkp.rationales.prompts import DYNAMIC_COT, RationaleConversation, load_templates
 
 
 @dataclass(frozen=True)
 class RationaleSettings(RunSettings):
-    """What to ask about which posts, and what to do with the answers.
+    """Settings of a run, besides those of `RunSettings`.
 
     Attributes:
         task: `dynamic_cot`, `masc`, `msc` or `keyphrases`.
-        template: file of templates; None for the task's own.
-        shard: `(i, n)`: every n-th post from the i-th on.
-        filters, min_words, max_words, max_similarity: what rationales are rejected for.
-        keep_all: whether posts without rationale go to the output, too, with null.
-        preview: posts on the HTML page.
-
-    The others are those of `RunSettings`.
+        template: A YAML file of templates; None for the task's own.
+        shard: `(i, n)`, i from 1 to n: only every n-th post from the i-th on.
+        filters: The names of the filters that reject rationales (`dynkp.rationales.filters.FILTERS`).
+        min_words: The least number of words of a rationale.
+        max_words: The largest number of words of a rationale.
+        max_similarity: The least Jaccard similarity of near-copies, above 0 and at most 1.
+        keep_all: Whether posts without a rationale go to the output too, with null.
+        preview: The number of posts on the HTML page; 0 for no page.
     """
 
     task: str = DYNAMIC_COT
@@ -54,20 +55,25 @@ class RationaleSettings(RunSettings):
 
 
 class RationaleRun(PostRun[RationaleSettings]):
-    """A run of `dynkp rationales`.
+    """A run of `dynkp rationales`; a context manager, which locks the output.
 
     Args:
-        settings: the settings.
+        settings: The settings.
+
+    Attributes:
+        outcome: How the last `ask` or `replay` ended; None before.
 
     Raises:
-        ValueError: naming what does not fit.
-        BlockingIOError: if another run writes to the same output.
+        ValueError: If posts, templates or settings do not match.
+        BlockingIOError: If another run writes to the same output.
 
     Example:
-        >>> settings = RationaleSettings("posts.jsonl", "r.jsonl", "teacher", base_url="http://127.0.0.1:8000/v1")
-        >>> with RationaleRun(settings) as run:
-        ...     outcome = run.ask()
-        ...     report = run.write()
+        ```python
+        settings = RationaleSettings("posts.jsonl", "r.jsonl", "teacher", base_url="http://127.0.0.1:8000/v1")
+        with RationaleRun(settings) as run:
+            outcome = run.ask()
+            report = run.write()
+        ```
     """
 
     label = "Rationales"
@@ -76,38 +82,47 @@ class RationaleRun(PostRun[RationaleSettings]):
         paths = RunPaths(settings.output)
         super().__init__(settings, paths if settings.shard[1] == 1 else paths.of_shard(*settings.shard), shard=settings.shard)
         templates = load_templates(settings.template, settings.task) if settings.template else None
-        self.dialogue = RationaleDialogue(
+        self.conversation = RationaleConversation(
             settings.task, settings.request_settings(), max_side=settings.max_side, templates=templates
         )
-        self.judge = RationaleFilter(
+        self.rationale_filter = RationaleFilter(
             settings.filters,
             min_words=settings.min_words,
             max_words=settings.max_words,
-            field_names=self.dialogue.field_names(),
+            field_names=self.conversation.field_names(),
             reasoning_task=REASONING_TASKS.get(settings.task),
         )
         self._open_journal()
-        self.run = self._request_run(self.dialogue, self.dialogue.describe())
+        self.run = self._request_run(self.conversation, self.conversation.describe())
 
     def ask(self) -> Outcome:
-        """Ask about all posts that are not answered yet.
+        """Send the requests about all posts that have no answer yet.
+
+        Returns:
+            How the run ended.
 
         Raises:
-            ValueError: if there is no address to ask at.
+            ValueError: If `base_url` is not set.
         """
         self.settings.check_server()
         self.outcome = self._ask(self.run)
         return self.outcome
 
     def replay(self) -> Outcome:
-        """Take stock of what is answered, without asking."""
+        """Determine from the journal which posts are answered, without sending requests."""
         self.outcome = self.run.replay()
         return self.outcome
 
     def export(self, folder: str | os.PathLike[str]) -> tuple[int, list[Path]]:
-        """Write the requests that come next as batch files (`dynkp.chat.batch_files`).
+        """Write the next request of every post as batch files (`dynkp.chat.batch_files`).
 
-        A request whose picture cannot be read is left out: its post has failed, as when it is asked about directly.
+        A request whose image cannot be read is not written; its post counts as failed, as in `ask`.
+
+        Args:
+            folder: The folder for the batch files.
+
+        Returns:
+            The number of requests, and the files.
         """
         return export_requests(self.run.next_requests(), folder, on_image_error=self._record_image_error)
 
@@ -116,11 +131,18 @@ class RationaleRun(PostRun[RationaleSettings]):
         self.journal.append(request.key, row)
 
     def import_results(self, paths: Iterable[str | os.PathLike[str]]) -> ImportCounts:
-        """Take the results of batches into the journal."""
+        """Add the results of batches to the journal.
+
+        Args:
+            paths: The result files.
+
+        Returns:
+            The numbers of answers, failures and known requests.
+        """
         return import_results(paths, self.journal, model=self.settings.model)
 
     def write(self) -> dict[str, Any]:
-        """Write the files, as far as posts are answered; `ask` or `replay` comes first.
+        """Write the files for the posts answered so far; `replay` is called if neither it nor `ask` was.
 
         Returns:
             The report.
@@ -134,7 +156,7 @@ class RationaleRun(PostRun[RationaleSettings]):
             self.run.last_key,
             self.journal,
             self.paths,
-            self.judge,
+            self.rationale_filter,
             max_similarity=settings.max_similarity,
             keep_all=settings.keep_all,
             preview=settings.preview,
@@ -145,7 +167,7 @@ class RationaleRun(PostRun[RationaleSettings]):
         return report
 
     def _recorded_settings(self) -> dict[str, Any]:
-        """What made the rationales: the same for all shards of a run."""
-        made = ("task", "model", "limit", "filters", "min_words", "max_words", "keep_all")
-        settings = {name: value for name, value in asdict(self.settings).items() if name in made}
-        return {**settings, "posts": Path(self.settings.posts).name, **json.loads(json.dumps(self.dialogue.describe()))}
+        """The settings on which the rationales depend: the same for all shards of a run."""
+        names = ("task", "model", "limit", "filters", "min_words", "max_words", "keep_all")
+        settings = {name: value for name, value in asdict(self.settings).items() if name in names}
+        return {**settings, "posts": Path(self.settings.posts).name, **json.loads(json.dumps(self.conversation.describe()))}

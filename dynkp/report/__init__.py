@@ -1,1 +1,1 @@
-"""What a run leaves for people to read."""
+"""Scores, tables, figures and pages for people to read."""

@@ -1,15 +1,15 @@
-"""Scores of reasoning chains: how like they are to the reference chains, and how far from repeating themselves.
+"""Scores of MulCoT-RD's response chains: their similarity to the reference chains, and how often they repeat themselves.
 
-Given   a chain per post, its reference, and an embedding model if wanted.
+Given   a response chain per post, its reference, and optionally an embedding model.
 Gives   per post BLEU-4 (sacrebleu), ROUGE-L (rouge-score), METEOR (NLTK), the cosine of embeddings (sentence-transformers),
-        Distinct-1 and Distinct-2, each in [0, 1] (the cosine in [-1, 1]); and for each post another post's chain with the same
-        label, which says what a chain scores that only knows the label.
-Holds   a score equals its library's own, post by post; what cannot be computed is None, never zero.
+        Distinct-1 and Distinct-2, each in [0, 1] (the cosine in [-1, 1]); and for each post another post with the same label,
+        whose chain's score is a baseline: that of a chain which depends on the label alone.
+Holds   a score equals its library's own, post by post; a score that cannot be computed is None, never zero.
 
-The conventions are those of MulCoT-RD's published code, as far as the libraries above have them: every score is the mean
-over posts, BLEU is that of a single pair, tokens "13a", without smoothing; METEOR and Distinct take NLTK's Treebank tokens
-in lower case, Distinct is a chain's share of distinct n-grams among its own. Theirs takes ROUGE-L from another package,
-and Distinct from the references; here it is taken from the predictions.
+The conventions are those of MulCoT-RD's published code, as far as the libraries above offer them: every score is the mean
+over posts; BLEU is computed for each pair, tokens "13a", without smoothing; METEOR and Distinct use NLTK's Treebank tokens in
+lower case; Distinct is the share of distinct n-grams among a chain's own. The published code takes ROUGE-L from another
+package, and computes Distinct on the references; here it is computed on the predictions.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ METEOR_NEEDS = "METEOR needs NLTK's WordNet data (python -m nltk.downloader word
 def chain_scores(
     chains: Sequence[str], references: Sequence[str], *, embedding_model: Any = None
 ) -> list[dict[str, float | None]]:
-    """Score chains, each against its reference.
+    """Score response chains, each against its reference.
 
     Args:
-        chains: what was generated, one per post; may be empty strings.
-        references: the posts' own chains, in the same order.
-        embedding_model: name or folder of a sentence-transformers model, or anything with its `encode`; None for no cosine.
+        chains: The generated chains, one per post; may be empty strings.
+        references: The posts' own chains, in the same order.
+        embedding_model: Name or folder of a sentence-transformers model, or an object with its `encode`; None for no cosine.
 
     Returns:
         Per post the scores `CHAIN_SCORES`; `meteor` is None without NLTK's WordNet data, `cosine` without a model.
 
     Raises:
-        ImportError: naming the extra, if sacrebleu, rouge-score or NLTK is not installed.
-        ValueError: if there are not as many references as chains.
+        ImportError: If sacrebleu, rouge-score or NLTK is not installed; the error names the extra.
+        ValueError: If the numbers of chains and references differ.
 
     Example:
         >>> scores = chain_scores(["the dog is happy today"], ["the dog is happy today"])[0]
@@ -83,7 +83,20 @@ def chain_scores(
 
 
 def mean_scores(scores: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
-    """The means over posts; None for a score that posts do not have, or without posts."""
+    """Average the scores over posts.
+
+    Args:
+        scores: Per post the scores that `chain_scores` returned.
+
+    Returns:
+        The means; None for a score that no post has, and for all scores without posts.
+
+    Example:
+        >>> nothing = dict.fromkeys(CHAIN_SCORES)
+        >>> means = mean_scores([{**nothing, "bleu_4": 0.5}, {**nothing, "bleu_4": 0.25}])
+        >>> means["bleu_4"], means["meteor"]
+        (0.375, None)
+    """
     means: dict[str, float | None] = {}
     for name in CHAIN_SCORES:
         values = [value for post in scores if (value := post[name]) is not None]
@@ -92,16 +105,16 @@ def mean_scores(scores: Sequence[dict[str, float | None]]) -> dict[str, float | 
 
 
 def floor_partners(labels: Sequence[str], groups: Sequence[Hashable], seed: int = 0) -> list[int | None]:
-    """Draw for each post another one with the same label.
+    """Draw for each post another one with the same label, whose chain gives the baseline.
 
     Args:
-        labels: the posts' labels.
-        groups: what posts have in common that are not "another" to each other, such as their text: the same tweet stands
-            once for each aspect.
-        seed: of the draw.
+        labels: The posts' labels.
+        groups: A value per post; posts with the same value are never each other's partner. With the posts' texts as groups,
+            a tweet that occurs once for each of its aspects is not compared with itself.
+        seed: The seed of the draw.
 
     Returns:
-        Per post the index of another one, None where there is none.
+        Per post the index of another post, None if there is none.
 
     Example:
         >>> floor_partners(["good", "good", "bad"], ["a", "b", "c"])
@@ -113,20 +126,23 @@ def floor_partners(labels: Sequence[str], groups: Sequence[Hashable], seed: int 
         members.setdefault(label, []).append(index)
     partners: list[int | None] = []
     for label, group in zip(labels, groups, strict=True):
-        alike = members[label]
-        partner = draw.choice(alike)
-        if groups[partner] == group:  # rare, unless a label has few posts: only then is it worth looking at all
-            others = [index for index in alike if groups[index] != group]
+        same_label = members[label]
+        partner = draw.choice(same_label)
+        if groups[partner] == group:  # rare, unless a label has few posts: only then are all of them searched
+            others = [index for index in same_label if groups[index] != group]
             partner = draw.choice(others) if others else -1
         partners.append(partner if partner >= 0 else None)
     return partners
 
 
-class EmbeddedOnce:
-    """A model that embeds a text once, however often it is asked: references come back for every system and as the floor.
+class EmbeddingCache:
+    """An embedding model that embeds each text once: every system is compared with the same references.
 
     Args:
-        model: as `embedding_model` of `chain_scores`.
+        model: A model as `embedding_model` of `chain_scores`.
+
+    Attributes:
+        vectors: Text -> its embedding, (D,), at length 1.
     """
 
     def __init__(self, model: Any) -> None:
@@ -134,14 +150,22 @@ class EmbeddedOnce:
         self.vectors: dict[str, Any] = {}
 
     def encode(self, texts: Sequence[str], **options: Any) -> Any:
-        """The texts' embeddings, (N, D), of length 1."""
+        """Embed texts, those embedded before from the cache.
+
+        Args:
+            texts: The texts.
+            **options: Ignored; accepted for compatibility with sentence-transformers.
+
+        Returns:
+            The embeddings, (N, D), at length 1.
+        """
         if new := [text for text in dict.fromkeys(texts) if text not in self.vectors]:
             self.vectors.update(zip(new, embed_texts(new, self.model), strict=True))
         return np.stack([self.vectors[text] for text in texts])
 
 
 def wordnet_reader() -> Any:
-    """NLTK's WordNet, or None where its data is not installed."""
+    """Return NLTK's WordNet, or None if its data is not installed."""
     from nltk.corpus import wordnet
 
     try:

@@ -1,16 +1,16 @@
-"""Systems scored on sentiment: predictions, and chains if there are any, in, one report out.
+"""Evaluation of sentiment predictions, and of the response chains that go with them.
 
-Given   prediction rows of the label prompt (`id`, `prediction`) of one system or several, rows of the chain prompt (`id`,
-        `raw`), and the posts with their labels and rationales.
-Gives   accuracy, macro F1 and weighted F1 (scikit-learn), the scores of chains beside their floor, tables, and every post's.
-Holds   rows and posts are matched by id, as in `dynkp.report.evaluation`; a prediction that could not be read is wrong, and
-        counted; classification is scored from the label prompt alone.
+Given   prediction rows of the label prompt (`id`, `prediction`) of one system or several, optionally rows of the chain prompt
+        (`id`, `raw`), and the posts with their labels and rationales.
+Gives   accuracy, macro F1 and weighted F1 (scikit-learn); the scores of the response chains beside a baseline; tables, and
+        the scores of every post.
+Holds   rows and posts are matched by id, as in `dynkp.report.evaluation`; a prediction that could not be parsed is wrong, and
+        is counted; classification is scored on the answers to the label prompt only.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,16 +19,24 @@ import numpy as np
 from dynkp.data.reasoning_tasks import SENTIMENTS, ReasoningTask, resolve_reasoning_task
 from dynkp.files.json_lines import write_json_lines
 from dynkp.prediction.prediction_files import listed, match_predictions
-from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, EmbeddedOnce, chain_scores, floor_partners, mean_scores
+from dynkp.report.chains import CHAIN_SCORES, METEOR_NEEDS, EmbeddingCache, chain_scores, floor_partners, mean_scores
+from dynkp.report.evaluation import check_ids
 from dynkp.report.tables import percent
 
-# What scikit-learn is told of an output that predicts nothing: none of the labels.
+# What scikit-learn is given for an output without a prediction: none of the labels.
 _UNREAD = "(unread)"
 _HEADS = {"bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR", "distinct_1": "Distinct-1", "distinct_2": "Distinct-2"}
 
 
 class LabelledPost(NamedTuple):
-    """What of a post is needed to score its predictions."""
+    """The columns of a post that scoring needs.
+
+    Attributes:
+        id: The post's id.
+        label: Its gold label.
+        rationale: Its rationale, the reference of response chains; None if it has none.
+        text: Its text.
+    """
 
     id: str
     label: str
@@ -37,37 +45,45 @@ class LabelledPost(NamedTuple):
 
 
 def labelled_posts(posts: Iterable[Mapping[str, Any]], labels: Sequence[str] = SENTIMENTS) -> list[LabelledPost]:
-    """Take from posts what scoring needs.
+    """Extract from posts what scoring needs.
+
+    Args:
+        posts: Rows with `id` and `label` and, optionally, `rationale` and `text`.
+        labels: The task's labels.
+
+    Returns:
+        The posts, in their order.
 
     Raises:
-        ValueError: listing the posts without a label of the task's, or with an id that others have.
+        ValueError: If there are no posts, if a post has none of the labels, or if posts share an id. The error lists the ids.
+
+    Example:
+        >>> labelled_posts([{"id": 1, "label": "neutral", "text": "cubs play"}])
+        [LabelledPost(id='1', label='neutral', rationale=None, text='cubs play')]
     """
     gold = [LabelledPost(str(row["id"]), row.get("label") or "", row.get("rationale"), row.get("text") or "") for row in posts]
-    if not gold:
-        raise ValueError("there are no posts to score")
-    if repeated := [post_id for post_id, count in Counter(post.id for post in gold).items() if count > 1]:
-        raise ValueError(f"ids that several posts have: {listed(repeated)}")
+    check_ids(post.id for post in gold)
     if unlabelled := [post.id for post in gold if post.label not in labels]:
-        raise ValueError(f"posts whose label is none of {', '.join(labels)}: {listed(unlabelled)}. Leave them out")
+        raise ValueError(f"posts whose label is none of {', '.join(labels)}: {listed(unlabelled)}. Remove these posts")
     return gold
 
 
 def classification_scores(
     predictions: Sequence[str | None], labels: Sequence[str], classes: Sequence[str] = SENTIMENTS
 ) -> dict[str, Any]:
-    """Accuracy and F1, by scikit-learn.
+    """Compute accuracy and F1, by scikit-learn.
 
     Args:
-        predictions: per post a class, or None where the output could not be read, which is wrong in every score.
-        labels: the posts' own.
-        classes: over which F1 is averaged, whether or not they occur.
+        predictions: Per post a class, or None if the output could not be parsed, which is wrong in every score.
+        labels: The posts' gold labels.
+        classes: The classes over which F1 is averaged, whether or not they occur.
 
     Returns:
         `accuracy`, `macro_f1`, `weighted_f1`, `f1` (class -> F1), all in [0, 1]; `posts` and `unread`, counts.
 
     Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: without posts.
+        ImportError: If scikit-learn is not installed.
+        ValueError: If there are no posts.
 
     Example:
         >>> scores = classification_scores(["positive", None], ["positive", "neutral"])
@@ -97,10 +113,14 @@ class SentimentEvaluation:
     """Systems scored on the same posts.
 
     Args:
-        gold: the posts.
-        task: what is predicted; its labels are the classes.
-        embedding_model: a sentence-transformers model for the cosine of chains; None for none.
-        seed: of the draw of other posts' chains, the floor.
+        gold: The posts.
+        task: The task, or its name; its labels are the classes.
+        embedding_model: A sentence-transformers model for the cosine of response chains; None for no cosine.
+        seed: The seed of the draw of other posts' chains, which give the baseline.
+
+    Attributes:
+        systems: Name -> the system's figures, in the order in which they were added.
+        post_scores: Name -> the scores of each post.
 
     Example:
         >>> evaluation = SentimentEvaluation([LabelledPost("1", "positive", None, "Go Cubs")])
@@ -118,14 +138,14 @@ class SentimentEvaluation:
         seed: int = 0,
     ):
         self.gold = gold
-        self.classes = resolve_reasoning_task(task).labels
         self.task = resolve_reasoning_task(task)
-        self.embedding_model = None if embedding_model is None else EmbeddedOnce(embedding_model)
+        self.classes = self.task.labels
+        self.embedding_model = None if embedding_model is None else EmbeddingCache(embedding_model)
         self.seed = seed
         self.systems: dict[str, dict[str, Any]] = {}
         self.post_scores: dict[str, list[dict[str, Any]]] = {}
-        # Chains are compared where there is something to compare them with.
-        self.explained = [index for index, post in enumerate(gold) if (post.rationale or "").strip()]
+        # Indices of the posts with a reference for chains.
+        self._with_rationale = [index for index, post in enumerate(gold) if (post.rationale or "").strip()]
         self._floor: dict[str, Any] | None = None
 
     def add(
@@ -139,17 +159,19 @@ class SentimentEvaluation:
         """Score a system.
 
         Args:
-            name: how the report calls it.
-            rows: answers to the label prompt: `id`, `prediction` (None if unread), and `output_words` if there.
-            chains: answers to the chain prompt: `id`, `raw`.
-            allow_missing: score posts without a row as unread, and without a chain as an empty one.
+            name: The system's name in the report.
+            rows: Its answers to the label prompt: `id`, `prediction` (None if it could not be parsed) and, optionally,
+                `output_words`.
+            chains: Its answers to the chain prompt: `id`, `raw`; None if there are none.
+            allow_missing: Whether a post without a row is scored as unread, and one without a chain as an empty chain.
 
         Raises:
-            ValueError: as in `match_predictions`; if another system has the name; if posts were decoded several times.
+            ValueError: If another system has the name; if the ids of rows and posts do not match; or if posts were decoded
+                several times.
         """
         if name in self.systems:
-            raise ValueError(f"two systems are called {name!r}: give them names of their own")
-        answers, missing = self._matched(rows, allow_missing)
+            raise ValueError(f"two systems are called {name!r}: give each system its own name")
+        answers, missing = self._match(rows, allow_missing)
         predictions = [row.get("prediction") for row in answers]
         labels = [post.label for post in self.gold]
         system = {**classification_scores(predictions, labels, self.classes), "missing": missing}
@@ -158,64 +180,77 @@ class SentimentEvaluation:
             for post, prediction in zip(self.gold, predictions, strict=True)
         ]
         if chains is not None:
-            written, system["missing_chains"] = self._matched(chains, allow_missing)
+            written, system["missing_chains"] = self._match(chains, allow_missing)
             outputs = [row.get("raw") or "" for row in written]
             read = [self.task.parse(output).prediction for output in outputs]
-            by_post = self._chain_scores([outputs[index] for index in self.explained])
+            by_post = self._chain_scores([outputs[index] for index in self._with_rationale], self._with_rationale)
             system["chains"] = {
                 **mean_scores(by_post),
-                "posts": len(self.explained),
+                "posts": len(self._with_rationale),
                 "accuracy": classification_scores(read, labels, self.classes)["accuracy"],
                 "agreement": float(np.mean([one == other for one, other in zip(read, predictions, strict=True)])),
                 "words": float(np.mean([len(output.split()) for output in outputs])),
             }
-            for index, post_scores in zip(self.explained, by_post, strict=True):
+            for index, post_scores in zip(self._with_rationale, by_post, strict=True):
                 scores[index]["chain"] = post_scores
         self.systems[name], self.post_scores[name] = system, scores
 
-    def _matched(self, rows: Iterable[Mapping[str, Any]], allow_missing: bool) -> tuple[list[Mapping[str, Any]], int]:
+    def _match(self, rows: Iterable[Mapping[str, Any]], allow_missing: bool) -> tuple[list[Mapping[str, Any]], int]:
         decodes, missing = match_predictions(rows, self.gold, allow_missing=allow_missing)
         if len(decodes) > 1:
             raise ValueError(
-                f"the predictions hold {len(decodes)} decodes of a post; sentiment is scored of one: split the file"
+                f"the predictions hold {len(decodes)} decodes of a post, and sentiment is scored on one: split the file"
             )
         return decodes[0], missing
 
-    def _chain_scores(self, chains: Sequence[str], posts: Sequence[int] | None = None) -> list[dict[str, float | None]]:
-        references = [(self.gold[index].rationale or "").strip() for index in (self.explained if posts is None else posts)]
+    def _chain_scores(self, chains: Sequence[str], indices: Sequence[int]) -> list[dict[str, float | None]]:
+        """Score chains against the rationales of the posts with these indices."""
+        references = [(self.gold[index].rationale or "").strip() for index in indices]
         return chain_scores([chain.strip() for chain in chains], references, embedding_model=self.embedding_model)
 
     def floor(self) -> dict[str, Any]:
-        """What another post's chain with the same label scores: the means, and of how many posts.
+        """Compute the baseline of the chain scores: those of another post's chain with the same label.
 
-        A post whose label no post with another text has is left out.
+        Returns:
+            The means of `CHAIN_SCORES`, `posts` (a post is left out if no post with another text has its label) and `seed`.
         """
         if self._floor is None:
-            posts = [self.gold[index] for index in self.explained]
+            posts = [self.gold[index] for index in self._with_rationale]
             partners = floor_partners([post.label for post in posts], [post.text for post in posts], self.seed)
-            pairs = [(own, other) for own, other in zip(self.explained, partners, strict=True) if other is not None]
+            pairs = [(own, other) for own, other in zip(self._with_rationale, partners, strict=True) if other is not None]
             chains = [posts[other].rationale or "" for _, other in pairs]
             scores = self._chain_scores(chains, [own for own, _ in pairs])
             self._floor = {**mean_scores(scores), "posts": len(pairs), "seed": self.seed}
         return self._floor
 
     def report(self) -> dict[str, Any]:
-        """All figures: fractions, unrounded; `floor` where chains were scored."""
+        """Return all figures as JSON values: fractions, unrounded.
+
+        Returns:
+            `task`, `posts`, `systems` (name -> figures), `floor` if response chains were scored, and `notes` on scores that
+            could not be computed.
+        """
         floor = {"floor": self.floor()} if self._has_chains() else {}
-        notes = [METEOR_NEEDS] if floor and self.floor()["meteor"] is None and self.explained else []
+        notes = [METEOR_NEEDS] if floor and self.floor()["meteor"] is None and self._with_rationale else []
         return {"task": self.task.name, "posts": len(self.gold), "systems": self.systems, **floor, "notes": notes}
 
     def write_posts(self, path: str | os.PathLike[str]) -> None:
-        """Write every post's scores as JSONL: `id`, `system`, `label`, `prediction`, `right` and, with chains, `chain`."""
+        """Write the scores of every post as JSON Lines: `id`, `system`, `label`, `prediction`, `right` and, if any, `chain`.
+
+        Args:
+            path: The file; missing folders are created.
+        """
         rows = (
             {"system": name, **scores[index]} for index in range(len(self.gold)) for name, scores in self.post_scores.items()
         )
         write_json_lines(path, rows)
 
-    # --- tables ---
-
     def tables(self) -> list[list[list[str]]]:
-        """Rows of cells, the first row the heads, in percent: classification, and chains with their floor."""
+        """Return the tables, each as rows of cells with the column heads first, in percent.
+
+        Returns:
+            A table of classification, and one of response chains and their baseline if chains were scored.
+        """
         heads = ["system", "accuracy", "macro F1", "weighted F1", *(f"F1 {name}" for name in self.classes), "unread"]
         classification = [heads]
         for name, system in self.systems.items():
@@ -236,19 +271,19 @@ class SentimentEvaluation:
         return any("chains" in system for system in self.systems.values())
 
     def caption(self) -> str:
-        """What must be said beside the tables."""
-        parts = [f"Percent, {len(self.gold):,} posts. Outputs that predict nothing that can be read count as wrong."]
+        """Return what must be stated beside the tables."""
+        parts = [f"Percent, {len(self.gold):,} posts. An output without a prediction that can be parsed counts as wrong."]
         for name, system in self.systems.items():
             for count, what in ((system["missing"], "predictions"), (system.get("missing_chains", 0), "chains")):
                 if count:
                     parts.append(f"{name}: {count:,} missing {what} count as unread or empty.")
-        if self._has_chains() and not self.explained:
-            parts.append("No post has a rationale to compare chains with: their accuracy is all that can be said of them.")
+        if self._has_chains() and not self._with_rationale:
+            parts.append("No post has a rationale to compare chains with: only the accuracy of the chains is reported.")
         elif self._has_chains():
             floor = self.floor()
             parts.append(
-                f"Chains: means over {len(self.explained):,} posts with a rationale; last the floor, the rationale of "
-                f"another post with the same label ({floor['posts']:,} posts, seed {floor['seed']})."
+                f"Chains: means over {len(self._with_rationale):,} posts with a rationale; in the last row the baseline, the "
+                f"rationale of another post with the same label ({floor['posts']:,} posts, seed {floor['seed']})."
             )
             parts += [f"{METEOR_NEEDS}."] if floor["meteor"] is None and floor["posts"] else []
             parts += ["The cosine needs an embedding model (--semantic-model)."] if self.embedding_model is None else []

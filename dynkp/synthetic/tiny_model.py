@@ -1,9 +1,9 @@
-"""A LLaVA-shaped model of well under a million parameters and its processor, built in code.
+"""A LLaVA-shaped model of well under a million parameters, and its processor, built in code.
 
-Given texts, `build_tiny_vlm` trains a tokenizer on them and returns a stock `LlavaForConditionalGeneration` and
-`LlavaProcessor`: nothing is downloaded, no torchvision is needed, and everything that takes a real checkpoint (TRL's
-trainers, `generate`, `save_pretrained`) takes these. It serves the embedded default, where it learns the drawn posts
-from scratch, runs on real posts without a named model, and the tests.
+`build_tiny_vlm` trains a tokenizer on given texts and returns a stock `LlavaForConditionalGeneration` and `LlavaProcessor`.
+Nothing is downloaded, no torchvision is needed, and everything that works with a real checkpoint (TRL's trainers, `generate`,
+`save_pretrained`) works with these. It is used by default, where it is trained on drawn posts from scratch; for runs on real
+posts without a named model; and in tests.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ UNKNOWN_TOKEN = "<unk>"
 BOS_TOKEN = "<s>"
 EOS_TOKEN = "</s>"
 ASSISTANT_TOKEN = "<assistant>"
-# Single tokens as in a real vocabulary that was extended for reasoning. They are not special in the tokenizer's
-# sense, so `skip_special_tokens=True` keeps them and the answer parser finds them.
+# Single tokens, as in a real vocabulary that was extended for reasoning. They are not special tokens of the tokenizer, so
+# `skip_special_tokens=True` keeps them and the answer parser finds them.
 REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 CHAT_TEMPLATE = (
@@ -61,48 +61,48 @@ def build_tiny_vlm(
     max_positions: int = 2048,
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Build an untrained LLaVA-shaped model and a processor whose tokenizer is trained on `texts`.
+    r"""Build an untrained LLaVA-shaped model and a processor whose tokenizer is trained on `texts`.
 
-    Input and output embeddings are tied (untied ones learn far worse at this size) and every linear map starts at
-    standard deviation 1/sqrt(fan-in), so that signals keep their size through the untrained network.
+    Input and output embeddings are tied (untied embeddings learn far worse at this size), and every linear layer is
+    initialised with standard deviation 1/sqrt(fan-in), so that activations keep their scale through the untrained network.
 
     Args:
-        texts: What the tokenizer must know: prompts, rationales and keyphrases. Read once.
-        image_size: Side of the square input picture in pixels; a multiple of `patch_size`. Pictures of other sizes
-            are stretched to it, so that nothing is cut off.
-        patch_size: Side of a patch in pixels; the picture becomes (image_size / patch_size)² tokens.
-        hidden_size: Width of the language model; a multiple of `heads`, twice over.
-        layers: Layers of the language model.
-        heads: Attention heads of the language model.
-        attention_dropout: Share of attention weights dropped in training. With few heads it drops whole words, which
-            keeps a model of a few thousand posts from learning them by heart.
-        vision_hidden: Width of the vision tower; a multiple of 32, the width of its heads.
-        vision_layers: Layers of the vision tower.
-        vocab_size: Most tokens the tokenizer may have; byte-level BPE needs 256 and the special ones at least.
-        word_level: One token per word and per punctuation mark (a closed world of few words; others become
-            `<unk>`). Otherwise byte-level BPE (open vocabulary, for real posts).
-        max_positions: Longest input in tokens, picture included.
-        seed: Seed of the initial weights. PyTorch's global generator is left as it was.
+        texts: texts to train the tokenizer on: prompts, rationales and keyphrases. Read once.
+        image_size: side of the square input image in pixels; a multiple of `patch_size`. Images of other sizes are resized
+            to it without cropping.
+        patch_size: side of a patch in pixels; an image becomes (image_size / patch_size)² tokens.
+        hidden_size: width of the language model; a multiple of 2 * `heads`.
+        layers: number of layers of the language model.
+        heads: number of attention heads of the language model.
+        attention_dropout: share of attention weights dropped in training. With few heads it drops whole words, which
+            reduces memorisation of a few thousand posts.
+        vision_hidden: width of the vision tower; a multiple of 32, the width of its heads.
+        vision_layers: number of layers of the vision tower.
+        vocab_size: greatest number of tokens of the tokenizer; byte-level BPE needs at least 256 and the special tokens.
+        word_level: whether to use one token per word and per punctuation mark (a closed vocabulary of few words; others
+            become `<unk>`). Otherwise byte-level BPE is used (an open vocabulary, for real posts).
+        max_positions: greatest length of an input in tokens, image tokens included.
+        seed: seed of the initial weights. PyTorch's global random generator keeps its state.
 
     Returns:
-        The model in float32 and training mode, and its processor, with a chat template of one turn per message,
-        whose assistant turns end in `</s>`.
+        The model, in float32 and training mode, and its processor, with a chat template of one turn per message, whose
+        assistant turns end with `</s>`.
 
     Raises:
-        ValueError: If a size does not divide as said above, or the vocabulary is too small for byte-level BPE.
+        ValueError: if a size is not a multiple as required above, or the vocabulary is too small for byte-level BPE.
 
     Example:
         >>> model, processor = build_tiny_vlm(["a red fish"])
         >>> prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a red fish"}]}]
         >>> processor.apply_chat_template(prompt, add_generation_prompt=True)
-        '<s><image>a red fish\\n<assistant>'
+        '<s><image>a red fish\n<assistant>'
     """
     if image_size % patch_size:
-        raise ValueError(f"`image_size` is {image_size}: take a multiple of `patch_size` ({patch_size}).")
+        raise ValueError(f"`image_size` is {image_size}: choose a multiple of `patch_size` ({patch_size}).")
     if hidden_size % (2 * heads):
-        raise ValueError(f"`hidden_size` is {hidden_size}: take a multiple of 2 x `heads` ({2 * heads}).")
+        raise ValueError(f"`hidden_size` is {hidden_size}: choose a multiple of 2 x `heads` ({2 * heads}).")
     if vision_hidden % 32:
-        raise ValueError(f"`vision_hidden` is {vision_hidden}: take a multiple of 32, the width of a vision head.")
+        raise ValueError(f"`vision_hidden` is {vision_hidden}: choose a multiple of 32, the width of a vision head.")
     tokenizer = _train_tokenizer(texts, vocab_size=vocab_size, word_level=word_level)
     side = {"height": image_size, "width": image_size}
     processor = LlavaProcessor(
@@ -166,11 +166,11 @@ def _train_tokenizer(texts: Iterable[str], *, vocab_size: int, word_level: bool)
         smallest = 256 + len(special) + len(REASONING_TOKENS)
         if vocab_size < smallest:
             raise ValueError(
-                f"`vocab_size` is {vocab_size}, but byte-level BPE needs at least {smallest}: raise it, or set "
-                "`word_level=True` for a closed world of few words."
+                f"`vocab_size` is {vocab_size}, but byte-level BPE needs at least {smallest}: increase it, or set "
+                "`word_level=True` for a closed vocabulary of few words."
             )
         tokenizer = Tokenizer(models.BPE())
-        # A word must be the same token at the start of a target as inside a text, or it cannot be copied.
+        # A word must be the same token at the start of a target and inside a text, or the model cannot learn to copy it.
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -194,7 +194,7 @@ def _train_tokenizer(texts: Iterable[str], *, vocab_size: int, word_level: bool)
 
 @torch.no_grad()
 def _scale_initial_weights(model: LlavaForConditionalGeneration) -> None:
-    """Linear maps and the patch embedding at 1/sqrt(fan-in), embeddings at 1/sqrt(width), biases at zero."""
+    """Initialise linear layers and the patch embedding with 1/sqrt(fan-in), embeddings with 1/sqrt(width), biases with 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.weight.normal_(std=module.weight[0].numel() ** -0.5)

@@ -1,13 +1,12 @@
-"""A small world of drawn posts, in which a keyphrase needs the picture and the text both.
+"""Drawn posts: a synthetic data set in which a keyphrase depends on both the image and the text.
 
-The picture shows two icons side by side. The text points at one of them, by its side or its colour, and carries a
-mood cue; cue words come in pairs that stand for one slogan. The keyphrase is "<icon meant> <slogan>", for example
-"boat season". So the icon needs picture and text, the slogan needs the text. Of the 128 compositions of 16 icons and
-8 slogans, 16 are frequent and 64 rare in training, 24 are held out for the test ("unseen": compositions nobody
-posted before, of words everybody knows), and 24 never occur.
+The image shows two icons side by side. The text refers to one of them, by its side or its colour, and contains a cue word;
+two cue words stand for each slogan. The keyphrase is "<icon referred to> <slogan>", for example "boat season". So the icon
+depends on image and text, the slogan on the text. Of the 128 compositions of 16 icons and 8 slogans, 16 are frequent and 64
+rare in training, 24 are held out for the test ("unseen": new compositions of known words), and 24 never occur.
 
-Some posts are noise: their text forgets the reference or the cue. Their keyphrase cannot be derived, which gives a
-training method hard posts to tell from easy ones.
+Some posts are noise: the reference or the cue is missing in their text, so their keyphrase cannot be derived. They are the
+hard posts that a training method should distinguish from easy ones.
 """
 
 from __future__ import annotations
@@ -83,10 +82,10 @@ DESCRIPTION_FEATURES = Features(
 
 
 def compositions() -> dict[str, list[tuple[str, str]]]:
-    """The 128 (icon, slogan) pairs by how often they are posted: `frequent`, `rare`, `unseen` and `never`.
+    """Return the 128 (icon, slogan) pairs by their frequency: `frequent`, `rare`, `unseen` and `never`.
 
-    The division is fixed, whatever the seed: with icon i and slogan s it goes by (s - i) mod 8, so that every icon
-    and every slogan occurs in each group about equally often.
+    The division does not depend on a seed: for icon i and slogan s it depends on (s - i) mod 8, so that every icon and every
+    slogan occurs in each group about equally often.
 
     Returns:
         Lists of 16, 64, 24 and 24 pairs.
@@ -113,21 +112,21 @@ def compositions() -> dict[str, list[tuple[str, str]]]:
 
 
 def draw_posts(count: int, *, split: str = "train", seed: int = 0) -> Dataset:
-    """Draw posts of the world.
+    """Draw posts.
 
     Args:
-        count: Number of posts, at least 1.
-        split: `"train"` or `"test"`. Training posts are `seen` compositions (60 % of them the frequent ones) and
-            15 % `noise`; of the test posts 40 % are `unseen` compositions and the others as in training.
-        seed: The same count, split and seed give the same posts, and the two splits never share a draw.
+        count: number of posts, at least 1.
+        split: `"train"` or `"test"`. Training posts are `seen` compositions (60 % of them frequent ones) and 15 % `noise`; of
+            the test posts 40 % are `unseen` compositions and the others are drawn as in training.
+        seed: the same count, split and seed give the same posts; the two splits use different random numbers.
 
     Returns:
-        Post rows: `id`, `text`, `keyphrases` (one), `images` (one, 32x32 pixels), `rationale`, and beside them
-        `kind` (`seen`, `unseen` or `noise`) and `scene` (what was drawn and meant; `reference` or `cue` is empty in
-        a noise post).
+        Posts with `id`, `text`, `keyphrases` (one), `images` (one, 32x32 pixels), `rationale`, and the further columns `kind`
+        (`seen`, `unseen` or `noise`) and `scene` (what was drawn and referred to; `reference` or `cue` is empty in a noise
+        post).
 
     Raises:
-        ValueError: If `count` is below 1 or `split` is unknown.
+        ValueError: if `count` is below 1 or `split` is unknown.
 
     Example:
         >>> post = draw_posts(1, seed=3)[0]
@@ -137,7 +136,7 @@ def draw_posts(count: int, *, split: str = "train", seed: int = 0) -> Dataset:
     if count < 1:
         raise ValueError(f"`count` is {count}, but at least 1 post must be drawn.")
     if split not in ("train", "test"):
-        raise ValueError(f"`split` is {split!r}, but the world has the splits 'train' and 'test'.")
+        raise ValueError(f"`split` is {split!r}, but there are only the splits 'train' and 'test'.")
     rng = np.random.default_rng([seed, split == "test"])
     groups = compositions()
     rows = []
@@ -158,7 +157,7 @@ def draw_posts(count: int, *, split: str = "train", seed: int = 0) -> Dataset:
                 "id": f"drawn-{split}-{seed}-{number}",
                 "text": _write_text(rng, scene),
                 "keyphrases": [f"{shape} {slogan}"],
-                "images": [_draw_picture(rng, scene)],
+                "images": [_draw_image(rng, scene)],
                 "rationale": _explain(scene),
                 "kind": kind,
                 "scene": scene,
@@ -168,20 +167,20 @@ def draw_posts(count: int, *, split: str = "train", seed: int = 0) -> Dataset:
 
 
 def describe_posts(count: int, *, seed: int = 0) -> Dataset:
-    """Draw rows that teach to see and to read, without keyphrases: a stand-in for a pretrained model's skills.
+    """Draw descriptions of posts, without keyphrases: training data for the skills that a pretrained model has.
 
-    Half of the rows ask to describe the picture, half which icon a text means. Slogans and mood cues appear in
-    neither, so nothing here says which keyphrase a post has.
+    Half of the rows ask for a description of the image, half ask which icon a text refers to. Slogans and cue words occur in
+    neither, so the rows contain no information about keyphrases.
 
     Args:
-        count: Number of rows, at least 1.
-        seed: The same count and seed give the same rows.
+        count: number of rows, at least 1.
+        seed: the same count and seed give the same rows.
 
     Returns:
-        TRL's conversational prompt-completion rows: `images`, `prompt`, `completion`.
+        Rows in TRL's conversational prompt-completion format: `images`, `prompt`, `completion`.
 
     Raises:
-        ValueError: If `count` is below 1.
+        ValueError: if `count` is below 1.
 
     Example:
         >>> describe_posts(1)[0]["completion"][0]["role"]
@@ -199,7 +198,7 @@ def describe_posts(count: int, *, seed: int = 0) -> Dataset:
             question, answer = DESCRIBE_QUESTION, _describe(scene)
         rows.append(
             {
-                "images": [_draw_picture(rng, scene)],
+                "images": [_draw_image(rng, scene)],
                 "prompt": [{"role": "user", "content": question}],
                 "completion": [{"role": "assistant", "content": answer}],
             }
@@ -208,12 +207,12 @@ def describe_posts(count: int, *, seed: int = 0) -> Dataset:
 
 
 def _choice(rng: np.random.Generator, options: Any) -> Any:
-    """`rng.choice` without turning the options into an array (which would make strings of pairs)."""
+    """Choose as `rng.choice` does, without converting the options to an array, which would make strings of pairs."""
     return options[int(rng.integers(len(options)))]
 
 
 def _draw_scene(rng: np.random.Generator, shape: str) -> dict[str, Any]:
-    """A scene in which `shape` is meant: the other icon differs in shape and colour, so a reference is never vague."""
+    """Draw a scene in which `shape` is referred to; the other icon differs in shape and colour, so references are unique."""
     other = _choice(rng, [s for s in SHAPES if s != shape])
     colour, other_colour = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:2])
     meant, side = ("left", "right") if rng.random() < 0.5 else ("right", "left")
@@ -228,7 +227,7 @@ def _draw_scene(rng: np.random.Generator, shape: str) -> dict[str, Any]:
 
 
 def _write_text(rng: np.random.Generator, scene: dict[str, Any]) -> str:
-    """Four to six words: what the post says (reference, cue) in either order among fillers."""
+    """Write four to six words: the reference and the cue, in either order, among filler words."""
     words = [word for word in (scene["reference"], scene["cue"]) if word]
     fillers = list(rng.permutation(FILLERS)[: int(rng.integers(4, 7)) - len(words)])
     return " ".join(str(word) for word in rng.permutation(words + fillers))
@@ -239,7 +238,7 @@ def _name(scene: dict[str, Any], side: str) -> list[str]:
 
 
 def _resolve(scene: dict[str, Any]) -> str:
-    """The icon meant: the reference and, as in the description, what follows it."""
+    """Name the icon referred to: the reference and the words that follow it in the description."""
     name = _name(scene, scene["meant"])
     start = name.index(scene["reference"]) if scene["reference"] else len(name) - 1
     return " ".join(["the", *name[start:]])
@@ -250,12 +249,12 @@ def _describe(scene: dict[str, Any]) -> str:
 
 
 def _explain(scene: dict[str, Any]) -> str:
-    """The rationale a teacher would write who was told the keyphrase: from picture and text to icon and slogan."""
+    """Write the rationale of a teacher who knows the keyphrase: from image and text to icon and slogan."""
     return f"{_describe(scene)} so {_resolve(scene)} , and {scene['cue'] or 'this'} means {scene['slogan']} ."
 
 
-def _draw_picture(rng: np.random.Generator, scene: dict[str, Any]) -> PILImage.Image:
-    """Both icons, each in the upper or lower quarter of its side and a little off centre, on paper with some grain."""
+def _draw_image(rng: np.random.Generator, scene: dict[str, Any]) -> PILImage.Image:
+    """Draw both icons, each in the upper or lower quarter of its side and a little off centre, on a noisy background."""
     paper = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), float(BACKGROUND))
     paper += rng.normal(0, 4, (IMAGE_SIZE, IMAGE_SIZE, 1))
     for side, start in (("left", 0), ("right", IMAGE_SIZE // 2)):
@@ -270,7 +269,7 @@ def _draw_picture(rng: np.random.Generator, scene: dict[str, Any]) -> PILImage.I
 
 @cache
 def _icon_mask(shape: str) -> np.ndarray:
-    """How much of each pixel the icon covers: `(ICON_SIZE, ICON_SIZE)` in 0..1, drawn four times as large."""
+    """Return the share of each pixel that the icon covers, `(ICON_SIZE, ICON_SIZE)` in [0, 1]; drawn at four times the size."""
     scale = 4 * ICON_SIZE
     mask = PILImage.new("L", (scale, scale), 0)
     draw = ImageDraw.Draw(mask)
@@ -343,5 +342,5 @@ def _icon_mask(shape: str) -> np.ndarray:
 
 
 def _rays(count: int, long: float, short: float) -> list[tuple[float, float]]:
-    """Angles around the circle with a long and a short radius in turn."""
+    """Return angles around the circle, with a long and a short radius in turn."""
     return [(2 * np.pi * i / count, short if i % 2 else long) for i in range(count)]

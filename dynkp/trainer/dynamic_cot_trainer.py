@@ -15,12 +15,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from dynkp.batches.targets import Targets, select
-from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt
-from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma, switched_loss
+from dynkp.objectives.token_loss import PostLosses, TargetLoss
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, PostLosses, repeated_posts
+from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
 from dynkp.trainer.visit_log import VisitLog
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         super().__init__(model, args, **kwargs)
         if "reasoning" in self.target_kinds and not may_have_rationales(self.train_dataset):
             logger.warning("No train post has a rationale: with strategy %r all are taught the bare answer.", args.strategy)
-        if self.chooses_weights and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
+        if self.chooses_denominators and self.is_deepspeed_enabled and args.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"`loss_normalization` is 'token' under strategy {args.strategy!r} with gradient accumulation under DeepSpeed, "
                 "which keeps the gradients to itself until they are averaged. Use loss_normalization='sample' or "
@@ -77,57 +75,80 @@ class DynamicCoTTrainer(KeyphraseTrainer):
         return {**super().collator_options(), "answer_weight": self.args.answer_weight}
 
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
-        chosen = self.may_reason(inputs)  # (B,) bool
-        asks_both = self.args.strategy in ("dynamic", "multitask")
-        asked_direct = torch.ones_like(chosen) if asks_both else ~chosen
-        prompt = self.open_prompt(model, inputs["prompt"], continuations=int(asked_direct.any()) + int(chosen.any()))
+        """Compute L_d, the loss of the target that the strategy selects for each post (Eq. 4 and 5).
 
-        direct = loss_of(prompt, inputs["direct"], asked_direct)  # y^s
+        Args:
+            model (`torch.nn.Module`): the unwrapped model.
+            inputs (`dict`): a batch of B posts.
+
+        Returns:
+            [`~dynkp.objectives.token_loss.PostLosses`]: parts of shape (B,).
+        """
+        may_be_direct, may_reason = self.candidates(inputs)  # before any loss is known, (B,) bool each
+        prompt = self.open_prompt(model, inputs["prompt"], may_be_direct, may_reason)  # prompts and images computed once
+
+        direct = prompt.loss(inputs["direct"], may_be_direct)  # L_sft = NLL(y^s | x), Eq. 2
+        reasons = may_reason
         if self.args.strategy == "dynamic":
-            chosen = chosen & below_threshold(direct.mean.detach(), self.gamma.value)  # Eq. 5
-            if chosen.all():
-                direct = direct.detach()  # nobody learns from it: the backward pass need not walk it with zeros
-        reasoning = loss_of(prompt, inputs["reasoning"], chosen)  # y^c, for easy posts only
+            reasons = may_reason & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ, Eq. 5
+        reasoning = prompt.loss(inputs["reasoning"], reasons)  # L_cot = NLL(y^c | x), Eq. 3
 
+        self.record_choices(inputs, reasons, direct, reasoning)
         if self.args.strategy == "multitask":
-            shares = torch.ones_like(direct.total), chosen * self.args.multitask_weight
-        else:
-            shares = (~chosen).to(direct.total.dtype), chosen.to(direct.total.dtype)
-        self.record_choices(inputs, direct, reasoning, chosen, shares, observed=asks_both)
-        return PostLosses(*mixed_loss(direct, reasoning, *shares, over_tokens=self.normalizes_over_tokens))
+            return mixed_loss(direct, reasoning, self.args.multitask_weight * reasons, self.normalizes_over_tokens)
+        return self.normalized(switched_loss(reasons, reasoning, direct))  # L_d = NLL(y^d | x), Eq. 4
 
-    def may_reason(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Which posts the strategy lets reason before any loss is known, (B,) bool."""
-        has_rationale = inputs["has_rationale"]
+    def candidates(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Determine which targets the strategy may select for each post, before any loss is known.
+
+        Args:
+            inputs (`dict`): a batch of B posts.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: for the direct and for the reasoning target, shape (B,), bool. A post without
+            rationale is never a candidate for reasoning.
+        """
+        may_reason = inputs["has_rationale"]
         if self.args.strategy == "direct":
-            return torch.zeros_like(has_rationale)
-        if self.drop_rate is None:
-            return has_rationale
-        dropped = dropped_at_random(inputs["id"], int(self.state.epoch or 0), self.drop_rate, self.args.seed)
-        return has_rationale & ~torch.tensor(dropped, device=has_rationale.device)
+            may_reason = torch.zeros_like(may_reason)
+        elif self.drop_rate is not None:
+            dropped = dropped_at_random(inputs["id"], int(self.state.epoch or 0), self.drop_rate, self.args.seed)
+            may_reason = may_reason & ~torch.tensor(dropped, device=may_reason.device)
+        return torch.ones_like(may_reason) if self.observes_direct_losses else ~may_reason, may_reason
+
+    @property
+    def observes_direct_losses(self) -> bool:
+        """Whether the strategy computes the direct loss of every post."""
+        return self.args.strategy in ("dynamic", "multitask")
 
     def record_choices(
-        self,
-        inputs: dict[str, Any],
-        direct: TargetLoss,
-        reasoning: TargetLoss,
-        chosen: torch.Tensor,
-        shares: tuple[torch.Tensor, torch.Tensor],
-        observed: bool,
+        self, inputs: dict[str, Any], reasons: torch.Tensor, direct: TargetLoss, reasoning: TargetLoss | None = None
     ) -> None:
-        """Log what was chosen; `observed`: every post's direct loss was computed."""
+        """Record the selected targets for the log, for the adaptive γ and for the file of choices.
+
+        Args:
+            inputs (`dict`): the batch.
+            reasons (`torch.Tensor` of shape `(B,)`): bool, the posts that are taught their reasoning target.
+            direct ([`~dynkp.objectives.token_loss.TargetLoss`]): loss of the direct targets.
+            reasoning ([`~dynkp.objectives.token_loss.TargetLoss`], *optional*): loss of the reasoning targets, where both are
+                losses that are trained on.
+        """
         counted = ~repeated_posts(inputs)
-        self.record("reasoning_share", chosen.float(), counted)
-        self.record("direct_target_loss", direct.mean, counted & (shares[0] > 0))
-        self.record("reasoning_target_loss", reasoning.mean, counted & (shares[1] > 0))
+        self.record("reasoning_share", reasons.float(), counted)
+        if reasoning is not None:
+            taught_direct, taught_reasoning = ~reasons, reasons
+            if self.args.strategy == "multitask":
+                taught_direct, taught_reasoning = torch.ones_like(reasons), reasons & (self.args.multitask_weight > 0)
+            self.record("direct_target_loss", direct.mean, counted & taught_direct)
+            self.record("reasoning_target_loss", reasoning.mean, counted & taught_reasoning)
         self.record("direct_tokens", torch.tensor(inputs["direct"]["lengths"], dtype=torch.float32), counted.cpu())
-        if observed:
+        if self.observes_direct_losses:
             self.record("direct_loss", direct.mean, counted)
         if self.args.strategy == "dynamic":
             self.record("gamma", torch.tensor([self.gamma.value], dtype=torch.float64))
         if self.model.training and (self.choice_log or self.args.strategy == "dynamic"):
-            losses = direct.mean.tolist() if observed else [None] * len(inputs["id"])
-            visits = zip(inputs["id"], losses, chosen.tolist(), strict=True)
+            losses = direct.mean.tolist() if self.observes_direct_losses else [None] * len(inputs["id"])
+            visits = zip(inputs["id"], losses, reasons.tolist(), strict=True)
             self._visits.extend(compress(visits, counted.tolist()))
 
     def begin_training(self) -> None:
@@ -174,14 +195,3 @@ def may_have_rationales(posts: Dataset | IterableDataset) -> bool:
     if not isinstance(posts, Dataset):
         return True
     return any(any(posts[name]) for name in ("rationale", "reasoning_completion") if name in posts.column_names)
-
-
-def loss_of(prompt: SharedPrompt | PlainPrompt, targets: Targets, rows: torch.Tensor | None = None) -> TargetLoss:
-    """One kind of target's loss for the posts in `rows` ((B,) bool; all if `None`), zero for the others: (B,)."""
-    if rows is None or rows.all():
-        log_probs = prompt.log_probs(targets)
-        return target_loss(log_probs, targets["weights"][:, : log_probs.shape[1]])
-    indices = rows.nonzero().flatten().tolist()
-    log_probs = prompt.log_probs(targets, indices)
-    loss = target_loss(log_probs, select(targets["weights"], indices)[:, : log_probs.shape[1]])
-    return TargetLoss(*(part.new_zeros(rows.shape).masked_scatter(rows, part) for part in loss))

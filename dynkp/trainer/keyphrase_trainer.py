@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -37,33 +37,20 @@ from dynkp.mechanics.gradient_order import gradients_in_order
 from dynkp.mechanics.shared_prompt import (
     REENTRANT,
     PlainPrompt,
+    Prompt,
     Scorer,
     SharedPrompt,
     causal_lm_of,
     score_targets,
-    unsupported_reason,
+    why_prompts_cannot_be_shared,
 )
 from dynkp.models.checkpoints import load_processor_by_name, pad_images_to_squares
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.objectives.token_loss import PostLosses, TargetLoss
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.preparation import fit_max_length, prepare_posts
 
 logger = logging.getLogger(__name__)
-
-
-class PostLosses(NamedTuple):
-    """One loss per post, as numerator and denominator of the optimizer step's mean.
-
-    Attributes:
-        total (`torch.Tensor` of shape `(B,)`): what a post adds to the numerator, nats. Or a scalar: their sum, over the posts
-            that count (see [`repeated_posts`]).
-        weight (`torch.Tensor` of shape `(B,)`): what it adds to the denominator: 1 (mean over posts) or its number of
-            target tokens (mean over tokens).
-    """
-
-    total: torch.Tensor
-    weight: torch.Tensor
 
 
 class KeyphraseTrainer(SFTTrainer):
@@ -131,7 +118,7 @@ class KeyphraseTrainer(SFTTrainer):
         self._records: dict[str, dict[str, list[Any]]] = {"train": {}, "eval": {}}
         self._eval_prefix = "eval"
         self._stream_collator: SkippingCollator | None = None
-        self._step_total = self._step_weight = self._step_reported = 0.0
+        self._step_total = self._step_denominator = self._step_reported = 0.0
         super().__init__(
             model=model,
             args=args,
@@ -199,12 +186,15 @@ class KeyphraseTrainer(SFTTrainer):
 
         Must make no collective call: ranks may differ in what they compute. This one is plain fine-tuning on direct targets.
         """
-        direct = self.open_prompt(model, inputs["prompt"], continuations=1).log_probs(inputs["direct"])
-        return self.weigh(target_loss(direct, inputs["direct"]["weights"][:, : direct.shape[1]]))
+        return self.normalized(self.open_prompt(model, inputs["prompt"]).loss(inputs["direct"]))
 
-    def weigh(self, loss: TargetLoss) -> PostLosses:
-        """One target's loss per post, as `args.loss_normalization` has it."""
-        return PostLosses(*loss) if self.normalizes_over_tokens else PostLosses(loss.mean, torch.ones_like(loss.total))
+    def normalized(self, loss: TargetLoss) -> PostLosses:
+        """Weigh the posts' losses against each other, as the option `loss_normalization` says.
+
+        Args:
+            loss ([`~dynkp.objectives.token_loss.TargetLoss`]): parts of shape (B,).
+        """
+        return loss.normalized(over_tokens=self.normalizes_over_tokens)
 
     def begin_training(self) -> None:
         """Called on every rank when training begins, anew or from a checkpoint, whose state is loaded next.
@@ -233,33 +223,31 @@ class KeyphraseTrainer(SFTTrainer):
     ) -> Any:
         """The micro-batch's share of the optimizer step's mean loss, times the number of ranks (DDP averages)."""
         unwrapped = self.accelerator.unwrap_model(model)
-        total, weight = self._forward_redirection(model, unwrapped, self._post_losses_in_forward, unwrapped, inputs)
-        repeated = repeated_posts(inputs)
-        weight = weight.masked_fill(repeated, 0.0)
-        total = total.masked_fill(repeated, 0.0) if total.dim() else total
+        losses = self._forward_redirection(model, unwrapped, self._post_losses_in_forward, unwrapped, inputs)
+        total, denominator = (part.masked_fill(repeated_posts(inputs), 0.0) for part in losses)
         if num_items_in_batch is None:  # evaluation
-            loss = total.sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+            loss = total.sum() / denominator.sum().clamp(min=torch.finfo(denominator.dtype).tiny)
             # Trainer's own mean is over batches; this one replaces it in the log.
-            self.record("loss", loss, weight.sum())
+            self.record("loss", loss, denominator.sum())
         else:
             # A denominator that depends on the chosen targets is known now, or after the last of several micro-batches:
-            # then `training_step` puts it right.
-            if self.chooses_weights and self.args.gradient_accumulation_steps == 1:
-                num_items_in_batch = self.accelerator.reduce(weight.detach().sum(), "sum").clamp(min=1e-12)
+            # then `training_step` corrects the gradients.
+            if self.chooses_denominators and self.args.gradient_accumulation_steps == 1:
+                num_items_in_batch = self.accelerator.reduce(denominator.detach().sum(), "sum").clamp(min=1e-12)
             loss = total.sum() * self.accelerator.num_processes / num_items_in_batch
             self._step_total += total.detach().sum()
-            self._step_weight += weight.detach().sum()
+            self._step_denominator += denominator.detach().sum()
         return (loss, {}) if return_outputs else loss
 
     def _post_losses_in_forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         zero = gradients_in_order(model.parameters()) if torch.is_grad_enabled() else 0.0
         with self.accelerator.autocast():
-            total, weight = self.compute_post_losses(model, inputs)
+            total, denominator = self.compute_post_losses(model, inputs)
         # Ranks may differ in what they compute; under ZeRO-2 their backward passes must not. A rank may also have nothing to
         # learn from (its posts only fill up the last batch), and must take part all the same.
         if self.is_deepspeed_enabled or not total.requires_grad:
             total = total + zero
-        return total, weight
+        return total, denominator
 
     def get_train_dataloader(self) -> Any:
         if not isinstance(self.train_dataset, IterableDataset):
@@ -286,13 +274,13 @@ class KeyphraseTrainer(SFTTrainer):
         if not batches:
             return batches, None
         self._mark_repeated_posts(last := batches[-1])
-        weight = sum(sum(self.post_weights(batch)) for batch in batches)
+        total = sum(sum(self.denominators(batch)) for batch in batches)
         if "repeated" in last:
-            weight -= sum(compress(self.post_weights(last), last["repeated"].tolist()))
-        return batches, self.accelerator.gather(torch.tensor(weight, device=device)).sum()
+            total -= sum(compress(self.denominators(last), last["repeated"].tolist()))
+        return batches, self.accelerator.gather(torch.tensor(total, device=device)).sum()
 
-    def post_weights(self, batch: dict[str, Any]) -> Sequence[float]:
-        """What each post weighs in the optimizer step's mean: its number of tokens, or 1; also 1 while that is not known."""
+    def denominators(self, batch: dict[str, Any]) -> Sequence[float]:
+        """What each post adds to the denominator of the step's mean: its number of tokens, or 1; also 1 while not known."""
         if self.normalizes_over_tokens and self.knows_targets:
             return batch["direct"]["lengths"]
         return [1] * len(batch["id"])
@@ -322,9 +310,9 @@ class KeyphraseTrainer(SFTTrainer):
         if not self.accelerator.sync_gradients:
             self._step_reported += loss
             return loss
-        if self.chooses_weights and self.args.gradient_accumulation_steps > 1:
+        if self.chooses_denominators and self.args.gradient_accumulation_steps > 1:
             loss = self._renormalize(loss, num_items_in_batch)
-        self._step_total = self._step_weight = self._step_reported = 0.0
+        self._step_total = self._step_denominator = self._step_reported = 0.0
         return loss
 
     @property
@@ -333,25 +321,35 @@ class KeyphraseTrainer(SFTTrainer):
         return self.args.loss_normalization == "token"
 
     @property
-    def chooses_weights(self) -> bool:
+    def chooses_denominators(self) -> bool:
         """Whether posts' weights depend on their losses."""
         return self.normalizes_over_tokens and not self.knows_targets
 
     def _renormalize(self, loss: torch.Tensor, posts: torch.Tensor | int | None) -> torch.Tensor:
-        """Turn the step's gradients from Σ total / posts into Σ total / Σ weight, before they are clipped."""
-        weight = self.accelerator.reduce(torch.as_tensor(self._step_weight, device=loss.device), "sum").clamp(min=1e-12)
-        factor = posts / weight
+        """Turn the step's gradients from Σ total / posts into Σ total / Σ denominator, before they are clipped."""
+        denominator = torch.as_tensor(self._step_denominator, device=loss.device)
+        denominator = self.accelerator.reduce(denominator, "sum").clamp(min=1e-12)
+        factor = posts / denominator
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         # Trainer adds up what the micro-batches report: the last one settles the account.
-        return self._step_total * self.accelerator.num_processes / weight - self._step_reported
+        return self._step_total * self.accelerator.num_processes / denominator - self._step_reported
 
     # Prompts
 
-    def open_prompt(self, model: nn.Module, prompt: dict[str, Any], continuations: int = 2) -> SharedPrompt | PlainPrompt:
-        """The batch's prompts, ready for targets; computed once if they are to be continued more than once."""
-        backend = SharedPrompt if self.shares_prompt and continuations > 1 else PlainPrompt
+    def open_prompt(self, model: nn.Module, prompt: dict[str, Any], *candidates: torch.Tensor) -> Prompt:
+        """Prepare the prompts of a batch for one target per post, or for several.
+
+        Args:
+            model (`torch.nn.Module`): the unwrapped model.
+            prompt (`dict`): the batch's prompts.
+            *candidates (`torch.Tensor` of shape `(B,)`): bool, one mask per kind of target: the posts for which a target of
+                that kind may be computed. If several kinds have a post, the prompt is computed once and shared between them,
+                where the model can; otherwise, and without masks, prompt and target go through the model together.
+        """
+        several = sum(bool(mask.any()) for mask in candidates) > 1
+        backend = SharedPrompt if self.shares_prompt and several else PlainPrompt
         return backend(model, prompt, score=self._scorer(prompt["input_ids"].device))
 
     def _choose_prompt_backend(self) -> bool:
@@ -359,7 +357,7 @@ class KeyphraseTrainer(SFTTrainer):
             return False
         # Trainer turns checkpointing on when training begins, so here the model does not show its kind yet.
         reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        reason = REENTRANT if reentrant else unsupported_reason(self.model)
+        reason = REENTRANT if reentrant else why_prompts_cannot_be_shared(self.model)
         if reason is None:
             return True
         if self.args.prompt_backend == "shared":

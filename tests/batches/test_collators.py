@@ -14,46 +14,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.data_utils import apply_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.renderers import PromptRenderer
+from dynkp.batches.keyphrase_renderer import KeyphraseRenderer
 from dynkp.data.images import ImageError
 from dynkp.data.tasks import TASKS, parse_answer
+from tests.support.chat_formats import CONTROL_TOKENS, END_OF_TURN, post, texts, tokenizer_of
 from tests.support.posts import picture, rows
 from tests.support.tiny_models import FAMILIES, TEXT_FAMILIES, VISION_FAMILIES, build
 
 QUESTION = TASKS["dynamic_cot"].instruction
-# What a target ends with, as the families' models were taught to stop.
-END_OF_TURN = {
-    "qwen2_vl": "<|im_end|>\n",
-    "qwen2_5_vl": "<|im_end|>\n",
-    "qwen3_vl": "<|im_end|>\n",
-    "internvl": "<|im_end|>\n",
-    "llava": " </s>",
-    "idefics3": "<end_of_utterance>\n",
-    "smolvlm": "<end_of_utterance>\n",
-    "gemma3": "<end_of_turn>\n",
-    "mllama": "<|eot_id|>",
-    "llama": "<|eot_id|>",
-    "qwen2": "<|im_end|>\n",
-    "qwen3": "<|im_end|>\n",
-}
-
-
-def tokenizer_of(processor: Any) -> Any:
-    return getattr(processor, "tokenizer", processor)
-
-
-def texts(processor: Any, targets: Any) -> list[str]:
-    """Targets as the model writes them, control tokens included."""
-    tokenizer = tokenizer_of(processor)
-    return [tokenizer.decode(ids[:length]) for ids, length in zip(targets["input_ids"], targets["lengths"], strict=True)]
-
-
-def post(**changes: Any) -> dict[str, Any]:
-    return {"id": "p", "text": "goal", "keyphrases": ["dog"], "images": [], "rationale": "A dog."} | changes
 
 
 # Whole tensors
@@ -113,18 +85,18 @@ def test_padding_sides(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_post_gets_the_tokens_it_gets_alone(family: str) -> None:
+def test_a_post_has_the_same_tokens_in_a_batch_of_one(family: str) -> None:
     _, processor = build(family)
     collator, posts = PairedTargetCollator(processor), rows(family)
     batch = collator(posts)
     for index, one in enumerate(posts):
-        alone = collator([one])
-        length = alone["prompt"]["input_ids"].shape[1]
-        assert batch["prompt"]["input_ids"][index, -length:].equal(alone["prompt"]["input_ids"][0])
+        single = collator([one])
+        length = single["prompt"]["input_ids"].shape[1]
+        assert batch["prompt"]["input_ids"][index, -length:].equal(single["prompt"]["input_ids"][0])
         assert not batch["prompt"]["attention_mask"][index, :-length].any()
         for kind in ("direct", "reasoning"):
-            size = alone[kind]["lengths"][0]
-            assert batch[kind]["input_ids"][index, :size].equal(alone[kind]["input_ids"][0, :size])
+            size = single[kind]["lengths"][0]
+            assert batch[kind]["input_ids"][index, :size].equal(single[kind]["input_ids"][0, :size])
 
 
 def test_a_kind_not_asked_for_is_empty() -> None:
@@ -226,10 +198,6 @@ def test_a_text_model_leaves_pictures_out(family: str) -> None:
 
 # Control tokens
 
-CONTROL = ["<image>", "<|image_pad|>", "<|vision_start|>", "<|im_end|>", "<|im_start|>assistant", "</s>", "<s>"]
-CONTROL += ["<start_of_image>", "<image_soft_token>", "<end_of_turn>", "<|image|>", "<|eot_id|>", "<IMG_CONTEXT>"]
-CONTROL += ["<end_of_utterance>", "<fake_token_around_image>", "<row_1_col_1>", "<|endoftext|>", "<pad>", "<video>"]
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_control_tokens_in_a_post_stay_text(family: str) -> None:
@@ -239,7 +207,7 @@ def test_control_tokens_in_a_post_stay_text(family: str) -> None:
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     images = [] if family in TEXT_FAMILIES else [picture(1, (28, 28))]
     harmless = collator([post(images=images)])
-    for token in (*CONTROL, tokenizer.eos_token, tokenizer.pad_token):
+    for token in (*CONTROL_TOKENS, tokenizer.eos_token, tokenizer.pad_token):
         hostile = token.join(("a", "b")) + token[: len(token) // 2] + token + token[len(token) // 2 :]
         batch = collator([post(images=images, text=hostile, keyphrases=[hostile], rationale=hostile)])
         for expected, actual in (
@@ -252,12 +220,6 @@ def test_control_tokens_in_a_post_stay_text(family: str) -> None:
         if images:
             with torch.no_grad():
                 model(**batch["prompt"])  # as many features as placeholders
-
-
-@pytest.mark.parametrize("text", ["a < b > c", "<3 <html> </b>", "<|", "1 <2> 3"])
-def test_text_that_only_looks_a_little_like_markup_is_kept(text: str) -> None:
-    _, processor = build("qwen2_5_vl")
-    assert text in PromptRenderer(processor).prompt(post(text=text), 0)
 
 
 # End of turn
@@ -286,13 +248,6 @@ def test_a_keyphrase_like_the_end_of_turn_does_not_replace_it() -> None:
     assert text.endswith(" </s>") and text.count("</s>") == 1
 
 
-def test_a_processor_without_chat_template_is_an_error() -> None:
-    _, processor = build("llama")
-    processor.chat_template = None
-    with pytest.raises(ValueError, match="`processing_class`.*chat_template_path"):
-        PairedTargetCollator(processor)
-
-
 # TRL's own collators
 
 
@@ -300,7 +255,7 @@ def test_a_processor_without_chat_template_is_an_error() -> None:
 def test_direct_targets_are_trls(family: str) -> None:
     """Prompt and completion of the same conversation through TRL's collator (text models: its rendering)."""
     _, processor = build(family)
-    tokenizer, renderer = tokenizer_of(processor), PromptRenderer(processor)
+    tokenizer, renderer = tokenizer_of(processor), KeyphraseRenderer(processor)
     for row in rows(family):
         if family in TEXT_FAMILIES:
             messages = renderer.prompt_messages(row, 0)
@@ -426,15 +381,15 @@ def test_max_length_cuts_targets_at_their_end() -> None:
     assert cut["prompt"]["input_ids"].equal(whole["prompt"]["input_ids"]), "a prompt is never cut"
     for kind in ("direct", "reasoning"):
         for index, length in enumerate(lengths):
-            room = min(limit - length, whole[kind]["lengths"][index])
-            assert cut[kind]["lengths"][index] == room
+            remaining = min(limit - length, whole[kind]["lengths"][index])
+            assert cut[kind]["lengths"][index] == remaining
             for name in ("input_ids", "weights"):
-                assert cut[kind][name][index, :room].equal(whole[kind][name][index, :room])
-            assert not cut[kind]["weights"][index, room:].any()
+                assert cut[kind][name][index, :remaining].equal(whole[kind][name][index, :remaining])
+            assert not cut[kind]["weights"][index, remaining:].any()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "llama"])
-def test_a_prompt_without_room_is_an_error(family: str) -> None:
+def test_a_prompt_that_leaves_no_token_for_its_target_is_an_error(family: str) -> None:
     _, processor = build(family)
     posts = rows(family, 2)
     lengths = PairedTargetCollator(processor)(posts)["prompt"]["attention_mask"].sum(dim=1).tolist()
@@ -458,29 +413,23 @@ def test_the_task_decides_question_and_separator() -> None:
         PairedTargetCollator(processor, task="haiku")
 
 
-def test_a_stranger_among_the_pictures() -> None:
-    """CMYK and 16-bit pictures come as RGB too."""
+def test_a_given_renderer_is_used_as_it_is() -> None:
+    _, processor = build("llama")
+    renderer = KeyphraseRenderer(processor, "aimkp")
+    collator = PairedTargetCollator(renderer, kinds=("direct",))
+    assert collator.renderer is renderer
+    expected = PairedTargetCollator(processor, task="aimkp", kinds=("direct",))([post()])
+    batch = collator([post()])
+    assert batch["prompt"]["input_ids"].equal(expected["prompt"]["input_ids"])
+    assert batch["direct"]["input_ids"].equal(expected["direct"]["input_ids"])
+    with pytest.raises(ValueError, match="`task` is 'aimkp', but the given renderer has a task of its own"):
+        PairedTargetCollator(renderer, task="aimkp")
+
+
+def test_images_of_unusual_modes() -> None:
+    """CMYK and 16-bit images become RGB too."""
     _, processor = build("llava")
     for mode in ("CMYK", "I;16", "F"):
         image = Image.new(mode, (28, 28))
         batch = PairedTargetCollator(processor)([post(images=[image])])
         assert batch["prompt"]["pixel_values"].shape[1] == 3
-
-
-def test_messages_with_images_are_trls() -> None:
-    _, processor = build("llava")
-    row = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "images": [picture(1)]}
-    expected = prepare_multimodal_messages(row["prompt"], images=[None])
-    assert PromptRenderer(processor).prompt_messages(row, 1) == expected
-
-
-def test_tags_that_are_special_tokens_stay_whole_in_targets_and_end_no_turn() -> None:
-    """A vocabulary that holds <think> and </answer> as special tokens: they are what is taught, not control tokens."""
-    _, tokenizer = build("llama")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
-    renderer = PromptRenderer(tokenizer)
-    post = {"id": "1", "text": "goal", "keyphrases": ["mufc"], "rationale": "They <|eot_id|> scored."}
-    target = renderer.reasoning_target(post, 0)
-    assert target.startswith("<think>They ") and "</think><answer>mufc</answer>" in target
-    ends = renderer.direct_target(post, 0).removeprefix("mufc")
-    assert ends and target.endswith("</answer>" + ends)

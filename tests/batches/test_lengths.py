@@ -52,13 +52,13 @@ def test_targets_that_are_cut_are_counted(tmp_path: Path, caplog: pytest.LogCapt
     model, processor = build("llava")
     posts = rows("llava")
     lengths = list(post_lengths(PairedTargetCollator(processor), posts))
-    room = max(length.prompt for length in lengths) + 1
+    limit = max(length.prompt for length in lengths) + 1
     trainer = DynamicCoTTrainer(
-        model=model, args=config(tmp_path, max_length=room), processing_class=processor, train_dataset=posts
+        model=model, args=config(tmp_path, max_length=limit), processing_class=processor, train_dataset=posts
     )
     assert len(trainer.train_dataset) == len(posts)
-    cut = sum(length.prompt + length.target > room for length in lengths)
+    cut = sum(length.prompt + length.target > limit for length in lengths)
     assert f"{cut} of {len(posts)} train posts have a target that is cut" in caplog.text
     batch = trainer.data_collator(posts)
     totals = batch["prompt"]["attention_mask"].sum(dim=1) + batch["reasoning"]["mask"].sum(dim=1)
-    assert totals.max() == room
+    assert totals.max() == limit

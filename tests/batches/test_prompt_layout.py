@@ -1,29 +1,28 @@
-"""A post's text and pictures are found exactly in its padded prompt.
+"""A post's text is found exactly in its padded prompt.
 
 Holds for every family's tokenizer and template, for byte-level and SentencePiece-like vocabularies, and for texts that
-repeat the instruction, spell control tokens, begin with blanks, or are full of emojis: the text's slots decode to the
-text and the slots around it to the rest of the prompt. Grids have the model's own height and width, tile by tile.
+repeat the instruction, spell control tokens, begin with whitespace, or are full of emojis: the text's slots decode to the
+text and the slots around it to the rest of the prompt.
 """
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.prompt_layout import ImageGrid, image_grids, locate, text_slots
+from dynkp.batches.prompt_layout import text_slots
 from dynkp.data.tasks import TASKS
-from tests.support.posts import picture, rows
+from tests.support.layouts import located
+from tests.support.posts import picture
 from tests.support.tiny_models import FAMILIES, VISION_FAMILIES, build
 
 INSTRUCTION = TASKS["aimkp"].instruction
@@ -39,13 +38,6 @@ TEXTS = [
     "日本語のテキスト。",
     "x",
 ]
-
-
-def located(processor: Any, posts: list[dict[str, Any]], modalities: tuple[str, ...] = ("text", "image")):
-    collator = PairedTargetCollator(processor, task="aimkp", kinds=("direct",))
-    images = [collator.renderer.images(post) for post in posts]
-    prompt = collator.collate_prompts(posts, images)
-    return locate(collator.renderer, posts, [len(pictures) for pictures in images], prompt, modalities), prompt, collator
 
 
 def squeezed(text: str) -> str:
@@ -82,7 +74,7 @@ def test_no_text_no_slots(family: str, text: str | None) -> None:
 
 
 def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
-    """Llama 2's make (a blank put in front of all, blanks as ▁, bytes for unknown characters), or T5's (NFKC, unigram)."""
+    """Llama 2's make (a space put in front of all, spaces as ▁, bytes for unknown characters), or T5's (NFKC, unigram)."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     if kind == "llama2":
         backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -131,7 +123,7 @@ def test_sentencepiece_like_vocabularies(kind: str) -> None:
 
 
 def test_a_token_shared_with_the_template_is_the_templates() -> None:
-    """Where a word grows together with template or instruction, only blanks may come along."""
+    """Where a word grows together with template or instruction, only whitespace may come along."""
     words = ["<unk>", "<pad>", "USER:", "[goal", "of", f"day\n{INSTRUCTION.split()[0]}", *INSTRUCTION.split()[1:]]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -141,13 +133,6 @@ def test_a_token_shared_with_the_template_is_the_templates() -> None:
     assert tokenizer.convert_ids_to_tokens(prompt["input_ids"][0])[:4] == ["USER:", "[goal", "of", words[5]]
     assert layouts[0].text == range(2, 3)
     assert located(tokenizer, [{"id": "1", "text": "goal", "keyphrases": ["k"]}])[0][0].text == range(0)
-
-
-def test_frames_of_one_picture_are_grids_of_their_own() -> None:
-    processor = SimpleNamespace(image_token_id=9, image_processor=SimpleNamespace(merge_size=2))
-    prompt = {"input_ids": torch.tensor([[1, *[9] * 4, 1]]), "image_grid_thw": torch.tensor([[2, 2, 4]])}
-    grids = image_grids(processor, prompt)
-    assert grids == [(ImageGrid((1, 2), 1, 2), ImageGrid((3, 4), 1, 2))]
 
 
 @given(st.text(st.sampled_from("ab 🎉é\n!<|>USER:?What phrases"), max_size=40), st.integers(0, 2))
@@ -165,85 +150,7 @@ def test_any_text(text: str, num_images: int) -> None:
 PROCESSOR = build("llava")[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "size", "expected"),
-    [
-        ("llava", (70, 42), [(4, 4)]),
-        ("qwen2_vl", (56, 56), [(4, 4)]),
-        ("qwen2_vl", (112, 28), [(2, 8)]),  # wide pictures, height first
-        ("qwen2_5_vl", (28, 56), [(4, 2)]),
-        ("qwen3_vl", (28, 56), [(4, 2)]),
-        ("internvl", (28, 28), [(2, 2)]),
-        ("internvl", (56, 28), [(2, 2)] * 3),  # two tiles and a thumbnail
-        ("idefics3", (56, 28), [(2, 2)] * 3),
-        ("smolvlm", (56, 56), [(2, 2)] * 5),
-        ("gemma3", (70, 42), [(2, 2)]),
-    ],
-)
-def test_grids_of_one_and_two_pictures(family: str, size: tuple[int, int], expected: list[tuple[int, int]]) -> None:
-    model, processor = build(family)
-    posts = [
-        {"id": str(n), "text": "goal", "keyphrases": ["k"], "images": [picture(n, size)] * count}
-        for n, count in enumerate((1, 0, 2))
-    ]
-    layouts, prompt, _ = located(processor, posts)
-    for layout, ids, count in zip(layouts, prompt["input_ids"], (1, 0, 2), strict=True):
-        assert [(grid.height, grid.width) for grid in layout.grids] == expected * count
-        slots = [slot for grid in layout.grids for slot in grid.slots]
-        assert slots == (ids == model.config.image_token_id).nonzero().flatten().tolist()
-        assert all(len(grid.slots) == grid.height * grid.width for grid in layout.grids)
-
-
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl", "idefics3", "gemma3"])
-def test_a_cell_shows_its_part_of_the_picture(family: str) -> None:
-    """Whitening one corner of the picture changes the first pixels the grid's corner cell is made from."""
-    model, processor = build(family)
-    model.double()
-    features = []
-    for corner in (False, True):
-        image = picture(3, (56, 56) if family == "qwen2_vl" else (28, 28))
-        if corner:
-            image.paste((255, 255, 255), (image.width - 7, 0, image.width, 7))
-        layouts, prompt, _ = located(processor, [{"id": "1", "text": "x", "keyphrases": ["k"], "images": [image]}])
-        grid = layouts[0].grids[-1]
-        pixels = {key: value for key, value in prompt.items() if key in ("pixel_values", "image_grid_thw")}
-        if family == "idefics3":
-            pixels["pixel_attention_mask"] = prompt["pixel_attention_mask"]
-        # Attention spreads the change over all cells: look at what the tower is given.
-        for module in model.modules():
-            if type(module).__name__.endswith(("EncoderLayer", "VisionLayer", "VisionBlock", "VisionEncoderLayer")):
-                module.forward = lambda hidden_states, *args, **kwargs: hidden_states
-        with torch.no_grad():
-            output = model.base_model.get_image_features(
-                **{key: value.double() if value.is_floating_point() else value for key, value in pixels.items()},
-                return_dict=True,
-            ).pooler_output
-        flat = output.flatten(0, -2) if isinstance(output, torch.Tensor) else torch.cat(list(output))
-        features.append(flat[-len(grid.slots) :])
-    changed = (features[0] - features[1]).abs().amax(dim=-1) > 1e-9
-    assert changed.any() and not changed.all()
-    assert set(changed.nonzero().flatten().tolist()) == {grid.width - 1}, "top right: first row, last column"
-
-
-def test_mllama_has_no_image_tokens() -> None:
-    _, processor = build("mllama")
-    with pytest.raises(ValueError, match="Mllama have no tokens in the prompt.*mask_image=False"):
-        located(processor, rows("mllama"))
-    layouts, _, _ = located(processor, rows("mllama"), ("text",))
-    assert layouts[0].text and not layouts[0].grids
-
-
-def test_unknown_and_mismatching_grids_are_refused() -> None:
-    _, processor = build("llava")
-    _, prompt, _ = located(processor, rows("llava")[:1])
-    with pytest.raises(ValueError, match="how PixtralProcessor lays"):
-        image_grids(type("PixtralProcessor", (), {"image_token_id": processor.image_token_id})(), prompt)
-    processor.patch_size = 4
-    with pytest.raises(ValueError, match="do not account for"):
-        image_grids(processor, prompt)
-
-
-def test_texts_that_cannot_be_told_are_refused() -> None:
+def test_texts_that_cannot_be_located_are_refused() -> None:
     _, processor = build("llava")
     renderer = PairedTargetCollator(processor).renderer
     conversation = {"id": "p7", "prompt": [{"role": "user", "content": "hm"}]}
@@ -254,7 +161,7 @@ def test_texts_that_cannot_be_told_are_refused() -> None:
         text_slots(renderer, {"id": "p8", "text": "goal"}, 0, [])
     with (
         mock.patch.object(PreTrainedTokenizerFast, "is_fast", False),
-        pytest.raises(ValueError, match="does not tell which characters its tokens stand for"),
+        pytest.raises(ValueError, match="does not return the characters of its tokens"),
     ):
         text_slots(PairedTargetCollator(PROCESSOR).renderer, {"id": "p9", "text": "goal"}, 0, [1] * 99)
     with pytest.raises(ValueError, match="'p9': its text is tokenized differently"):

@@ -1,8 +1,8 @@
 """Invariants of rendering reasoning tasks:
 
-- the prompt is the task's messages in the model's chat format, with as many placeholders as pictures, for every family; text
-  models get no pictures;
-- the target is the task's, then the end of turn; a row without rationale has no chain;
+- the prompt is the task's messages in the model's chat format, with as many placeholders as images, for every family; text
+  models get no images;
+- the target is the task's, then the end of turn; a row without rationale has no response-chain target;
 - control tokens in a tweet, an aspect or a rationale stay text;
 - gold columns do not reach a prompt.
 """
@@ -15,7 +15,7 @@ import pytest
 
 from dynkp.batches.reasoning_renderer import ReasoningRenderer
 from dynkp.data.reasoning_tasks import REASONING_TASKS, ReasoningTask
-from tests.batches.test_collators import CONTROL, END_OF_TURN
+from tests.support.chat_formats import CONTROL_TOKENS, END_OF_TURN
 from tests.support.posts import picture
 from tests.support.tiny_models import FAMILIES, TEXT_FAMILIES, build
 
@@ -66,7 +66,7 @@ def test_control_tokens_stay_text(family: str) -> None:
         renderer = ReasoningRenderer(processor, MASC, kind)
         images = 0 if family in TEXT_FAMILIES else 1
         prompt, target = control(renderer.prompt(row(), images)), control(renderer.target(row(), images))
-        for token in (*CONTROL, tokenizer.eos_token, tokenizer.pad_token):
+        for token in (*CONTROL_TOKENS, tokenizer.eos_token, tokenizer.pad_token):
             hostile = f"a{token}b{token[: len(token) // 2]}{token}{token[len(token) // 2 :]}"
             post = row(text=hostile, aspect=hostile, rationale=f"{hostile} is good")
             assert control(renderer.prompt(post, images)) == prompt, token

@@ -1,7 +1,8 @@
-"""The collator of both tasks: what is shared and what is not are together exactly the prompts the model is asked.
+"""Invariants of the collator of both tasks:
 
-Holds: beginning plus end is what the processor makes of each prompt alone; targets are the renderers'; prompts that do not
-begin alike, or whose pictures come late, stay whole; rows are not changed; a post that does not fit is named.
+- the shared beginning plus the end of a branch is exactly the prompt that the model is asked at prediction;
+- targets are the renderers'; prompts that do not begin with the same tokens, or whose images come late, stay whole;
+- rows are not changed; an error names the post at fault.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import pytest
 import torch
 
 from dynkp.batches.two_task_collator import TwoTaskCollator
-from dynkp.data.reasoning_tasks import ReasoningTask
-from tests.support.reasoning_trainers import reasoning_rows
+from tests.support.reasoning_trainers import InstructionFirst, reasoning_rows
 from tests.support.tiny_models import FAMILIES, build
 
 SEQUENCE = ("input_ids", "attention_mask")
@@ -22,8 +22,8 @@ SEQUENCE = ("input_ids", "attention_mask")
 
 def whole(branches: Any, kind: str, row: int) -> list[int]:
     """A post's prompt without its padding."""
-    if kind in branches["apart"]:
-        ids, mask = (branches["apart"][kind][name][row] for name in SEQUENCE)
+    if kind in branches["separate"]:
+        ids, mask = (branches["separate"][kind][name][row] for name in SEQUENCE)
     else:
         prompt, end, shared = branches["prompt"], branches["ends"][kind], branches["shared"]
         ids, mask = (torch.cat([prompt[name][row, :shared], end[name][row]]) for name in SEQUENCE)
@@ -46,7 +46,7 @@ def test_prompts_are_those_the_model_is_asked(family: str, task: str) -> None:
     before = copy.deepcopy([{key: value for key, value in post.items() if key != "images"} for post in posts])
     batch = collator(posts)
     assert [{key: value for key, value in post.items() if key != "images"} for post in posts] == before
-    assert not batch["prompts"]["apart"]
+    assert not batch["prompts"]["separate"]
     for kind in ("label", "chain"):
         for row, post in enumerate(posts):
             assert whole(batch["prompts"], kind, row) == list(as_asked(collator, kind, post))
@@ -71,28 +71,19 @@ def test_targets_are_the_renderers() -> None:
     )
 
 
-class InstructionFirst(ReasoningTask):
-    """Asks before it shows: the prompts have nothing in common but the template's first words."""
-
-    def _messages(self, row: Any, request: str) -> list[dict[str, Any]]:
-        [message] = super()._messages(row, request)
-        question = {"type": "text", "text": request}
-        return [{**message, "content": [question, *message["content"]]}]
-
-
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama", "llama"])
 def test_prompts_that_do_not_begin_alike_stay_whole(family: str) -> None:
     _, processor = build(family)
     task = InstructionFirst("late", "How?", {"Text_analysis": "why"})
     collator, posts = TwoTaskCollator(processor, task), reasoning_rows(family)
     batch = collator(posts)
-    assert set(batch["prompts"]["apart"]) == {"label", "chain"} and batch["prompts"]["shared"] == 0
+    assert set(batch["prompts"]["separate"]) == {"label", "chain"} and batch["prompts"]["shared"] == 0
     for kind in ("label", "chain"):
         for row, post in enumerate(posts):
             assert whole(batch["prompts"], kind, row) == list(as_asked(collator, kind, post))
 
 
-def test_max_length_cuts_targets_and_names_posts_without_room() -> None:
+def test_max_length_cuts_targets_and_names_posts_that_leave_no_token() -> None:
     _, processor = build("llama")
     posts = reasoning_rows("llama")
     free = TwoTaskCollator(processor, "masc")(posts)
@@ -100,8 +91,8 @@ def test_max_length_cuts_targets_and_names_posts_without_room() -> None:
     batch = TwoTaskCollator(processor, "masc", max_length=longest + 9)(posts)
     assert max(batch["chain"]["lengths"]) > 9 or batch["chain"]["lengths"] != free["chain"]["lengths"]
     for row in range(len(posts)):
-        room = longest + 9 - len(whole(free["prompts"], "chain", row))
-        assert batch["chain"]["lengths"][row] == min(free["chain"]["lengths"][row], room)
+        remaining = longest + 9 - len(whole(free["prompts"], "chain", row))
+        assert batch["chain"]["lengths"][row] == min(free["chain"]["lengths"][row], remaining)
     assert batch["label"]["lengths"] == free["label"]["lengths"]
     with pytest.raises(ValueError, match=r"post 'post-1': its chain prompt has \d+ tokens"):
         TwoTaskCollator(processor, "masc", max_length=longest)(posts[1:2])

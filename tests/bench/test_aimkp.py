@@ -17,8 +17,9 @@ import torch
 
 from dynkp import cli
 from dynkp.bench import aimkp
-from dynkp.bench.dynamic_cot import QUICK
-from dynkp.bench.measure import Setting
+from dynkp.bench.measure import AGREEMENT, Setting
+from dynkp.bench.steps import train_masked
+from dynkp.bench.workload import QUICK
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def test_a_row_for_the_warm_up_and_one_per_stride(rows: list[dict[str, Any]]) ->
         assert row["ours_over_sft"] == pytest.approx(row["ours_s"] / row["sft_s"])
         assert row["memory_over_sft"] == pytest.approx(row["ours_mib"] / row["sft_mib"])
         assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("ours_over_sft", "memory_over_sft"))
-        assert row["largest_disagreement"] <= aimkp.AGREEMENT
+        assert row["largest_disagreement"] <= AGREEMENT
     warm_up, *masked = rows
     assert warm_up["warmup_over_sft"] == warm_up["ours_over_sft"] and warm_up["kept_lora_gradients_mib"] == 0
     assert warm_up["memory_over_sft"] == pytest.approx(1.0, abs=0.05)
@@ -69,8 +70,7 @@ def test_posts_are_masked_with_the_rows_stride(bench: aimkp.Bench) -> None:
         assert len(layout.text) == QUICK.text_tokens and [(grid.height, grid.width) for grid in layout.grids] == [(4, 4)]
     losses = []
     for stride in aimkp.STRIDES:
-        aimkp.mask_with(bench, stride)
-        losses.append(float(aimkp.masked(bench, "ours")))
+        losses.append(float(train_masked(bench.ours, bench.batch, stride)))
         assert set(bench.ours.schedule.shares("text")) <= {2 * stride, max(2, stride // 2)}
         assert sum(bench.ours.schedule.shares("image").values()) == pytest.approx(1.0)
     assert len(set(losses)) == 3
@@ -92,8 +92,7 @@ def test_ways_agree(bench: aimkp.Bench) -> None:
 
     same(partial(aimkp.sft, bench), partial(aimkp.warmup, bench))
     for stride in aimkp.STRIDES:
-        aimkp.mask_with(bench, stride)
-        same(partial(aimkp.masked, bench, "plain"), partial(aimkp.masked, bench, "ours"))
+        same(*(partial(train_masked, trainer, bench.batch, stride) for trainer in (bench.plain, bench.ours)))
 
 
 def test_ways_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

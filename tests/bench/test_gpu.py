@@ -8,6 +8,7 @@ alone, and its row says why; without time, rows say so.
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ import torch
 import transformers
 
 from dynkp import cli
-from dynkp.bench import dynamic_cot, gpu, run
+from dynkp.bench import gpu, run
 from dynkp.bench.measure import Setting
-from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, batch_of, build_model, config_of, draw_posts
-from dynkp.mechanics.shared_prompt import score_targets
-from dynkp.trainer.keyphrase_trainer import fused_score_targets
+from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, config_of, draw_batch
+from dynkp.bench.steps import TwoPassTrainer, train, train_masked
+from dynkp.trainer import keyphrase_trainer
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
+from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
+from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, threads=1, repeats=1, quick=True)
@@ -84,29 +89,65 @@ def test_rows(few: None, tmp_path: Path) -> None:
     assert shared[0]["ours_flops"] > shared[1]["ours_flops"] > shared[2]["ours_flops"] > shared[0]["sft_flops"] > 0
 
 
+def exact_bench(name: str, folder: Path) -> gpu.Bench:
+    """A model of tiny shapes in float32, to compare ways exactly; its trainers want `bf16=False`."""
+    bench = gpu.Bench(QUICK, name, "lora", str(folder))
+    bench.model.float()
+    return bench
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+
+
+def part_of(value: torch.Tensor, post: int, count: int) -> torch.Tensor:
+    """One post's part of a prompt's tensor; Qwen's patches follow one another post by post."""
+    size = len(value) // count
+    return value[post * size : (post + 1) * size]
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_aimkp_s_ways_agree(name: str) -> None:
-    model = build_model(name, trained="lora", attention="sdpa", tiny=True, device=CPU).float()
-    posts = draw_posts(name, model, 3, TINY)
-    posts.prompt["pixel_values"] = posts.prompt["pixel_values"].float()
-    losses, gradients = {}, {}
-    for way in (gpu.published, gpu.masked_views):
-        losses[way.__name__] = float(way(model, posts, 2))
-        gradients[way.__name__] = torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
-    assert losses["masked_views"] == pytest.approx(losses["published"], rel=1e-5)
-    torch.testing.assert_close(gradients["masked_views"], gradients["published"], rtol=1e-3, atol=1e-6)
-    assert gradients["published"].abs().max() > 0
+def test_aimkp_s_ways_agree(name: str, tmp_path: Path) -> None:
+    bench, count = exact_bench(name, tmp_path), 3
+    batch = draw_batch(name, bench.model, count, TINY)
+    batch["single_posts"] = [
+        {
+            "prompt": {key: part_of(value, post, count) for key, value in batch["prompt"].items()},
+            "layouts": batch["layouts"][post : post + 1],
+        }
+        for post in range(count)
+    ]
+    losses, found = {}, {}
+    for backend in ("plain", "batched"):
+        options = {"similarity_backend": backend, "filter_gradients": False, "bf16": False}
+        losses[backend] = float(train_masked(bench.trainer(AimKPTrainer, AimKPConfig, **options), batch, 2))
+        found[backend] = gradients(bench.model)
+    assert losses["batched"] == pytest.approx(losses["plain"], rel=1e-5)
+    torch.testing.assert_close(found["batched"], found["plain"], rtol=1e-3, atol=1e-6)
+    assert found["plain"].abs().max() > 0
+
+
+@pytest.mark.parametrize("easy", [0, 2, 4])
+def test_dynamic_cot_s_ways_agree(easy: int, tmp_path: Path) -> None:
+    bench = exact_bench(SHAPES[0], tmp_path)
+    steps = gpu._dynamic_cot(bench, gpu.Case("dynamic_cot", False, "sdpa", share=easy / 4), bf16=False)
+    losses, found = {}, {}
+    for way in ("naive", "ours"):
+        losses[way] = float(steps[way]())
+        found[way] = gradients(bench.model)
+    assert losses["ours"] == pytest.approx(losses["naive"], rel=1e-5)
+    torch.testing.assert_close(found["ours"], found["naive"], rtol=1e-3, atol=1e-6)
 
 
 def test_a_way_that_fails_leaves_the_others_alone(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CONFIGURATIONS", ((SHAPES[1], "lora"),))
 
-    def too_large(model: Any, posts: Any, stride: int, score: Any) -> torch.Tensor:
-        if stride == 4:
+    def too_large(trainer: AimKPTrainer, batch: Any, stride: int) -> torch.Tensor:
+        if stride == 4 and trainer.args.similarity_backend == "batched":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return gpu.published(model, posts, stride, score)
+        return train_masked(trainer, batch, stride)
 
-    monkeypatch.setattr(gpu, "masked_views", too_large)
+    monkeypatch.setattr(gpu, "train_masked", too_large)
     rows = [row for row in gpu.run(QUICK) if row["method"] == "aimkp"]
     for row in rows:
         assert row["sft_s"] > 0 and row["other_s"] > 0
@@ -144,18 +185,30 @@ def test_real_shapes_are_refused_on_a_cpu() -> None:
         run.main(["--suite", "gpu", "--device", "cpu"])
 
 
-def test_the_gpu_s_head_gives_the_same(tmp_path: Path) -> None:
-    """On a GPU ways score through TRL's fused head, which `SFTTrainer` puts on the model; it runs on a CPU as well."""
-    name = SHAPES[1]
-    model = build_model(name, trained="lora", attention="sdpa", tiny=True, device=CPU).float()
-    gpu.sft_trainer(model, str(tmp_path), CPU)
-    posts = draw_posts(name, model, 4, TINY)
-    posts.prompt["pixel_values"] = posts.prompt["pixel_values"].float()
-    batch = batch_of(posts, [True, False, True, False])
-    for way, case in ((dynamic_cot.naive, [batch]), (dynamic_cot.ours, [batch]), (gpu.masked_views, [posts, 2])):
-        found = []
-        for score in (score_targets, fused_score_targets):
-            loss = float(way(model, *case, score))
-            found.append((loss, torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])))
-        assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
+def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the trainers score through TRL's fused head, which `SFTTrainer` puts on the model; it runs on a CPU as well."""
+    bench = exact_bench(SHAPES[1], tmp_path)
+    batch = draw_batch(bench.name, bench.model, 4, TINY, easy=2)
+    naive, ours = (
+        bench.trainer(trainer_class, DynamicCoTConfig, gamma="inf", strategy=strategy, bf16=False)
+        for trainer_class, strategy in ((TwoPassTrainer, "direct"), (DynamicCoTTrainer, "dynamic"))
+    )
+    masked = bench.trainer(AimKPTrainer, AimKPConfig, filter_gradients=False, bf16=False)
+    calls = []
+
+    def fused(*inputs: Any) -> torch.Tensor:
+        calls.append(inputs)
+        return keyphrase_trainer.fused_score_targets(*inputs)
+
+    for step in (partial(train, naive, batch), partial(train, ours, batch), partial(train_masked, masked, batch, 2)):
+        calls.clear()
+        losses = [float(step())]
+        found = [gradients(bench.model)]
+        assert not calls
+        with monkeypatch.context() as patch:
+            patch.setattr(keyphrase_trainer, "score_targets", fused)  # which the trainers take on a CPU
+            losses.append(float(step()))
+            found.append(gradients(bench.model))
+        assert len(calls) >= 2
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)

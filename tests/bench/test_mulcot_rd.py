@@ -14,8 +14,8 @@ import torch
 
 from dynkp import cli
 from dynkp.bench import mulcot_rd
-from dynkp.bench.dynamic_cot import QUICK, build_model
-from dynkp.bench.measure import Setting
+from dynkp.bench.measure import AGREEMENT, Setting
+from dynkp.bench.workload import QUICK
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,17 @@ def test_a_row_per_scenario_that_says_how_it_was_made(rows: list[dict]) -> None:
         assert row["cached_over_plain"] == pytest.approx(row["cached_s"] / row["plain_s"])
         assert row["online_over_plain_and_assistant"] == pytest.approx(row["online_s"] / (row["plain_s"] + row["assistant_s"]))
         assert all(row[f"{name}_mib"] > 0 for name in ("plain", "cached", "online"))
-        assert row["largest_disagreement"] <= mulcot_rd.AGREEMENT and row["assistant_parameters"] > row["parameters"]
+        assert row["largest_disagreement"] <= AGREEMENT and row["assistant_parameters"] > row["parameters"]
 
 
 def test_once_and_twice_compute_the_same(tmp_path: Path) -> None:
-    assistant = mulcot_rd.build_assistant(QUICK, torch.device("cpu"))
-    model, batch = build_model(QUICK), mulcot_rd.draw_batch(assistant, QUICK, str(tmp_path), top_k=8)
-    assert float(mulcot_rd.plain(model, batch)) == pytest.approx(float(mulcot_rd.twice(model, batch)), rel=1e-5)
-    assert float(mulcot_rd.cached(model, batch)) != pytest.approx(float(mulcot_rd.plain(model, batch)), rel=1e-3)
+    bench = mulcot_rd.Bench(QUICK, torch.device("cpu"), str(tmp_path))
+    assert bench.batch["chain"]["lengths"] and bench.batch["prompts"]["shared"] > QUICK.image_tokens + QUICK.text_tokens
+    assert float(mulcot_rd.plain(bench)) == pytest.approx(float(mulcot_rd.twice(bench)), rel=1e-5)
+    assert float(mulcot_rd.cached(bench, bench.with_cache(8))) != pytest.approx(float(mulcot_rd.plain(bench)), rel=1e-3)
 
 
 def test_ways_that_disagree_stop_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mulcot_rd, "cached", mulcot_rd.plain)
+    monkeypatch.setattr(mulcot_rd, "cached", lambda bench, trainer: mulcot_rd.plain(bench))
     with pytest.raises(RuntimeError, match="do not compute the same"):
         next(mulcot_rd.run(Setting(torch.device("cpu"), threads=1, repeats=1, quick=True)))

@@ -16,7 +16,9 @@ import torch
 
 from dynkp import cli
 from dynkp.bench import dynamic_cot, measure, run
-from dynkp.bench.measure import Setting, median_seconds, peak_bytes
+from dynkp.bench.measure import AGREEMENT, Setting, first_round, median_seconds, peak_bytes
+from dynkp.bench.steps import train
+from dynkp.bench.workload import QUICK, build_model, build_processor
 
 CPU = Setting(torch.device("cpu"), threads=1, repeats=1, quick=True)
 
@@ -46,27 +48,33 @@ def test_the_file_has_a_row_per_scenario_that_says_how_it_was_made(json_file: Pa
         assert row["ours_over_oracle"] == pytest.approx(row["ours_s"] / row["oracle_s"])
         assert row["naive_over_ours"] == pytest.approx(row["naive_s"] / row["ours_s"])
         assert 0 < row["trained_parameters"] < row["parameters"]
-        assert row["largest_disagreement"] <= dynamic_cot.AGREEMENT
+        assert row["largest_disagreement"] <= AGREEMENT
 
 
 @pytest.mark.parametrize("scenario", dynamic_cot.SCENARIOS, ids=lambda scenario: scenario.label)
-def test_three_ways_agree(scenario: dynamic_cot.Scenario) -> None:
-    model = dynamic_cot.build_model(dynamic_cot.QUICK)
-    batch = dynamic_cot.draw_batch(model, dynamic_cot.QUICK, scenario)
-    assert sum(batch.easy) == scenario.easy_share * dynamic_cot.QUICK.batch
+def test_three_ways_agree(scenario: dynamic_cot.Scenario, tmp_path: Path) -> None:
+    processor = build_processor(QUICK)
+    model = build_model(QUICK, processor)
+    bench = dynamic_cot.build(model, processor, QUICK, scenario, str(tmp_path))
+    assert sum(bench.easy) == scenario.easy_share * QUICK.batch
+    lengths = bench.batch["reasoning"]["lengths"]
     if scenario.unequal:
-        assert len(set(batch.reasoning["lengths"])) > 1 and batch.prompt["attention_mask"].min() == 0
-    if scenario.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        assert len(set(lengths)) > 1 and bench.batch["prompt"]["attention_mask"].min() == 0
+    else:
+        taught = bench.batch["has_rationale"].tolist()
+        assert lengths == [12 if rationale else 0 for rationale in taught] and bench.batch["direct"]["lengths"] == [4] * 4
+        assert taught == (bench.easy if any(bench.easy) else [True] * 4)
+    assert model.is_activation_checkpointing == scenario.checkpointing
     losses, gradients = {}, {}
     for way in (dynamic_cot.oracle, dynamic_cot.naive, dynamic_cot.ours):
-        losses[way.__name__] = float(way(model, batch))
+        losses[way.__name__] = float(way(bench))
         gradients[way.__name__] = {name: value.grad.clone() for name, value in trained(model)}
     for way in ("naive", "ours"):
         assert losses[way] == pytest.approx(losses["oracle"], rel=1e-5)
         for name, gradient in gradients["oracle"].items():
             assert gradient.abs().max() > 0, name
             torch.testing.assert_close(gradients[way][name], gradient, rtol=1e-3, atol=1e-6, msg=f"{way}: {name}")
+    assert not list(tmp_path.iterdir())
 
 
 def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -74,7 +82,7 @@ def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def test_only_adapters_and_projector_are_trained() -> None:
-    names = [name for name, _ in trained(dynamic_cot.build_model(dynamic_cot.QUICK))]
+    names = [name for name, _ in trained(build_model(QUICK, build_processor(QUICK)))]
     assert all("lora_" in name or "multi_modal_projector" in name for name in names)
     assert {"language_model", "multi_modal_projector"} == {
         part for name in names for part in ("language_model", "multi_modal_projector", "vision_tower") if part in name
@@ -82,12 +90,24 @@ def test_only_adapters_and_projector_are_trained() -> None:
 
 
 def test_ways_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ours(model: Any, batch: dynamic_cot.Batch) -> torch.Tensor:
-        return dynamic_cot.naive(model, batch._replace(gamma=math.inf))
+    def ours(bench: dynamic_cot.Bench) -> torch.Tensor:
+        return train(bench.ours, {**bench.batch, "direct": bench.batch["reasoning"]})
 
     monkeypatch.setattr(dynamic_cot, "ours", ours)
     with pytest.raises(RuntimeError, match="ours and oracle differ"):
         next(dynamic_cot.run(CPU))
+
+
+def test_a_step_without_gradients_is_not_timed() -> None:
+    model = torch.nn.Linear(1, 1)
+
+    def step() -> torch.Tensor:
+        loss = (2 * model.weight).sum()
+        loss.backward()
+        return loss.detach()
+
+    with pytest.raises(RuntimeError, match="a row: only gave 1 of 2 trained parameters a gradient"):
+        first_round(model, {"only": step}, "a row", {})
 
 
 def test_steps_are_timed_in_turn() -> None:

@@ -1,10 +1,10 @@
-"""What a step computes, counted exactly: no clock, so a loss of speed shows on the busiest machine.
+"""The work of the trainers' steps, counted exactly and without a clock, so that a busy machine cannot hide a loss of speed.
 
-Holds: a step of Dynamic CoT runs the vision tower once, every prompt once and the reasoning of easy posts only; a step of
-AimKP runs the vision tower once, what stands in front of a post's text once, and of a masked view the kept tokens only;
-the matrix products' FLOPs, backward included, stay within docs/performance.md's goals (a CPU's attention kernels are not
-counted, and are the same in all ways). Pictures are decoded and processed by the dataloader's workers, where there are any;
-a resumed epoch decodes no picture of the posts it skips.
+Holds: a step of Dynamic CoT runs the vision tower once, every prompt once and the reasoning targets of easy posts only; a step
+of AimKP runs the vision tower once, the tokens in front of a post's text once, and of a masked view the kept tokens only; the
+FLOPs of the trainers' matrix products, backward included, stay within docs/performance.md's goals (a CPU's attention kernels
+are not counted, and are the same in all ways). Images are decoded and processed by the data loader's workers, if there are
+any; a resumed epoch decodes no image of the posts it skips.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynkp.batches import renderers
@@ -24,26 +26,29 @@ from dynkp.batches.collators import SkippingCollator
 from dynkp.bench import aimkp as aimkp_bench
 from dynkp.bench import dynamic_cot as dynamic_cot_bench
 from dynkp.bench.collation import write_posts
+from dynkp.bench.steps import train_masked
+from dynkp.bench.workload import Sizes, build_model, build_processor
 from dynkp.data.sources import load_posts
 from dynkp.mechanics.modality_masking import kept_cells, kept_tokens
 from dynkp.mechanics.shared_prompt import causal_lm_of
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
 from tests.support.posts import picture
 from tests.support.trainers import losses, trainer_of
-from tests.trainer.test_aimkp_trainer import aimkp, force_strides
 
 # 144 image tokens, which the text does not outweigh, as a post's do not.
-SIZES = dynamic_cot_bench.Sizes(
+SIZES = Sizes(
     batch=4, image_side=12, reasoning_tokens=64, vocabulary=128, hidden=64, layers=2, vision_hidden=64, vision_layers=1
 )
 
 
 class Work:
-    """Shapes of what went through the language model's first layer, (posts, tokens), and the vision tower, (pictures,)."""
+    """Shapes of the inputs of the language model's first layer, (posts, tokens), and of the vision tower, (images,)."""
 
     def __init__(self, model: Any):
         model = causal_lm_of(model)
         self.passes: list[tuple[int, int]] = []
-        self.pictures: list[int] = []
+        self.images: list[int] = []
         self.hooks = [
             model.get_decoder().layers[0].register_forward_pre_hook(self._decode, with_kwargs=True),
             model.get_encoder(modality="image").register_forward_pre_hook(self._encode, with_kwargs=True),
@@ -53,7 +58,16 @@ class Work:
         self.passes.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
 
     def _encode(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.pictures.append(len(args[0] if args else kwargs["pixel_values"]))
+        self.images.append(len(args[0] if args else kwargs["pixel_values"]))
+
+
+def aimkp(folder: Path, posts: list[dict[str, Any]], **options: Any) -> AimKPTrainer:
+    """A trainer of adapters and projector for one step of all posts."""
+    torch.manual_seed(0)
+    modules = r"^(?!.*(vision|projector|lm_head)).*_proj$"
+    adapters = LoraConfig(r=4, target_modules=modules, modules_to_save=["multi_modal_projector"], init_lora_weights=False)
+    options = {"per_device_train_batch_size": len(posts), "max_steps": 1, "peft_config": adapters, **options}
+    return trainer_of("llava", folder, posts, classes=(AimKPTrainer, AimKPConfig), **options)
 
 
 def equal_posts(count: int = 4) -> list[dict[str, Any]]:
@@ -81,7 +95,7 @@ def test_dynamic_cot_computes_prompts_once(gamma: str | None, easy: int, tmp_pat
     prompt, direct = batch["prompt"]["input_ids"].shape[1], max(batch["direct"]["lengths"])
     work = Work(trainer.model)
     trainer.train()
-    assert work.pictures == [4]
+    assert work.images == [4]
     # The prompt without its last token; that token and the answer without its last.
     expected = [(4, prompt - 1), (4, direct)]
     if easy:
@@ -92,8 +106,7 @@ def test_dynamic_cot_computes_prompts_once(gamma: str | None, easy: int, tmp_pat
 @pytest.mark.parametrize("stride", [2, 4])
 def test_aimkp_computes_kept_tokens_only(stride: int, tmp_path: Path) -> None:
     posts = equal_posts()
-    trainer = aimkp("llava", tmp_path, posts, per_device_train_batch_size=4, max_steps=1)
-    force_strides(trainer, {name: {post["id"]: stride for post in posts} for name in ("text", "image")})
+    trainer = aimkp(tmp_path, posts, warmup_epochs=0, initial_stride=stride)
     batch = trainer.data_collator(posts)
     prompt, answer = batch["prompt"]["input_ids"].shape[1], max(batch["direct"]["lengths"]) - 1
     layout = batch["layouts"][0]
@@ -103,7 +116,7 @@ def test_aimkp_computes_kept_tokens_only(stride: int, tmp_path: Path) -> None:
     assert masked_text and masked_image
     work = Work(trainer.model)
     trainer.train()
-    assert work.pictures == [4]
+    assert work.images == [4]
     begins = layout.text.start
     assert work.passes == [
         (4, begins),  # for two views
@@ -115,11 +128,11 @@ def test_aimkp_computes_kept_tokens_only(stride: int, tmp_path: Path) -> None:
 
 def test_aimkp_s_first_epoch_is_plain_fine_tuning(tmp_path: Path) -> None:
     posts = equal_posts()
-    trainer = aimkp("llava", tmp_path, posts, per_device_train_batch_size=4, max_steps=1, warmup_epochs=1)
+    trainer = aimkp(tmp_path, posts, warmup_epochs=1)
     batch = trainer.data_collator(posts)
     work = Work(trainer.model)
     trainer.train()
-    assert work.pictures == [4]
+    assert work.images == [4]
     assert work.passes == [(4, batch["prompt"]["input_ids"].shape[1] + max(batch["direct"]["lengths"]) - 1)]
 
 
@@ -133,36 +146,35 @@ def flops(step: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_dynamic_cot_s_flops(share: float) -> None:
-    model = dynamic_cot_bench.build_model(SIZES)
-    batch = dynamic_cot_bench.draw_batch(model, SIZES, dynamic_cot_bench.Scenario(share))
+def test_dynamic_cot_s_flops(share: float, tmp_path: Path) -> None:
+    processor = build_processor(SIZES)
+    scenario = dynamic_cot_bench.Scenario(share)
+    bench = dynamic_cot_bench.build(build_model(SIZES, processor), processor, SIZES, scenario, str(tmp_path))
     ways = (dynamic_cot_bench.oracle, dynamic_cot_bench.naive, dynamic_cot_bench.ours)
-    oracle, naive, ours = (flops(lambda way=way: way(model, batch)) for way in ways)
+    oracle, naive, ours = (flops(partial(way, bench)) for way in ways)
     assert ours <= 1.02 * oracle
     assert naive >= 1.3 * ours
 
 
 def test_aimkp_s_flops(tmp_path: Path) -> None:
-    bench = aimkp_bench.build(SIZES._replace(reasoning_tokens=0), torch.device("cpu"), str(tmp_path))
-    plain_fine_tuning = flops(lambda: aimkp_bench.sft(bench))
-    assert flops(lambda: aimkp_bench.warmup(bench)) == plain_fine_tuning
+    bench = aimkp_bench.build(SIZES, torch.device("cpu"), str(tmp_path))
+    plain_fine_tuning = flops(partial(aimkp_bench.sft, bench))
+    assert flops(partial(aimkp_bench.warmup, bench)) == plain_fine_tuning
     found = {}
     for stride in (2, 4, 8):
-        aimkp_bench.mask_with(bench, stride)
-        found[stride] = flops(lambda: aimkp_bench.masked(bench, "ours")) / plain_fine_tuning
+        found[stride] = flops(partial(train_masked, bench.ours, bench.batch, stride)) / plain_fine_tuning
     assert found[2] > found[4] > found[8] > 1
     assert found[2] <= 1.9 and found[4] <= 1.75 and found[8] <= 1.7
-    aimkp_bench.mask_with(bench, 2)
-    published = flops(lambda: aimkp_bench.masked(bench, "plain")) / plain_fine_tuning
+    published = flops(partial(train_masked, bench.plain, bench.batch, 2)) / plain_fine_tuning
     assert published == pytest.approx(3.0, abs=0.01) and published >= 1.5 * found[2]
 
 
-# Pictures
+# Images
 
 
 @contextmanager
 def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable[[], list[tuple[int, str]]]]:
-    """The process and the post of every picture that the collator decodes, workers' included."""
+    """The process and the post of every image that the collator decodes, workers' included."""
     stock = renderers.open_image
 
     def noting(image: Any, *, post_id: str) -> Any:
@@ -182,7 +194,7 @@ def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_decode_and_process_pictures(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_decode_and_process_images(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with decoded_by(monkeypatch, tmp_path / "notes") as notes:
         trainer = trainer_of("llava", tmp_path, equal_posts(8), gamma="inf", dataloader_num_workers=workers, num_train_epochs=1,
                              max_steps=-1)  # fmt: skip
@@ -206,7 +218,7 @@ def test_workers_decode_and_process_pictures(workers: int, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_epoch_decodes_no_skipped_picture(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_epoch_decodes_no_skipped_image(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"gamma": "inf", "num_train_epochs": 1, "max_steps": -1, "dataloader_num_workers": workers, "save_steps": 9,
                "save_strategy": "steps"}  # fmt: skip
     with decoded_by(monkeypatch, tmp_path / "notes") as notes:
@@ -221,7 +233,7 @@ def test_a_resumed_epoch_decodes_no_skipped_picture(workers: int, tmp_path: Path
 
 
 @pytest.mark.parametrize(("workers", "files", "accumulation"), [(0, 1, 2), (1, 1, 1), (2, 1, 1), (2, 2, 1)])
-def test_a_resumed_stream_decodes_no_skipped_picture(
+def test_a_resumed_stream_decodes_no_skipped_image(
     workers: int, files: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows are read again from the start; with two files, by two workers."""

@@ -1,5 +1,6 @@
 """Invariants of the clusters page in a browser: every post is a point, pointing at one shows its post as it was written,
-a click on a keyphrase takes its posts away; all without a request to anywhere (tests/support/browser_pages.py sees to that).
+a click on a keyphrase removes its posts, and the figure can be saved as an image; all without a request to anywhere and
+within the page's Content-Security-Policy (tests/support/browser_pages.py fails on a violation of either).
 """
 
 from __future__ import annotations
@@ -7,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynkp.report.clusters import PostClusters, write_html
+from dynkp.report.cluster_figures import write_html
+from dynkp.report.clusters import PostClusters
 
 
 @pytest.fixture
@@ -62,8 +64,15 @@ def test_a_point_shows_its_post(page):
     assert "<i>rain</i>; storm" in text and "…" in text and len(text) < 400
 
 
-def test_a_click_takes_a_keyphrase_away(page):
+def test_a_click_removes_a_keyphrase(page):
     page.locator(".legendtoggle").first.click()
-    page.wait_for_function("document.querySelectorAll('.scatterlayer .point').length === 3")
+    page.wait_for_function("() => document.querySelectorAll('.scatterlayer .point').length === 3")
     page.locator(".legendtoggle").first.click()
-    page.wait_for_function("document.querySelectorAll('.scatterlayer .point').length === 6")
+    page.wait_for_function("() => document.querySelectorAll('.scatterlayer .point').length === 6")
+
+
+def test_the_figure_is_saved_as_an_image(page):
+    page.locator("#clusters").hover()
+    with page.expect_download() as download:
+        page.locator('.modebar-btn[data-attr="toImage"], .modebar-btn[data-title^="Download plot"]').first.click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")

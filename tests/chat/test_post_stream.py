@@ -93,7 +93,7 @@ def test_pictures_stay_in_their_folder(tmp_path: Path) -> None:
     sources = list(PostStream(path, tmp_path / "images"))
     assert [len(source.findings()) for source in sources] == [0, 1, 1]
     assert sources[0].post["images"] == [{"bytes": None, "path": str(tmp_path / "images" / "1.png")}]
-    assert "leaves the image folder" in sources[1].findings()[0]
+    assert "is outside the image folder" in sources[1].findings()[0]
     assert "never fetched" in sources[2].findings()[0]
 
 

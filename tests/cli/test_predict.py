@@ -31,7 +31,8 @@ from dynkp import TASKS, cli, generate_keyphrases, generate_reasoning, load_post
 from dynkp.cli import predict
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.models.fingerprints import weights_fingerprint
-from dynkp.prediction.generation import PostDialogue, derived_seed, prompt_row
+from dynkp.prediction.engine import derived_seed
+from dynkp.prediction.generation_tasks import KeyphraseGenerationTask, prompt_columns
 from dynkp.prediction.run import PredictionRun
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from tests.conftest import REPOSITORY
@@ -230,7 +231,7 @@ def test_other_settings_are_refused(
         (tmp_path / "posts.jsonl").write_text((folder / "posts.jsonl").read_text().replace("united", "city", 1))
         more = ["--posts", str(tmp_path / "posts.jsonl")]
     before = output.read_bytes(), (output.parent / "p.jsonl.meta.json").read_bytes()
-    assert cli.main(arguments(folder, output, *more)) == 1
+    assert cli.main(arguments(folder, output, *more)) == 2
     error = capsys.readouterr().err
     assert message in error and "Choose another output, or delete" in error
     assert (output.read_bytes(), (output.parent / "p.jsonl.meta.json").read_bytes()) == before
@@ -258,7 +259,7 @@ def test_a_checkpoint_is_more_than_its_weights(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
-        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, which says what made them, is missing"),
+        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, the file of their settings, is missing"),
         (b'{"id": "p1"}\n', b"{", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1"}\n', b"[]", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1", "raw": ""}\nnonsense\n{"id": "p2"}\n', True, "p.jsonl, line 2: not a prediction"),
@@ -280,7 +281,7 @@ def test_files_that_are_no_predictions(
         meta = (folder / "whole" / "p.jsonl.meta.json").read_bytes()
     if meta is not None:
         (tmp_path / "p.jsonl.meta.json").write_bytes(meta)
-    assert cli.main(arguments(folder, output)) == 1
+    assert cli.main(arguments(folder, output)) == 2
     assert message in capsys.readouterr().err
     assert output.read_bytes() == content
 
@@ -289,7 +290,7 @@ def test_files_that_are_no_predictions(
     ("lines", "message"),
     [
         (['{"id": "1", "text": "a"}', '{"id": "1", "text": "b"}'], "repeated_id"),
-        (['{"id": "1", "text": "a", "image": "../posts.jsonl"}'], "leaves the image folder"),
+        (['{"id": "1", "text": "a", "image": "../posts.jsonl"}'], "is outside the image folder"),
         (['{"id": "1", "text": "a", "image": "nowhere.png"}'], "nowhere.png"),
         (['{"id": "1"}'], "neither text nor image"),
         (['{"id": "1", "text": "a"'], "line 1: not valid JSON"),
@@ -299,7 +300,7 @@ def test_files_that_are_no_predictions(
 def test_bad_posts(folder: Path, tmp_path: Path, lines: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     posts = tmp_path / "posts.jsonl"
     posts.write_text("\n".join(lines) + "\n")
-    assert cli.main(arguments(folder, tmp_path / "p.jsonl", "--posts", str(posts))) == 1
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", "--posts", str(posts))) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "p.jsonl").exists()
 
@@ -367,7 +368,7 @@ def test_errors_name_what_is_wrong(
     folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [str(folder / "images") if word == "IMAGES" else word for word in more]
-    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 1
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 2
     assert message in capsys.readouterr().err
 
 
@@ -387,40 +388,6 @@ def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(predict, "_generator", full)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 1
     assert "with a smaller --batch-size goes on" in capsys.readouterr().err
-
-
-def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
-    """Not even while a line is being written, or after a run that came and went."""
-    output = tmp_path / "p.jsonl"
-    posts = [{"id": str(index), "text": "a"} for index in range(3)]
-    first, second, third = (PredictionRun(posts, output, {"mode": mode}, batch_size=1) for mode in ("a", "a", "b"))
-
-    def generator(rows: Any, seed: Any = None) -> Any:
-        with output.open("ab") as half:
-            half.write(b'{"id": "1", ')
-        with pytest.raises(BlockingIOError, match="another run is writing"):
-            second.start()
-        assert output.read_bytes().endswith(b'{"id": "1", '), "not torn, but just being written"
-        os.truncate(output, output.stat().st_size - 12)
-        return [{"id": row["id"], "keyphrases": []} for row in rows]
-
-    first.start()
-    first.predict(generator, first.pending(), progress=False)
-    assert len(first.finish()) == 3
-    second.start()
-    assert second.pending() == []
-    second.close()
-    with pytest.raises(ValueError, match="mode was 'a' and is 'b'"):
-        third.start()
-    third.close()
-
-
-def test_rows_written_twice_are_kept_once(tmp_path: Path) -> None:
-    run = PredictionRun([{"id": "1", "text": "a"}, {"id": "2", "text": "b"}], tmp_path / "p.jsonl", {}, batch_size=1)
-    run.start()
-    (tmp_path / "p.jsonl").write_text('{"id": "1", "raw": ""}\n{"id": "2", "raw": ""}\n{"id": "2", "raw": ""}\n')
-    assert [row["id"] for row in run.finish()] == ["1", "2"]
-    assert len(read(tmp_path / "p.jsonl")) == 2
 
 
 # --- vLLM ---
@@ -476,7 +443,7 @@ class StandIn(types.ModuleType):
         self.request.LoRARequest = LoRARequest
 
 
-@pytest.fixture()
+@pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch, folder: Path) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
@@ -494,13 +461,13 @@ def test_vllm_prompts_and_answers(folder: Path, tmp_path: Path, vllm: StandIn) -
     assert vllm.record["llm"] == expected and vllm.record["lora"] is None
     assert all(row["keyphrases"] == ["red fish", "sea"] and not row["reasoned"] for row in rows)
     processor = AutoProcessor.from_pretrained(model)
-    dialogue = PostDialogue(processor)
-    posts = {row["id"]: prompt_row(row) for row in load_posts(folder / "posts.jsonl", image_dir=folder / "images")}
+    task = KeyphraseGenerationTask(processor)
+    posts = {row["id"]: prompt_columns(row) for row in load_posts(folder / "posts.jsonl", image_dir=folder / "images")}
     given = {tuple(prompt["prompt_token_ids"]): prompt for prompt in vllm.record["prompts"]}
     assert len(vllm.record["prompts"]) == 14
     for row in rows:
         post = posts[row["id"]]
-        text = dialogue.renderer.prompt(post, len(post["images"]))
+        text = task.renderer.prompt(post, len(post["images"]))
         prompt = given[tuple(processor.tokenizer(text, add_special_tokens=False)["input_ids"])]
         assert prompt["prompt_token_ids"].count(processor.tokenizer.bos_token_id) == 1
         images = prompt.get("multi_modal_data", {}).get("image", [])
@@ -545,7 +512,7 @@ def test_vllm_adapters(folder: Path, tmp_path: Path, vllm: StandIn, capsys: pyte
     whole_modules["modules_to_save"] = ["multi_modal_projector"]
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(whole_modules))
-    assert cli.main(arguments(folder, tmp_path / "c.jsonl", *adapter[:2], "--adapter", str(tmp_path / "adapter"))) == 1
+    assert cli.main(arguments(folder, tmp_path / "c.jsonl", *adapter[:2], "--adapter", str(tmp_path / "adapter"))) == 2
     assert "multi_modal_projector" in capsys.readouterr().err
 
 
@@ -599,10 +566,10 @@ def test_reasoning_tasks(folder: Path, sentiment: Path, tmp_path: Path, capsys: 
     text = sentiment.read_text()
     sentiment.write_text("\n".join(line.replace("\t0\t", "\t1\t").replace("\t2\t", "\t1\t") for line in text.splitlines()))
     assert run(folder, tmp_path / "label.jsonl", *more) == read(tmp_path / "label.jsonl")
-    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more, "--prompt", "chain")) == 1
+    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more, "--prompt", "chain")) == 2
     assert "task was {'name': 'masc', 'prompt': 'label'" in capsys.readouterr().err
     sentiment.write_text(text.replace("\tfish", "\tdog"))
-    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more)) == 1
+    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more)) == 2
     assert "posts was '6 posts" in capsys.readouterr().err
     # The two files are what `dynkp evaluate` takes.
     sentiment.write_text(text)
@@ -626,7 +593,7 @@ def test_posts_without_aspect_are_named(
 ) -> None:
     sentiment.write_text(sentiment.read_text() + "6\t1\t\tno aspect $T$\t \n")
     more = ["--posts", str(sentiment), "--task", "masc"]
-    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 1
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 2
     assert "post 'test-6': no_aspect" in capsys.readouterr().err
     assert len(run(folder, tmp_path / "p.jsonl", *more, "--on-invalid", "skip")) == 6
     assert len(run(folder, tmp_path / "m.jsonl", "--posts", str(sentiment), "--task", "msc")) == 7

@@ -65,7 +65,7 @@ def test_pictures_inside_the_source_become_files(shared, tmp_path):
     for name, part in (("train", rows[:40]), ("test", rows[40:])):
         convert_posts(part, tmp_path / f"{name}.parquet", image_dir=images)
     sources = tmp_path / "train.parquet", tmp_path / "test.parquet"
-    assert run(tmp_path / "out", *sources, "1") == 1  # nowhere to put them
+    assert run(tmp_path / "out", *sources, "1") == 2  # nowhere to put them
     assert not list((tmp_path / "out").iterdir())
     assert run(tmp_path / "out", *sources, "1", "--output-image-dir", str(tmp_path / "images")) == 0
     written = read(tmp_path / "out/train.jsonl") | read(tmp_path / "out/test.jsonl")
@@ -80,14 +80,14 @@ def test_pictures_inside_the_source_become_files(shared, tmp_path):
         ({"keyphrases": ["b"]}, {"keyphrases": ["a"]}, "1", "no training post would stay"),
         ({"keyphrases": ["a"]}, {"keyphrases": ["a"]}, "0", "leaves no test post"),
         ({"keyphrases": "a"}, {"keyphrases": ["a"]}, "1", "post 'x': wrong_type: keyphrases must be a list"),
-        ({"id": "y", "keyphrases": ["a"]}, {"keyphrases": ["a"]}, "1", "post 'y' .* has an id that another post has"),
+        ({"id": "y", "keyphrases": ["a"]}, {"keyphrases": ["a"]}, "1", "post 'y' .* has the id of another post"),
         ({"prompt": [], "completion": []}, {"keyphrases": ["a"]}, "1", "post 'x' has no column 'keyphrases'"),
     ],
 )
 def test_errors(tmp_path, capsys, train, test, target, message):
     for name, row in (("train", {"id": "x", **train}), ("test", {"id": "y", **test})):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "t", **row}))
-    assert run(tmp_path / "out", tmp_path / "train.jsonl", tmp_path / "test.jsonl", target) == 1
+    assert run(tmp_path / "out", tmp_path / "train.jsonl", tmp_path / "test.jsonl", target) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -96,7 +96,7 @@ def test_sources_are_not_replaced(tmp_path, capsys):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": "t", "keyphrases": ["a"]}))
     before = (tmp_path / "test.jsonl").read_bytes()
-    assert run(tmp_path, tmp_path / "train.jsonl", tmp_path / "test.jsonl", "1") == 1
+    assert run(tmp_path, tmp_path / "train.jsonl", tmp_path / "test.jsonl", "1") == 2
     assert "test.jsonl would be replaced, and its posts are read" in capsys.readouterr().err
     assert (tmp_path / "test.jsonl").read_bytes() == before and len(os.listdir(tmp_path)) == 2
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynkp import cli
-from dynkp.data.statistics import describe_posts, statistics_table
+from dynkp.data.statistics import split_statistics, statistics_table
 
 
 def stats(tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_counted_by_hand() -> None:
         {"keyphrases": ["dogs"], "text": "", "images": [], "rationale": None},
         {"keyphrases": ["#NBA"], "text": "hour of a storm"},
     ]
-    table = describe_posts(posts, train_keyphrases=["nba", "Storm hour"])
+    table = split_statistics(posts, train_keyphrases=["nba", "Storm hour"])
     assert (table["posts"], table["keyphrases"], table["unique_keyphrases"]) == (3, 4, 3)
     assert table["present_share"] == 0.25
     assert table["text_words"] == {"mean": 3.5, "median": 3.5, "min": 3, "max": 4}
@@ -54,9 +54,9 @@ def test_counted_by_hand() -> None:
 
 
 def test_no_posts_and_posts_without_keyphrases() -> None:
-    empty = describe_posts([])
+    empty = split_statistics([])
     assert empty["posts"] == 0 and empty["keyphrases_per_post"] is None and "unique_in_train" not in empty
-    bare = describe_posts([{"keyphrases": [], "text": None}], train_keyphrases=["x"])
+    bare = split_statistics([{"keyphrases": [], "text": None}], train_keyphrases=["x"])
     assert bare["posts_by_keyphrases"] == {"0": 1} and bare["unique_in_train_share"] is None and bare["posts_all_unseen"] == 0
     rows = statistics_table({"a": empty, "b": {"unique_keyphrases": 7}})
     assert ["posts", "0", "-"] in rows and ["different keyphrases", "0", "7"] in rows
@@ -78,7 +78,7 @@ def test_several_sets(tmp_path: Path, shared: Path) -> None:
 )
 def test_files_that_cannot_be_read(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "posts.jsonl").write_bytes(content.encode("latin-1"))
-    assert cli.main(["stats", "--test", str(tmp_path / "posts.jsonl")]) == 1
+    assert cli.main(["stats", "--test", str(tmp_path / "posts.jsonl")]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,9 +18,6 @@ from nltk.stem import PorterStemmer
 
 from dynkp.data import baselines
 from dynkp.data.baselines import most_frequent_keyphrase, nearest_neighbour_keyphrases
-from tests.conftest import REPOSITORY
-
-SHARED = Path(os.environ.get("DYNKP_SHARED", REPOSITORY.parent / "shared"))
 
 
 def test_most_frequent_counts_posts_not_repeats() -> None:
@@ -104,9 +100,9 @@ def test_batched_product_equals_the_dense_one_by_one(monkeypatch: pytest.MonkeyP
     assert predictions[11:12] == nearest_neighbour_keyphrases(train_texts, [[str(i)] for i in range(40)], texts[11:12])
 
 
-def test_known_hit_rates_on_the_real_tweets() -> None:
+def test_known_hit_rates_on_the_real_tweets(shared: Path) -> None:
     def posts(name: str) -> list[dict]:
-        with (SHARED / "data" / "cmkp" / name).open(encoding="utf-8") as lines:
+        with (shared / "data" / "cmkp" / name).open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
     train, test = posts("valid.jsonl"), posts("test.jsonl")

@@ -111,13 +111,16 @@ any_posts = st.lists(
 @given(any_posts)
 def test_any_columns_survive_parquet(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("round")
-    conversion_size, conversion._TYPED = conversion._TYPED, 2  # so that types of several batches meet
+    conversion_size, conversion._POSTS_TYPED_AT_ONCE = (
+        conversion._POSTS_TYPED_AT_ONCE,
+        2,
+    )  # so that types of several batches meet
     try:
         convert_posts([{"id": str(n), **row} for n, row in enumerate(rows)], folder / "x.jsonl")
         convert_posts(folder / "x.jsonl", folder / "x.parquet", images="names")
         convert_posts(folder / "x.parquet", folder / "y.jsonl")
     finally:
-        conversion._TYPED = conversion_size
+        conversion._POSTS_TYPED_AT_ONCE = conversion_size
     first, last = rows_of(folder / "x.jsonl"), rows_of(folder / "y.jsonl")
     for row, again in zip(first, last, strict=True):
         for name in again.keys() - row.keys():  # Parquet has every column in every row
@@ -165,7 +168,7 @@ def test_parquet_is_what_the_hub_s_viewer_reads(tmp_path):
     posts = load_posts(tmp_path / "hub", split="test")
     assert posts["id"] == [row["id"] for row in rows]
     assert posts[1]["images"] == [{"bytes": picture(), "path": "a.png"}]
-    with pytest.raises(ValueError, match="exists: a folder of shards is written anew"):
+    with pytest.raises(ValueError, match="exists: a folder of shards is created"):
         convert_posts(rows, tmp_path / "hub/data/test", output_format="parquet", image_dir=tmp_path)
 
 
@@ -223,7 +226,7 @@ def test_cmkp_s_raw_files(tmp_path):
     ]
     (tmp_path / "c_ocr_final.txt").write_text("of an older file")
     report = convert_posts(rows, tmp_path / "c_src.txt")
-    assert report.not_written == {"rationale": 1, "blanks around the text": 1, "id": 1, "score": 1}
+    assert report.not_written == {"rationale": 1, "whitespace around the text": 1, "id": 1, "score": 1}
     assert (tmp_path / "c_attribute_cleaned.txt").read_text() == "\na b\n" and not (tmp_path / "c_ocr_final.txt").exists()
     posts = load_posts(tmp_path / "c_src.txt")
     assert posts["keyphrases"] == [["k"], []] and posts["attributes"] == [[], ["a", "b"]]
@@ -235,24 +238,24 @@ def test_cmkp_s_raw_files(tmp_path):
 @pytest.mark.parametrize(
     ("post", "form", "message"),
     [
-        ({"keyphrases": ["a, b"]}, "x.json", "'a, b' cannot stand in a list separated by ','"),
-        ({"keyphrases": ["#"]}, "x.json", "'' cannot stand"),
-        ({"text": "an <image> tag"}, "x.json", "stands for a picture"),
-        ({"keyphrases": ["a;b"]}, "x_src.txt", "'a;b' cannot stand"),
+        ({"keyphrases": ["a, b"]}, "x.json", "'a, b' cannot be part of a list separated by ','"),
+        ({"keyphrases": ["#"]}, "x.json", "'' cannot be part"),
+        ({"text": "an <image> tag"}, "x.json", "stands for an image"),
+        ({"keyphrases": ["a;b"]}, "x_src.txt", "'a;b' cannot be part"),
         ({"text": "two\nlines"}, "x_src.txt", "no line breaks"),
         ({"text": "a<sep>b"}, "x_src.txt", "no '<sep>'"),
         ({"ocr": "two\nlines"}, "x_src.txt", "no line breaks"),
         ({"ocr": 7}, "x_src.txt", "text only"),
-        ({"attributes": ["a b"]}, "x_src.txt", "words without blanks"),
+        ({"attributes": ["a b"]}, "x_src.txt", "words without whitespace"),
         ({"images": ["a", "b"]}, "x_src.txt", "it has 2 images"),
         ({"image": "a/b.png"}, "x_src.txt", "has a folder"),
-        ({"image": picture()}, "x.jsonl", "embedded image: say with output_image_dir="),
-        ({"image": "no.png"}, "x.parquet", "say with image_dir="),
-        ({"image": b"no picture"}, "x.parquet", "not a picture"),
+        ({"image": picture()}, "x.jsonl", "embedded image: pass a folder to write it to as output_image_dir="),
+        ({"image": "no.png"}, "x.parquet", "pass its folder as image_dir="),
+        ({"image": b"no picture"}, "x.parquet", "not an image"),
         ({"text": 3}, "x.jsonl", "wrong_type: text must be a string"),
         ({"text": "\ud83d"}, "x.jsonl", "bad_unicode"),
-        ({"when": datetime.date(2026, 11, 21)}, "x.jsonl", "column 'when' holds .* drop="),
-        ({"score": float("nan")}, "x.jsonl", "column 'score' holds nan"),
+        ({"when": datetime.date(2026, 11, 21)}, "x.jsonl", "column 'when' has .* drop="),
+        ({"score": float("nan")}, "x.jsonl", "column 'score' has nan"),
     ],
 )
 def test_what_a_form_cannot_hold(tmp_path, post, form, message):
@@ -268,7 +271,11 @@ def test_what_a_form_cannot_hold(tmp_path, post, form, message):
 
 def test_pictures_that_cannot_be_embedded(tmp_path):
     (tmp_path / "half.png").write_bytes(picture()[:40])
-    for name, message in (("none.png", "there is no file"), ("half.png", "is not a picture"), ("../a.png", "leaves the image")):
+    for name, message in (
+        ("none.png", "there is no file"),
+        ("half.png", "is not an image"),
+        ("../a.png", "is outside the image"),
+    ):
         with pytest.raises(InvalidPostsError, match=f"post 'p' .*{message}"):
             convert_posts([{**POST, "image": name}], tmp_path / "x.parquet", image_dir=tmp_path)
     assert os.listdir(tmp_path) == ["half.png"]
@@ -311,16 +318,16 @@ def test_columns_are_joined_and_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("output", "options", "message"),
     [
-        ("x", {}, "does not say its form"),
+        ("x", {}, "/x' is unknown"),
         ("x.jsonl", {"output_format": "csv"}, "output_format='csv' is not known"),
-        ("x.txt", {"output_format": "cmkp"}, "call it X_src.txt"),
+        ("x.txt", {"output_format": "cmkp"}, "name it X_src.txt"),
         ("x.jsonl", {"images": "all"}, "images='all' is not known"),
-        ("x.jsonl", {"images": "embed"}, "only Parquet holds pictures"),
-        ("x.parquet", {"output_image_dir": "d"}, "nothing is put there for parquet"),
+        ("x.jsonl", {"images": "embed"}, "only Parquet files contain images"),
+        ("x.parquet", {"output_image_dir": "d"}, "nothing is written there for parquet"),
         ("x.jsonl", {"on_invalid": "drop"}, "on_invalid='drop' is not known"),
         ("x.jsonl", {"join_format": "{text}"}, "must have {text} and {value}"),
         ("x.jsonl", {"join_format": "{text} {value} {0}"}, "must have {text} and {value}"),
-        ("x.jsonl", {"join": ["orc"]}, "join='orc': no post has that column; there are id, images, keyphrases"),
+        ("x.jsonl", {"join": ["orc"]}, "join='orc': no post has this column; the columns are id, images, keyphrases"),
         ("x.jsonl", {"drop": ["text"]}, "drop=text: every post has these"),
     ],
 )
@@ -335,7 +342,7 @@ def test_sources_that_do_not_fit(tmp_path):
         convert_posts([], tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="no post could be written: 0 posts"):
         convert_posts([{**POST, "text": 3}], tmp_path / "x.jsonl", on_invalid="skip")
-    with pytest.raises(ValueError, match="read twice: give a list"):
+    with pytest.raises(ValueError, match="read twice: pass a list"):
         convert_posts(iter([POST]), tmp_path / "x.parquet")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         convert_posts([POST], tmp_path / "x.jsonl", image_dir=tmp_path / "none")

@@ -105,7 +105,7 @@ def test_what_cannot_be_mixed_is_named():
         PostMixtureConfig(stopping_strategy="never")
     with pytest.raises(ValueError, match="the column 'score' is Value.* in one dataset and Value.* in another"):
         mix_posts([(posts("a", 1, score=1), 1), (posts("b", 1, score="one"), 1)])
-    with pytest.raises(ValueError, match="datasets: the entry {'file': 'x'} does not fit"):
+    with pytest.raises(ValueError, match="datasets: the entry {'file': 'x'} is invalid"):
         PostMixtureConfig(datasets=[{"file": "x"}])
     with pytest.raises(ValueError, match="datasets is empty"):
         load_mixture(PostMixtureConfig())

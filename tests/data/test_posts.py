@@ -98,7 +98,7 @@ def test_ids_are_strings_and_made_where_missing():
 
 
 def test_columns_of_other_names_are_named():
-    with pytest.raises(InvalidPostsError, match="from the column 'keyphrases'; not read are caption, tags"):
+    with pytest.raises(InvalidPostsError, match="from the column 'keyphrases'; not read: caption, tags"):
         validate_posts([{"id": "1", "caption": "my dog", "tags": ["beagles"]}], progress=False)
     with pytest.raises(InvalidPostsError) as error:  # some have them: the column is right
         validate_posts([{"text": "a", "keyphrases": []}, {"text": "b", "keyphrases": ["c"], "tags": []}], progress=False)
@@ -151,7 +151,7 @@ def test_relative_names_without_a_folder_are_ignored_and_announced_once(caplog):
     rows = [{"text": "t", "image": f"{n}.jpg"} for n in range(3)] + [{"text": "u"}]
     with caplog.at_level(logging.WARNING):
         assert normalise_posts(rows)["images"] == [[]] * 4
-    assert [record.getMessage()[:49] for record in caplog.records] == ["3 relative image names in 4 posts, and no image f"]
+    assert [record.getMessage()[:49] for record in caplog.records] == ["3 relative image names in 4 posts, but there is n"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert normalise_posts(Dataset.from_list(rows))["images"] == [[]] * 4

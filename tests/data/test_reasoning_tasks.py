@@ -24,8 +24,8 @@ from dynkp.data.reasoning_tasks import (
     PREDICTION,
     REASONING_TASKS,
     SENTIMENTS,
-    Prediction,
     ReasoningTask,
+    ResponseChain,
     resolve_reasoning_task,
 )
 from dynkp.data.tasks import keyphrase_problem
@@ -98,7 +98,7 @@ def test_a_post_without_text_or_pictures(task: ReasoningTask) -> None:
 @example("Prediction: neutral", "positive")
 def test_targets_are_read_back(rationale: str, label: str) -> None:
     row = {**ROW, "rationale": rationale, "label": label}
-    assert MASC.parse(MASC.label_target(row)) == Prediction({}, label)
+    assert MASC.parse(MASC.label_target(row)) == ResponseChain({}, label)
     target = MASC.chain_target(row)
     assert (target is None) == (not rationale.strip())
     if target is not None:
@@ -191,7 +191,7 @@ def test_forms_of_chains(output: str, prediction: str | None) -> None:
     ids=range(11),
 )
 def test_answers_to_the_label_prompt(output: str, prediction: str | None) -> None:
-    assert MASC.parse(output) == Prediction({}, prediction)
+    assert MASC.parse(output) == ResponseChain({}, prediction)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_released_chains_are_read(shared) -> None:
         counts["whole"] += list(parsed.fields) == list(ANALYSES) and parsed.prediction is not None
         counts["right"] += MASC.is_right(row, row["rationale"])
         target = MASC.chain_target(row)
-        assert MASC.parse(target) == Prediction(parsed.fields, row["label"])
+        assert MASC.parse(target) == ResponseChain(parsed.fields, row["label"])
         # Only form changes: no word of an analysis is lost, or the order would differ.
         assert "".join(parsed.fields.values()).split() == "".join(MASC.parse(target).fields.values()).split()
     assert counts == {"whole": 937, "right": 919}
@@ -245,7 +245,7 @@ def test_parsing_takes_linear_time() -> None:
 
 
 def test_what_cannot_be_asked_or_taught_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"post '7': aspect=' ', and task 'masc' asks about an aspect"):
+    with pytest.raises(ValueError, match=r"post '7': aspect=' ', but task 'masc' asks about an aspect"):
         MASC.chain_prompt({**ROW, "aspect": " "})
     with pytest.raises(ValueError, match=r"post '7': label='good' is none of positive, neutral, negative"):
         MASC.label_target({**ROW, "label": "good"})

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynkp.data.resampling import overlap_table, resample
-from dynkp.data.statistics import describe_posts
+from dynkp.data.statistics import split_statistics
 
 phrase_lists = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=3), max_size=14)
 targets = st.sampled_from([0, 0.2, 1 / 3, 0.5, 0.75, 1])
@@ -130,14 +130,14 @@ def test_errors():
     with pytest.raises(ValueError, match="target_overlap=1.5"):
         resample([], [], 1.5)
     post = {"id": "p", "keyphrases": ["a"]}
-    with pytest.raises(ValueError, match=r"post 'p' \(row 0 of the test posts\) has an id"):
+    with pytest.raises(ValueError, match=r"post 'p' \(row 0 of the test posts\) has the id of another post"):
         resample([post], [post], 0.5)
 
 
 def test_table():
-    sides = [describe_posts([{"keyphrases": ["a", "b"]}]), describe_posts([{"keyphrases": ["a"]}] * 1100)]
+    sides = [split_statistics([{"keyphrases": ["a", "b"]}]), split_statistics([{"keyphrases": ["a"]}] * 1100)]
     assert overlap_table({"x": (*sides, 0.97316)}) == [
         ["Datasets", "# Train Posts", "# Test Posts", "# KP / Post", "Train KP ∩ Test KP"],
         ["x", "1", "1,100", "1.00", "97.32%"],
     ]
-    assert overlap_table({"none": (describe_posts([]), describe_posts([]), 0)})[1][3] == "0.00"
+    assert overlap_table({"none": (split_statistics([]), split_statistics([]), 0)})[1][3] == "0.00"

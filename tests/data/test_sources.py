@@ -182,7 +182,7 @@ def test_a_column_that_a_stream_meets_late_is_announced(tmp_path, monkeypatch, c
     with caplog.at_level(logging.WARNING):
         posts = list(load_posts(path, streaming=True, image_dir=tmp_path))
     assert len(posts) == 4 and "late" not in posts[2]
-    assert caplog.text.count("the column late is first met in post 'c'") == 1
+    assert caplog.text.count("the column late occurs first in post 'c'") == 1
     assert load_posts(path)["late"] == [None, None, 1, 2]
 
 
@@ -304,7 +304,7 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         load_posts(path, image_dir="nowhere")
     with pytest.raises(ValueError, match="format='csv' is not known"):
         load_posts(path, format="csv")
-    with pytest.raises(ValueError, match=r"'.*x\.csv': the form of a \.csv file"):
+    with pytest.raises(ValueError, match=r"'.*x\.csv': the format of a \.csv file"):
         load_posts(tmp_path / "x.csv")
     with pytest.raises(ValueError, match=r"split='train\[:5\]'"):
         load_posts(path, split="train[:5]")

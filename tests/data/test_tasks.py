@@ -105,8 +105,8 @@ def test_output_must_be_text():
         (3, "is not a string but int"),
         ("", "is empty"),
         (" # ", "is empty"),
-        ("a ", "begins or ends with a blank or '#'"),
-        ("#a", "begins or ends with a blank or '#'"),
+        ("a ", "begins or ends with whitespace or '#'"),
+        ("#a", "begins or ends with whitespace or '#'"),
         ("a;b", "contains the separator ';'"),
         ("a</think>", "contains the tag </think>"),
     ],
@@ -140,7 +140,7 @@ def test_targets_need_a_list_of_keyphrases(keyphrases):
 
 
 def test_a_reasoning_target_needs_a_rationale():
-    with pytest.raises(ValueError, match="rationale is blank"):
+    with pytest.raises(ValueError, match="rationale is empty"):
         TASKS["dynamic_cot"].reasoning_target(["a"], " \n")
 
 

@@ -1,7 +1,7 @@
 """Invariants of candidates:
 
-- predictions that are the same but for case, blanks and "#" are one candidate; the order shown depends on seed, id and
-  predictions alone, in every process, and puts each first equally often;
+- predictions that are equal but for case, whitespace and "#" are one candidate; the order shown depends only on seed, id and
+  predictions, in every process, and puts each first equally often;
 - predictions and posts are matched by id: unknown, repeated, missing ids and several decodes are errors that name the file.
 """
 
@@ -43,7 +43,7 @@ def test_equal_predictions_are_one_candidate() -> None:
     assert shown == next(one.keyphrases for one in draw_candidates("7", {"b": predicted["b"], "a": predicted["a"]}))
 
 
-def test_the_order_depends_on_seed_id_and_predictions_alone() -> None:
+def test_the_order_depends_only_on_seed_id_and_predictions() -> None:
     predicted = {name: [name] for name in "abcdef"}
     shown = [candidate.keyphrases for candidate in draw_candidates("7", predicted)]
     renamed = {f"system {name}": [name] for name in "fedcba"}
@@ -63,7 +63,7 @@ def test_each_stands_first_equally_often() -> None:
     assert min(first.values()) > 250 and len(first) == 3
 
 
-def test_a_system_that_never_ends_does_not_crowd_out_the_others() -> None:
+def test_degenerate_predictions_are_cut() -> None:
     (one,) = draw_candidates("7", {"a": ["word " * 10_000] * 10_000})
     assert len(one.keyphrases) == 50 and max(map(len, one.keyphrases)) == 200
 
@@ -103,12 +103,12 @@ def test_missing_predictions_count_as_empty_if_allowed(tmp_path: Path) -> None:
     assert {candidate.systems: candidate.keyphrases for candidate in found["p2"]} == {("a",): ("a", "x"), ("b",): ()}
 
 
-def test_systems_and_ids_must_be_told_apart(tmp_path: Path) -> None:
+def test_systems_and_ids_must_be_distinct(tmp_path: Path) -> None:
     stream = posts(tmp_path)
     with pytest.raises(ValueError, match="predictions of 1 systems: give 2 to 26"):
         load_candidates(stream, {"a": predictions(tmp_path, "a")})
     twice = PostStream(write(tmp_path / "twice.jsonl", [{"id": "p0", "text": "t"}, {"id": "p0", "text": "u"}]))
-    with pytest.raises(ValueError, match=r"twice\.jsonl: ids that several posts have: 'p0'"):
+    with pytest.raises(ValueError, match=r"twice\.jsonl: several posts have the same id: 'p0'"):
         load_candidates(twice, {name: predictions(tmp_path, name) for name in "ab"})
     assert name_systems(["x/a.jsonl", "y/a.jsonl"]) == {"x/a.jsonl": "x/a.jsonl", "y/a.jsonl": "y/a.jsonl"}
     assert name_systems(["a.jsonl", "b.jsonl"], ["one", "two"]) == {"one": "a.jsonl", "two": "b.jsonl"}

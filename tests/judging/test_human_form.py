@@ -1,6 +1,6 @@
 """Invariants of judging by people (the form in a browser: tests/browser/test_judge_form.py):
 
-- the form holds all that is needed and no system's name; what posts say is text in it; the key beside it has the systems;
+- the form is self-contained and has no system's name; text of posts is text in it; the key beside it has the systems;
 - the same seed draws the same posts; posts on which all systems agree, and posts that cannot be judged, are not shown;
 - answers give the mean ranks worked out by hand, whatever the order shown; unfinished posts do not count; answers that belong
   to no key, or make no sense, are refused by file and post.
@@ -53,7 +53,7 @@ def answer(form: Path, annotator: str, best: str | None = "system-good", **more:
 
 def test_the_form_and_its_key(tmp_path: Path) -> None:
     form = tmp_path / "form.html"
-    assert write_form(form, *make(tmp_path)) == {"drawn": 3, "shown": 2, "left_out": 1}
+    assert write_form(form, *make(tmp_path)) == {"drawn": 3, "shown": 2, "unjudgeable": 1}
     page = form.read_text()
     assert (
         "system-good" not in page and "system-evil" not in page and "evil'</script>" not in page and page.count("<script>") == 1
@@ -117,10 +117,10 @@ def test_unfinished_posts_do_not_count(tmp_path: Path) -> None:
     form = tmp_path / "form.html"
     write_form(form, *make(tmp_path))
     path = answer(form, "Ann")
-    said = json.loads(path.read_text())
-    said["answers"][0] |= {"complete": False, "ranks": {"correctness": {"A": 1}}}
-    del said["answers"][1]
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    content["answers"][0] |= {"complete": False, "ranks": {"correctness": {"A": 1}}}
+    del content["answers"][1]
+    path.write_text(json.dumps(content))
     found = read_answers([path], [key_path(form)])
     assert found.annotators == {"Ann": 0} and found.unfinished == 2
     assert [judgement.post for judgement in found.judgements] == ["p1"]
@@ -129,25 +129,28 @@ def test_unfinished_posts_do_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda said: said.update(form="0"), r"answers-Ann\.json: its form is '0', and the keys are of"),
-        (lambda said: said.update(annotator=" "), r"answers-Ann\.json: the annotator '' has no name"),
-        (lambda said: said.update(annotator="Ben"), r"the annotator 'Ben' has no name, or another file has it"),
-        (lambda said: said.update(form=["0"]), r"answers-Ann\.json: must be a JSON object with form, .* the first a string"),
-        (lambda said: said.pop("answers"), r"answers-Ann\.json: must be a JSON object with form, annotator, answers"),
-        (lambda said: said.update(answers={}), "'answers' must be a list of objects"),
-        (lambda said: said["answers"].append(said["answers"][0]), "a post is answered twice"),
-        (lambda said: said["answers"][0].update(id="p9"), "the form has no posts .'p9'"),
-        (lambda said: said["answers"][0]["ranks"]["relevance"].update(A=3), "post 'p0': the rank of A by relevance must"),
-        (lambda said: said["answers"][0].update(ranks=None), "post 'p0': the object must have correctness"),
+        (lambda content: content.update(form="0"), r"answers-Ann\.json: its form is '0', and the keys are of"),
+        (lambda content: content.update(annotator=" "), r"answers-Ann\.json: the annotator's name, '', is empty"),
+        (lambda content: content.update(annotator="Ben"), r"the annotator's name, 'Ben', is empty or occurs in another file"),
+        (
+            lambda content: content.update(form=["0"]),
+            r"Ann\.json: must be a JSON object with form, .* the first of them a string",
+        ),
+        (lambda content: content.pop("answers"), r"answers-Ann\.json: must be a JSON object with form, annotator, answers"),
+        (lambda content: content.update(answers={}), "'answers' must be a list of objects"),
+        (lambda content: content["answers"].append(content["answers"][0]), "a post is answered twice"),
+        (lambda content: content["answers"][0].update(id="p9"), "the form has no posts .'p9'"),
+        (lambda content: content["answers"][0]["ranks"]["relevance"].update(A=3), "post 'p0': the rank of A by relevance must"),
+        (lambda content: content["answers"][0].update(ranks=None), "post 'p0': the object must have correctness"),
     ],
 )
 def test_answers_that_make_no_sense(tmp_path: Path, change: Any, error: str) -> None:
     form = tmp_path / "form.html"
     write_form(form, *make(tmp_path))
     ben, path = answer(form, "Ben"), answer(form, "Ann")
-    said = json.loads(path.read_text())
-    change(said)
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=error):
         read_answers([ben, path], [key_path(form)])
 
@@ -165,5 +168,5 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "odd.key.json").write_text(json.dumps({**key, "posts": [{"id": "p0"}]}))
     with pytest.raises(ValueError, match=r"odd\.key\.json: 'posts' must be a list of objects with 'id' and 'order'"):
         read_answers([], [tmp_path / "odd.key.json"])
-    with pytest.raises(ValueError, match="forms that compare other systems"):
+    with pytest.raises(ValueError, match="forms that compare different systems"):
         read_answers([], [key_path(form), tmp_path / "other.key.json"])

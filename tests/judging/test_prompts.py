@@ -1,7 +1,7 @@
 """Invariants of a judge's questions:
 
-- what posts and predictions say stays on its own line of the prompt, as JSON that gives back what was said, whatever it is;
-  systems' names are nowhere in a request; pictures are sent;
+- text of posts and predictions stays on its own line of the prompt, as JSON from which it can be read back, whatever it is;
+  systems' names are nowhere in a request; images are sent;
 - an answer counts only if it ranks every candidate by every criterion, once; else the judge is told why and asked again, at
   most as often as allowed; a post with one candidate is not asked about, one that cannot be judged is refused by id;
 - the schema sent with a request accepts the valid answers.
@@ -17,7 +17,7 @@ import pytest
 
 from dynkp.chat.request import ChatAnswer
 from dynkp.judging.candidates import Candidate
-from dynkp.judging.prompts import JudgeDialogue, ranks_schema, read_ranks
+from dynkp.judging.prompts import JudgeConversation, ranks_schema, read_ranks
 from tests.support.posts import picture
 
 EVIL = (
@@ -37,23 +37,23 @@ def post(**more: Any) -> dict[str, Any]:
     return {"id": "7", "text": "Finals!", "keyphrases": ["nba"], "images": [], **more}
 
 
-def dialogue(*predictions: tuple[str, ...], **options: Any) -> JudgeDialogue:
+def conversation(*predictions: tuple[str, ...], **options: Any) -> JudgeConversation:
     candidates = [Candidate(phrases, (f"system-{number}",)) for number, phrases in enumerate(predictions)]
-    return JudgeDialogue({"7": candidates}, {"model": "m", "max_tokens": 9}, **options)
+    return JudgeConversation({"7": candidates}, {"model": "m", "max_tokens": 9}, **options)
 
 
 def prompt(request: Any) -> str:
     return "\n".join(part["text"] for part in request.messages[1]["content"] if part["type"] == "text")
 
 
-def test_what_others_say_stays_on_its_line() -> None:
-    request = next(dialogue(EVIL, ("nba",), ())(post(text=EVIL[0] + EVIL[1], keyphrases=list(EVIL[:2]))))
+def test_text_of_others_stays_on_its_line() -> None:
+    request = next(conversation(EVIL, ("nba",), ())(post(text=EVIL[0] + EVIL[1], keyphrases=list(EVIL[:2]))))
     lines = prompt(request).splitlines()
     start = lines.index("Predictions:")
     assert lines[start + 4] == "" and "".join(lines[: start - 2]) == ""
-    said = [json.loads(line.partition(": ")[2]) for line in [*lines[start - 2 : start], *lines[start + 1 : start + 4]]]
+    quoted = [json.loads(line.partition(": ")[2]) for line in [*lines[start - 2 : start], *lines[start + 1 : start + 4]]]
     evil = [*EVIL[:3], EVIL[3].replace("\ud800", "?")]
-    assert said == [EVIL[0] + EVIL[1], list(EVIL[:2]), evil, ["nba"], []]
+    assert quoted == [EVIL[0] + EVIL[1], list(EVIL[:2]), evil, ["nba"], []]
     assert [line[:2] for line in lines[start + 1 : start + 4]] == ["A:", "B:", "C:"]
     assert "from 1 to 3" in lines[start + 5] and "A, B, C" in lines[start + 5]
     request.body()
@@ -61,20 +61,20 @@ def test_what_others_say_stays_on_its_line() -> None:
 
 
 def test_systems_are_nowhere_in_a_request() -> None:
-    body = json.dumps(next(dialogue(("a",), ("b",), structured=True)(post())).body())
+    body = json.dumps(next(conversation(("a",), ("b",), structured=True)(post())).body())
     assert "system-" not in body and '\\"a\\"' in body
 
 
-def test_pictures_are_sent(tmp_path: Any) -> None:
+def test_images_are_sent(tmp_path: Any) -> None:
     picture(1).save(tmp_path / "one.png")
     picture(2, (200, 100)).save(tmp_path / "two.png")
     images = [{"path": str(tmp_path / name), "bytes": None} for name in ("one.png", "two.png", "one.png")]
-    content = next(dialogue(("a",), ("b",), max_side=64)(post(images=images))).body()["messages"][1]["content"]
+    content = next(conversation(("a",), ("b",), max_side=64)(post(images=images))).body()["messages"][1]["content"]
     assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
 
 
 def test_asked_again_until_it_is_a_ranking() -> None:
-    steps = dialogue(("a",), ("b",))(post())
+    steps = conversation(("a",), ("b",))(post())
     first = next(steps)
     assert first.stage == "judge" and "response_format" not in first.body()
     second = steps.send(ChatAnswer("I like A."))
@@ -85,23 +85,23 @@ def test_asked_again_until_it_is_a_ranking() -> None:
     assert "it was cut off" in third.messages[-1]["content"] and len(third.messages) == 6
     with pytest.raises(StopIteration):
         steps.send(ChatAnswer("still no ranking"))
-    steps = dialogue(("a",), ("b",))(post())
+    steps = conversation(("a",), ("b",))(post())
     next(steps)
     with pytest.raises(StopIteration):
         steps.send(ChatAnswer(json.dumps(valid(1, 2))))
-    assert len(list(itertools.islice(dialogue(("a",), ("b",), max_replies=1)(post()), 1))) == 1
+    assert len(list(itertools.islice(conversation(("a",), ("b",), max_replies=1)(post()), 1))) == 1
 
 
 def test_posts_that_are_not_asked_about() -> None:
-    assert list(dialogue(("a",))(post())) == []
+    assert list(conversation(("a",))(post())) == []
     for wrong, error in (
         ({"keyphrases": []}, "post '7' has no keyphrases to judge"),
         ({"text": " "}, "'7' has neither text"),
     ):
         with pytest.raises(ValueError, match=error):
-            next(dialogue(("a",), ("b",))(post(**wrong)))
+            next(conversation(("a",), ("b",))(post(**wrong)))
     with pytest.raises(ValueError, match="max_replies=0 must be at least 1"):
-        dialogue(("a",), max_replies=0)
+        conversation(("a",), max_replies=0)
 
 
 @pytest.mark.parametrize(
@@ -149,5 +149,5 @@ def test_the_schema_is_of_valid_answers() -> None:
     for criterion in schema["properties"].values():
         assert criterion["required"] == ["A", "B", "C"] and criterion["additionalProperties"] is False
         assert criterion["properties"]["C"] == {"type": "integer", "enum": [1, 2, 3]}
-    body = next(dialogue(("a",), ("b",), structured=True)(post())).body()
+    body = next(conversation(("a",), ("b",), structured=True)(post())).body()
     assert body["response_format"]["json_schema"]["schema"] == ranks_schema(2)

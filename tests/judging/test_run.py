@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dynkp.judging.ranks import CRITERIA
-from dynkp.judging.run import JudgeRun, JudgeSettings, summarise
+from dynkp.judging.run import JudgeRun, JudgeSettings, judging_summary
 from tests.support.chat_server import ChatServer, last_text, respond, serve
 from tests.support.posts import picture
 
@@ -158,7 +158,7 @@ def test_answers_that_are_no_ranking_are_asked_again(tmp_path: Path) -> None:
         outcome, report = run(tmp_path, url, files)
         assert outcome.requests == len(server.bodies) == 1 + 2 + 1 + 3
         assert (report["ranked"], report["invalid_ranks"], report["request_failed"]) == (3, 1, 0)
-        assert summarise(report) == "4 posts: 3 ranked, 1 without a valid ranking"
+        assert judging_summary(report) == "4 posts: 3 ranked, 1 without a valid ranking"
         (error,) = read(tmp_path / "r.errors.jsonl")
         assert (error["id"], error["index"], error["reason"]) == ("p3", 3, "invalid_ranks")
         assert error["error"].startswith("3 answers, the last: ") and error["reply"] == '{"correctness": {"A": 7}}'
@@ -252,7 +252,7 @@ def test_missing_predictions(tmp_path: Path) -> None:
             run(tmp_path, url, files)
         assert server.bodies == []
         _, report = run(tmp_path, url, files, allow_missing=True)
-    assert report["missing_predictions"] == 2 and "2 predictions missing, counted as empty" in summarise(report)
+    assert report["missing_predictions"] == 2 and "2 predictions missing, counted as empty" in judging_summary(report)
     assert means(report, "overall") == {"a": 1, "b": 1, "c": 1.5}
 
 

@@ -18,16 +18,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.prompt_layout import ImageGrid, PromptLayout, locate
+from dynkp.batches.image_grids import ImageGrid
+from dynkp.batches.prompt_layout import PromptLayout, locate
 from dynkp.mechanics import shared_prompt
 from dynkp.mechanics.modality_masking import (
-    dropping_unsupported_reason,
     encode,
     keep_mask,
     kept_cells,
     kept_tokens,
     masked,
     random_keep_mask,
+    why_tokens_cannot_be_dropped,
 )
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, prompt_positions
 from tests.mechanics.test_shared_prompt import double
@@ -166,7 +167,7 @@ def test_dropping_equals_masking(family: str, modality: str) -> None:
     model, processor = build(family)
     batch, layouts = collated(processor, rows(family))
     width = batch["prompt"]["input_ids"].shape[1]
-    assert dropping_unsupported_reason(model, width) is None
+    assert why_tokens_cannot_be_dropped(model, width) is None
     with exact_float64(model):
         model.train()
         losses = [
@@ -278,8 +279,8 @@ def test_what_dropping_cannot_do_is_said() -> None:
     batch, layouts = collated(processor, [post])
     prompt, targets = batch["prompt"], batch["direct"]
     width = prompt["input_ids"].shape[1]
-    assert "see 48 tokens back" in str(dropping_unsupported_reason(model, width))
-    assert dropping_unsupported_reason(model, 48) is None
+    assert "see 48 tokens back" in str(why_tokens_cannot_be_dropped(model, width))
+    assert why_tokens_cannot_be_dropped(model, 48) is None
     keep = keep_mask(layouts, "text", [2], width)
     with exact_float64(model):
         plain = loss_and_gradients(model, PlainPrompt, masked(prompt, keep), prompt_positions(model, prompt), targets)
@@ -291,4 +292,4 @@ def test_what_dropping_cannot_do_is_said() -> None:
             check(model, batch, keep_mask(layouts, modality, [2], width))
     llama, _ = build("llama")
     llama.config._attn_implementation = "flash_attention_2"
-    assert "Flash Attention" in str(dropping_unsupported_reason(llama, 10))
+    assert "Flash Attention" in str(why_tokens_cannot_be_dropped(llama, 10))

@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.targets import Targets, select
-from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, unsupported_reason
+from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, why_prompts_cannot_be_shared
 from tests.support.posts import rows
 from tests.support.tiny_models import FAMILIES, build, exact_float64
 
@@ -63,7 +63,7 @@ def test_equals_two_passes(family: str, checkpointing: bool) -> None:
     batch = double(PairedTargetCollator(processor)(rows(family)))
     lengths = batch["prompt"]["attention_mask"].sum(dim=1)
     assert lengths.unique().numel() > 1 and batch["prompt"]["attention_mask"][:, 0].min() == 0, "must be left-padded"
-    assert unsupported_reason(model) is None
+    assert why_prompts_cannot_be_shared(model) is None
     with exact_float64(model):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -133,7 +133,7 @@ def test_the_prompt_pass_leaves_no_trace_on_the_model() -> None:
 def test_reentrant_checkpointing_is_refused_with_the_reason() -> None:
     model, _ = build("llava")
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    assert "use_reentrant=False" in (unsupported_reason(model) or "")
+    assert "use_reentrant=False" in (why_prompts_cannot_be_shared(model) or "")
 
 
 def test_a_model_that_ignores_the_cache_is_an_error() -> None:

@@ -126,7 +126,7 @@ def test_names_and_shapes_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 1 LoRA weights: .*q_proj\.lora_A.*Load it onto the model"):
         load_released_adapter(padded_base()[0], tmp_path / "less.pt")
     config = LoraConfig(r=4, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"has, and the model does not, \d+ LoRA weights"):
+    with pytest.raises(ValueError, match=r"has, but the model does not have, \d+ LoRA weights"):
         load_released_adapter(padded_base()[0], tmp_path / "a.pt", config=config)
     with pytest.raises(ValueError, match=r"have other shapes than the model's: .*\(4, \d+\), in the model \(8, \d+\)"):
         load_released_adapter(padded_base()[0], tmp_path / "a.pt", config=LoraConfig(r=8, target_modules=MODULES))
@@ -134,7 +134,7 @@ def test_names_and_shapes_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"have ranks \[2, 4\]"):
         load_released_adapter(padded_base()[0], tmp_path / "ranks.pt")
     torch.save({**state, first.replace("model.model.", "model."): state[first]}, tmp_path / "twice.pt")
-    with pytest.raises(ValueError, match="two weights are called"):
+    with pytest.raises(ValueError, match="two weights have the name"):
         load_released_adapter(padded_base()[0], tmp_path / "twice.pt")
 
 
@@ -148,7 +148,7 @@ class _Executes:
 
 def test_nothing_is_executed(tmp_path: Path) -> None:
     torch.save({"base_model.model.lora_A.default.weight": _Executes(tmp_path / "executed")}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="not a plain file of tensors, and what else it holds is not executed"):
+    with pytest.raises(ValueError, match="not a plain file of tensors, and other contents are not executed"):
         read_state(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
 
@@ -159,8 +159,8 @@ def test_nothing_is_executed(tmp_path: Path) -> None:
         (b"", "not a plain file of tensors"),
         (b"PK\x03\x04 torn", "not a plain file of tensors"),
         (b"not a checkpoint", "not a plain file of tensors"),
-        ({"a": 1.0}, "something else than tensors by name"),
-        ([torch.ones(1)], "something else than tensors by name"),
+        ({"a": 1.0}, "contents that are not named tensors"),
+        ([torch.ones(1)], "contents that are not named tensors"),
         ({"lm_head.weight": torch.ones(2, 2)}, "no LoRA weights"),
     ],
     ids=str,

@@ -24,6 +24,7 @@ from dynkp.objectives.switching import (
     dropped_at_random,
     mixed_loss,
     parse_gamma,
+    switched_loss,
 )
 from dynkp.objectives.token_loss import TargetLoss, target_loss
 
@@ -39,7 +40,7 @@ def test_target_loss_by_hand() -> None:
     weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 4.0], [0.0, 0.0, 0.0]])
     loss = target_loss(log_probs, weights)
     assert loss.total.tolist() == [4.0, 9.0, 0.0]
-    assert loss.weight.tolist() == [2.0, 6.0, 0.0]
+    assert loss.tokens.tolist() == [2.0, 6.0, 0.0]
     assert loss.mean.tolist() == [2.0, 1.5, 0.0]
 
 
@@ -58,7 +59,7 @@ def test_no_target_at_all() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_log_probabilities_decide_the_precision(dtype: torch.dtype) -> None:
     loss = target_loss(torch.tensor([[-1.0]], dtype=dtype), torch.tensor([[1]]))
-    assert loss.total.dtype == loss.weight.dtype == loss.mean.dtype == dtype
+    assert loss.total.dtype == loss.tokens.dtype == loss.mean.dtype == dtype
 
 
 def test_answer_weights_move_the_mean() -> None:
@@ -79,24 +80,42 @@ def test_below_threshold_at_its_borders() -> None:
     assert not below_threshold(losses, math.nan).any()
 
 
-def test_mixed_loss_switches() -> None:
+def test_switched_loss_by_hand() -> None:
     direct = TargetLoss(torch.tensor([6.0, 8.0]), torch.tensor([3.0, 2.0]))
     reasoning = TargetLoss(torch.tensor([0.0, 20.0]), torch.tensor([0.0, 10.0]))
-    shares = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    total, weight = mixed_loss(direct, reasoning, *shares)
-    assert (total.tolist(), weight.tolist()) == ([2.0, 2.0], [1.0, 1.0])
-    total, weight = mixed_loss(direct, reasoning, *shares, over_tokens=True)
-    assert (total.tolist(), weight.tolist()) == ([6.0, 20.0], [3.0, 10.0])
+    loss = switched_loss(torch.tensor([False, True]), reasoning, direct)
+    total, denominator = loss.normalized(over_tokens=False)
+    assert (total.tolist(), denominator.tolist()) == ([2.0, 2.0], [1.0, 1.0])
+    total, denominator = loss.normalized(over_tokens=True)
+    assert (total.tolist(), denominator.tolist()) == ([6.0, 20.0], [3.0, 10.0])
 
 
 def test_mixed_loss_of_two_objectives() -> None:
     """Weight 3 for the reasoning: (2 + 3 * 1) / 4; a post without rationale keeps its direct mean."""
     direct = TargetLoss(torch.tensor([4.0, 4.0]), torch.tensor([2.0, 2.0]))
     reasoning = TargetLoss(torch.tensor([5.0, 0.0]), torch.tensor([5.0, 0.0]))
-    shares = torch.ones(2), torch.tensor([3.0, 0.0])
-    assert mixed_loss(direct, reasoning, *shares)[0].tolist() == [1.25, 2.0]
-    total, weight = mixed_loss(direct, reasoning, *shares, over_tokens=True)
-    assert (total.tolist(), weight.tolist()) == ([19.0, 4.0], [17.0, 2.0])
+    share = torch.tensor([3.0, 0.0])
+    total, denominator = mixed_loss(direct, reasoning, share)
+    assert (total.tolist(), denominator.tolist()) == ([1.25, 2.0], [1.0, 1.0])
+    total, denominator = mixed_loss(direct, reasoning, share, over_tokens=True)
+    assert (total.tolist(), denominator.tolist()) == ([19.0, 4.0], [17.0, 2.0])
+
+
+def test_switched_loss_learns_from_the_selected_target_alone() -> None:
+    """Also where the loss of the other target is infinite; without hard posts the direct loss is not in the graph at all."""
+    tokens = torch.ones(2)
+    for easy in ([True, False], [True, True], [False, False]):
+        direct = torch.tensor([math.inf if easy[0] else 1.0, 2.0], requires_grad=True)
+        reasoning = torch.tensor([3.0, 4.0], requires_grad=True)
+        loss = switched_loss(torch.tensor(easy), TargetLoss(reasoning, tokens), TargetLoss(direct, tokens))
+        expected = [r if chosen else d for chosen, r, d in zip(easy, reasoning.tolist(), direct.tolist(), strict=True)]
+        assert loss.mean.tolist() == expected
+        loss.mean.sum().backward()
+        if all(easy):
+            assert direct.grad is None
+        else:
+            assert direct.grad.tolist() == [float(not chosen) for chosen in easy]
+        assert reasoning.grad.tolist() == [float(chosen) for chosen in easy]
 
 
 # Thresholds

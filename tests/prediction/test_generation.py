@@ -1,17 +1,15 @@
 """Invariants of generation:
 
 - predictions are the plain greedy decoding of the training prompt, for every family, at any batch size;
-- they come in the posts' order with the posts' ids, and depend on text and pictures alone, never on gold columns;
+- they come in the posts' order with the posts' ids, and depend on text and images alone, never on gold columns;
 - tags survive decoding, control tokens do not, and nothing after the end of turn is read;
 - mode "think" begins with <think>, "direct" never does, whatever the model wants;
 - the model is left as it was: modes, gradient checkpointing, PEFT;
-- a predictions file is whole or not there;
 - all of this holds for reasoning tasks too, whose prompts depend on the aspect besides.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
@@ -21,16 +19,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from dynkp.batches.collators import PairedTargetCollator
+from dynkp.batches.keyphrase_renderer import KeyphraseRenderer
 from dynkp.batches.reasoning_renderer import ReasoningRenderer
-from dynkp.batches.renderers import PromptRenderer
-from dynkp.prediction.generation import (
-    PostDialogue,
-    ReasoningDialogue,
-    TransformersGenerator,
-    generate_keyphrases,
-    generate_reasoning,
-)
-from dynkp.prediction.prediction_files import write_predictions
+from dynkp.prediction.generation import generate_keyphrases, generate_reasoning
 from tests.support.tiny_models import FAMILIES, build
 
 
@@ -62,7 +53,7 @@ def predict(model, processor, rows, **options):
 @torch.no_grad()
 def greedy(model, processor, post: dict, steps: int) -> list[int]:
     """One post, no padding, no cache, no `generate`."""
-    renderer = PromptRenderer(processor)
+    renderer = KeyphraseRenderer(processor)
     text = renderer.prompt(post, len(post["images"]))
     inputs = processor(text=[text], images=[post["images"]], add_special_tokens=False, return_tensors="pt")
     prompt_length = inputs["input_ids"].shape[1]
@@ -144,10 +135,10 @@ def test_a_datasets_dataset_and_conversational_rows():
     rows = [{"id": str(index), "text": text, "images": []} for index, text in enumerate(["a dog", "the sea"])]
     expected = predict(model, processor, rows)
     assert predict(model, processor, Dataset.from_list(rows)) == expected
-    task = PromptRenderer(processor).task
+    task = KeyphraseRenderer(processor).task
     conversations = [{"id": row["id"], "prompt": task.prompt(row["text"])} for row in rows]
     assert predict(model, processor, conversations) == expected
-    with pytest.raises(ValueError, match="post '0': modality='text' needs rows with `text` and `images`"):
+    with pytest.raises(ValueError, match="post '0': modality='text' needs posts with `text` and `images`"):
         predict(model, processor, conversations, modality="text")
 
 
@@ -208,17 +199,6 @@ def test_a_template_that_opens_the_reasoning(monkeypatch):
     assert auto["reasoned"] and auto["keyphrases"] == []  # cut off inside its reasoning
     with pytest.raises(ValueError, match="mode='direct': the chat template"):
         predict(model, processor, rows, mode="direct")
-
-
-def test_sampling_is_seeded_by_batch():
-    model, processor = build("llama")
-    dialogue = PostDialogue(processor)
-    generator = TransformersGenerator(model, dialogue, max_new_tokens=8, do_sample=True, num_beams=2, temperature=2.0)
-    rows = [{"id": str(index), "text": "a dog"} for index in range(2)]
-    before = torch.get_rng_state()
-    first, again, other = generator(rows, seed=1), generator(rows, seed=1), generator(rows, seed=2)
-    assert first == again != other
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -321,7 +301,7 @@ def test_generation_kwargs_win():
 
 def test_outputs_cut_off_are_reported(caplog):
     model, processor = build("llava")
-    with caplog.at_level(logging.WARNING, logger="dynkp.prediction.generation"):
+    with caplog.at_level(logging.WARNING, logger="dynkp.prediction.generation_tasks"):
         predict(model, processor, posts(3), generation_kwargs={"min_new_tokens": 6})
     assert "3 outputs were cut off at 6 tokens" in caplog.text
 
@@ -341,22 +321,6 @@ def test_arguments_are_checked_before_anything_runs(options, message):
     model, processor = build("llama")
     with pytest.raises(ValueError, match=message):
         generate_keyphrases(model, processor, [], **options)
-
-
-def test_predictions_file_is_whole_or_absent(tmp_path):
-    path = tmp_path / "new" / "predictions.jsonl"
-    rows = [{"id": "1", "keyphrases": ["café ☀"]}, {"id": "2", "keyphrases": []}]
-    assert write_predictions(path, iter(rows)) == 2
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
-
-    def breaking():
-        yield rows[0]
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError):
-        write_predictions(path, breaking())
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 # Reasoning tasks
@@ -400,31 +364,6 @@ def test_reasoning_prompts_are_those_of_training(monkeypatch):
         reason(model, processor, [row], prompt=prompt)
         assert torch.equal(generated["input_ids"], expected["input_ids"])
         assert torch.equal(generated["pixel_values"], expected["pixel_values"])
-
-
-def test_what_a_reasoning_output_says():
-    _, processor = build("llava")
-    tokenizer = processor.tokenizer
-    dialogue = ReasoningDialogue(processor, "masc", prompt="chain", modality="text")
-    output = '"Text_analysis": "a cheer"\n\n"Prediction": positive'
-    tokens = tokenizer(output, add_special_tokens=False)["input_ids"]
-    stops = dialogue.stop_ids(None)
-    assert stops == PostDialogue(processor).stop_ids(None)
-    found = dialogue.prediction("7", 11, [*tokens, min(stops), 5, 6], stops)
-    assert found == {
-        "id": "7",
-        "prediction": "positive",
-        "raw": output,
-        "output_tokens": len(tokens),
-        "prompt_tokens": 11,
-        "output_words": len(output.split()),
-        "prompt": "chain",
-        "modality": "text",
-    }
-    assert dialogue.cut_off == 0
-    assert dialogue.prediction("7", 11, tokens[:8], stops)["prediction"] is None and dialogue.cut_off == 1
-    keyphrases = ReasoningDialogue(processor, "keyphrases").read("7", '"Prediction": "dog; sea"', 9, 11)
-    assert (keyphrases["keyphrases"], keyphrases["prediction"]) == (["dog", "sea"], "dog; sea")
 
 
 def test_reasoning_looks_at_the_aspect_and_at_modalities():

@@ -18,7 +18,7 @@ import pytest
 
 from dynkp.chat.settings import RunPaths
 from dynkp.data.sources import load_posts
-from dynkp.rationales.files import merge_shards, summarise
+from dynkp.rationales.files import merge_shards, rationale_summary
 from dynkp.rationales.run import RationaleRun, RationaleSettings
 from tests.support.chat_server import last_text, serve
 from tests.support.posts import picture
@@ -101,7 +101,9 @@ def test_every_post_is_in_one_of_the_files(tmp_path: Path) -> None:
     ]
     assert errors[0]["rationale"] == ANSWERS["refuse"] and "that of post number 3" in errors[1]["error"]
     assert "missing.png" in errors[4]["error"] and errors[4]["rationale"] is None
-    assert summarise(report) == ("12 posts: 6 with a rationale, 1 failed, 1 invalid; rejected: 1 empty, 1 refusal, 2 near_copy")
+    assert rationale_summary(report) == (
+        "12 posts: 6 with a rationale, 1 failed, 1 invalid; rejected: 1 empty, 1 refusal, 2 near_copy"
+    )
     recorded = json.loads(paths.report.read_text())
     assert recorded["rejected"] == report["rejected"] and recorded["written"] == 6
     assert (
@@ -195,7 +197,7 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="r.2-of-2.jsonl is not finished: 2 posts are open"):
             merge_shards(tmp_path / "r.jsonl")
         run(tmp_path, url, shard=(2, 2), max_tokens=9)
-        with pytest.raises(ValueError, match="r.2-of-2.jsonl was made with other settings"):
+        with pytest.raises(ValueError, match="r.2-of-2.jsonl was made with different settings"):
             merge_shards(tmp_path / "r.jsonl")
         run(tmp_path, url, shard=(1, 3))
         with pytest.raises(ValueError, match=r"shards of \[2, 3\]"):

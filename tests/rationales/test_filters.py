@@ -14,18 +14,18 @@ from dynkp.rationales.filters import DEFAULT_FILTERS, FILTERS, RationaleFilter, 
 GOOD = "The picture shows a beagle that runs after a ball, so people who like dogs and beagles would look for it."
 
 
-def judged(text: str, *names: str, **options: object) -> str | None:
-    judge = RationaleFilter(names or tuple(FILTERS), field_names=["Keyphrases", "Post text", "Image"], max_words=100)
-    return judge(text, keyphrases=["beagle"], **options)
+def first_rejection(text: str, *names: str, **options: object) -> str | None:
+    rationale_filter = RationaleFilter(names or tuple(FILTERS), field_names=["Keyphrases", "Post text", "Image"], max_words=100)
+    return rationale_filter(text, keyphrases=["beagle"], **options)
 
 
 def test_an_honest_rationale_passes() -> None:
-    assert judged(GOOD, finish_reason="stop") is None
+    assert first_rejection(GOOD, finish_reason="stop") is None
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "<think></think>"])
 def test_empty(text: str) -> None:
-    assert judged(text) == "empty"
+    assert first_rejection(text) == "empty"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_empty(text: str) -> None:
     ],
 )
 def test_refusals(text: str) -> None:
-    assert judged(text) == "refusal"
+    assert first_rejection(text) == "refusal"
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_refusals(text: str) -> None:
     ],
 )
 def test_the_words_of_a_refusal_are_not_one(text: str) -> None:
-    assert judged(text) is None
+    assert first_rejection(text) is None
 
 
 def test_lengths() -> None:
-    assert judged("A beagle plays.") == "too_short"
-    assert judged("beagle " * 101) == "too_long"
-    assert judged("beagle " * 100) is None
-    assert judged(GOOD, finish_reason="length") == "cut_off"
+    assert first_rejection("A beagle plays.") == "too_short"
+    assert first_rejection("beagle " * 101) == "too_long"
+    assert first_rejection("beagle " * 100) is None
+    assert first_rejection(GOOD, finish_reason="length") == "cut_off"
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,16 @@ def test_lengths() -> None:
     ],
 )
 def test_field_names(text: str) -> None:
-    assert judged(text) == "field_names"
+    assert first_rejection(text) == "field_names"
 
 
 def test_the_words_of_a_field_name_are_not_one() -> None:
-    assert judged(f"The image and its post text fit. {GOOD}") is None
+    assert first_rejection(f"The image and its post text fit. {GOOD}") is None
 
 
 def test_gold_phrases() -> None:
-    assert judged(GOOD.replace("beagle", "dog")) == "no_gold_phrase"
-    assert judged(GOOD.replace("beagle", "dog"), *DEFAULT_FILTERS) is None
+    assert first_rejection(GOOD.replace("beagle", "dog")) == "no_gold_phrase"
+    assert first_rejection(GOOD.replace("beagle", "dog"), *DEFAULT_FILTERS) is None
 
 
 @pytest.mark.parametrize(
@@ -108,23 +108,23 @@ def test_mentions(text: str, phrase: str, found: bool) -> None:
 
 
 def test_wrong_predictions() -> None:
-    judge = RationaleFilter(["wrong_prediction"], reasoning_task=REASONING_TASKS["masc"])
-    assert judge('"Prediction": positive', answer="positive") is None
-    assert judge('"Prediction": positive', answer="neutral") == "wrong_prediction"
-    assert judge("no prediction", answer="neutral") == "wrong_prediction"
+    rationale_filter = RationaleFilter(["wrong_prediction"], reasoning_task=REASONING_TASKS["masc"])
+    assert rationale_filter('"Prediction": positive', answer="positive") is None
+    assert rationale_filter('"Prediction": positive', answer="neutral") == "wrong_prediction"
+    assert rationale_filter("no prediction", answer="neutral") == "wrong_prediction"
 
 
 def test_real_chains_pass(shared: Path) -> None:
     rationales = [row["rationale"] for row in load_masc_posts(shared / "data/masc_t15/test.jsonl") if row["rationale"]]
-    judge = RationaleFilter(["empty", "refusal", "too_short", "too_long"])
+    rationale_filter = RationaleFilter(["empty", "refusal", "too_short", "too_long"])
     assert len(rationales) > 500
-    assert [text for text in rationales if judge(text)] == []
+    assert [text for text in rationales if rationale_filter(text)] == []
 
 
 def test_a_filter_that_is_off_rejects_nothing() -> None:
     for text in ("", "I'm sorry, but I can't.", "x", '"Post text"'):
-        judge = RationaleFilter([], field_names=["Post text"])
-        assert judge(text, keyphrases=["dog"], finish_reason="length") is None
+        rationale_filter = RationaleFilter([], field_names=["Post text"])
+        assert rationale_filter(text, keyphrases=["dog"], finish_reason="length") is None
 
 
 def test_options() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.data.reasoning_tasks import ANALYSES, REASONING_TASKS
-from dynkp.rationales.prompts import TASKS, RationaleDialogue, Template, load_templates
+from dynkp.rationales.prompts import TASKS, RationaleConversation, Template, load_templates
 from tests.support.posts import picture
 
 SETTINGS = {"model": "m", "max_tokens": 50}
@@ -40,9 +40,9 @@ def shown(request: ChatRequest) -> str:
     return "\n".join(parts)
 
 
-def play(dialogue: RationaleDialogue, row: dict[str, Any], answers: list[str]) -> list[ChatRequest]:
+def play(conversation: RationaleConversation, row: dict[str, Any], answers: list[str]) -> list[ChatRequest]:
     """The requests, given these answers; all answers must be asked for."""
-    steps = dialogue(row)
+    steps = conversation(row)
     requests = [next(steps)]
     for answer in answers:
         try:
@@ -50,11 +50,11 @@ def play(dialogue: RationaleDialogue, row: dict[str, Any], answers: list[str]) -
         except StopIteration:
             assert answer == answers[-1]
             return requests
-    pytest.fail("the dialogue asks for more")
+    pytest.fail("the conversation asks for more")
 
 
 def test_table_1(tmp_path: Path) -> None:
-    (request,) = play(RationaleDialogue("dynamic_cot", SETTINGS), post(tmp_path), ["Because."])
+    (request,) = play(RationaleConversation("dynamic_cot", SETTINGS), post(tmp_path), ["Because."])
     system, user = request.messages
     assert system["role"] == "system" and "why social media users would use these hashtags" in system["content"]
     assert [part["type"] for part in user["content"]] == ["text", "image"]
@@ -66,7 +66,7 @@ def test_table_1(tmp_path: Path) -> None:
 def test_a_picture_twice_is_sent_once_and_addresses_are_handed_on(tmp_path: Path) -> None:
     row = post(tmp_path, image_urls=["http://host/2.png"])
     row["images"] *= 2
-    (request,) = play(RationaleDialogue("dynamic_cot", SETTINGS), row, ["x"])
+    (request,) = play(RationaleConversation("dynamic_cot", SETTINGS), row, ["x"])
     assert shown(request).count("<image>") == 2
 
 
@@ -76,14 +76,14 @@ def test_a_picture_twice_is_sent_once_and_addresses_are_handed_on(tmp_path: Path
 )
 def test_posts_that_cannot_be_asked_about(row: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        next(RationaleDialogue("dynamic_cot", SETTINGS)(post(**row)))
+        next(RationaleConversation("dynamic_cot", SETTINGS)(post(**row)))
 
 
 @pytest.mark.parametrize("task", REASONING_TASKS)
 def test_a_right_chain_asks_nothing_more(task: str, tmp_path: Path) -> None:
     row = post(tmp_path, aspect="dog", label="positive")
     answer = REASONING_TASKS[task].label_target(row)
-    (request,) = play(RationaleDialogue(task, SETTINGS), row, [answer])
+    (request,) = play(RationaleConversation(task, SETTINGS), row, [answer])
     text = shown(request)
     assert request.stage == "predict" and "<image>" in text and "my {text} dog" in text
     assert all(f'"{name}"' in text for name in (*ANALYSES, "Prediction"))
@@ -93,7 +93,7 @@ def test_a_right_chain_asks_nothing_more(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("answer", ['"Prediction": "negative"', "no idea", ""])
 def test_a_wrong_chain_is_explained_with_the_answer_told(answer: str) -> None:
     row = post(aspect="dog", label="positive")
-    first, second = play(RationaleDialogue("masc", SETTINGS), row, [answer, "whatever"])
+    first, second = play(RationaleConversation("masc", SETTINGS), row, [answer, "whatever"])
     assert (first.stage, second.stage) == ("predict", "explain")
     assert "The right answer is known: positive" in shown(second)
     assert first.key != second.key
@@ -101,24 +101,24 @@ def test_a_wrong_chain_is_explained_with_the_answer_told(answer: str) -> None:
 
 def test_a_chain_needs_a_gold_answer() -> None:
     with pytest.raises(ValueError, match="label=None is none of positive, neutral, negative"):
-        next(RationaleDialogue("msc", SETTINGS)(post()))
+        next(RationaleConversation("msc", SETTINGS)(post()))
 
 
 def test_templates_of_the_user_s_own(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text("system: Be {mood}.\nuser: 'Tags: {keyphrases}. {images} {text} {ocr}'\n")
-    dialogue = RationaleDialogue("dynamic_cot", SETTINGS, templates=load_templates(file, "dynamic_cot"))
-    (request,) = play(dialogue, post(tmp_path, mood="kind", ocr="SALE"), ["x"])
+    conversation = RationaleConversation("dynamic_cot", SETTINGS, templates=load_templates(file, "dynamic_cot"))
+    (request,) = play(conversation, post(tmp_path, mood="kind", ocr="SALE"), ["x"])
     assert shown(request) == "Be kind.\nTags: beagles; dogs. \n<image>\n my {text} dog SALE"
     with pytest.raises(ValueError, match=r"asks for \{ocr\}, and the post has no such column"):
-        next(dialogue(post(tmp_path)))
+        next(conversation(post(tmp_path)))
 
 
 def test_templates_of_two_stages(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text("predict: {user: 'What of {aspect} in {text}?'}\nexplain: {system: S, user: 'Why is it {answer}?'}\n")
-    dialogue = RationaleDialogue("masc", SETTINGS, templates=load_templates(file, "masc"))
-    first, second = play(dialogue, post(aspect="dog", label="neutral"), ["positive", "x"])
+    conversation = RationaleConversation("masc", SETTINGS, templates=load_templates(file, "masc"))
+    first, second = play(conversation, post(aspect="dog", label="neutral"), ["positive", "x"])
     assert shown(first) == "What of dog in my {text} dog?"
     assert shown(second) == "S\nWhy is it neutral?"
 
@@ -147,21 +147,21 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
 
 
 def test_field_names() -> None:
-    assert RationaleDialogue("dynamic_cot", SETTINGS).field_names() == ["Keyphrases", "Post text", "Image"]
-    assert RationaleDialogue("masc", SETTINGS).field_names() == []
+    assert RationaleConversation("dynamic_cot", SETTINGS).field_names() == ["Keyphrases", "Post text", "Image"]
+    assert RationaleConversation("masc", SETTINGS).field_names() == []
     assert Template("", "Look: {text}\nwhy {keyphrases}: hm\n  **OCR text**: {ocr}").field_names() == ["Look", "OCR text"]
 
 
 def test_what_requests_depend_on_is_described() -> None:
     own = {"explain": Template("", "{text}")}
     described = [
-        json.dumps(dialogue.describe())
-        for dialogue in (
-            *(RationaleDialogue(task, SETTINGS) for task in TASKS),
-            RationaleDialogue("dynamic_cot", SETTINGS, templates=own),
-            RationaleDialogue("masc", SETTINGS, templates=own),
-            RationaleDialogue("masc", {**SETTINGS, "seed": 1}),
-            RationaleDialogue("masc", SETTINGS, max_side=64),
+        json.dumps(conversation.describe())
+        for conversation in (
+            *(RationaleConversation(task, SETTINGS) for task in TASKS),
+            RationaleConversation("dynamic_cot", SETTINGS, templates=own),
+            RationaleConversation("masc", SETTINGS, templates=own),
+            RationaleConversation("masc", {**SETTINGS, "seed": 1}),
+            RationaleConversation("masc", SETTINGS, max_side=64),
         )
     ]
     assert len(set(described)) == len(described)
@@ -169,4 +169,4 @@ def test_what_requests_depend_on_is_described() -> None:
 
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(ValueError, match="task='mask' is not known: use one of dynamic_cot, msc, masc, keyphrases"):
-        RationaleDialogue("mask", SETTINGS)
+        RationaleConversation("mask", SETTINGS)

@@ -1,16 +1,14 @@
 """Invariants of the dataset figure:
 
-- with a real text model, offline, posts about the same thing lie together; with a tiny CLIP, texts and pictures count both;
+- with a real text model, offline, posts about the same thing lie together; with a tiny CLIP, both texts and images count;
 - a keyphrase's case does not matter; a post with several keyphrases is shown once, under the most frequent;
-- the same seed gives the same figure; each kind of content's mean is taken off where there are two;
-- PNG and page are whole; what posts say is never markup, neither in HTML nor in matplotlib's mathematics;
+- the same seed gives the same figure; with two kinds of content, the mean of each is subtracted;
 - errors name the argument, or the post.
 """
 
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -21,7 +19,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from dynkp import cli
 from dynkp.data.images import ImageError
-from dynkp.report.clusters import COLOURS, MOST_KEYPHRASES, cluster_posts, embed_posts, write_html, write_png
+from dynkp.report.clusters import cluster_posts, embed_posts
+from tests.support.clusters import Vectors
 
 TEXTS = {
     "dogs": ["my puppy barks", "the dog runs in the park", "a beagle and its leash", "walking our old dog", "puppies asleep"],
@@ -71,24 +70,6 @@ def clip_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-class Vectors:
-    """Embeddings chosen by hand; a picture's is its red and its green."""
-
-    def __init__(self, vectors, modalities=("text",)):
-        self.vectors = vectors
-        self.modalities = list(modalities)
-        self.calls = []
-
-    def encode(self, inputs, **_):
-        self.calls.append(len(inputs))
-        return np.array(
-            [self.vectors[it] if isinstance(it, str) else [float(c) for c in it.getpixel((0, 0))[:2]] for it in inputs]
-        )
-
-
-# --- embeddings ---
-
-
 def test_posts_about_the_same_thing_lie_together(text_model):
     clusters = cluster_posts(posts(), text_model, top=2)
     assert clusters.keyphrases == ["dogs", "rain"] and clusters.frequencies == [5, 5]
@@ -100,19 +81,19 @@ def test_posts_about_the_same_thing_lie_together(text_model):
     assert abs(across.points[:5, 0].mean() - across.points[5:, 0].mean()) > across.points[:, 0].std()
 
 
-def test_clip_takes_texts_and_pictures(clip_folder):
+def test_clip_embeds_texts_and_images(clip_folder):
     rows = [{**post, "images": [Image.new("RGB", (20, 30), (25 * n, 0, 0))] * (n % 3)} for n, post in enumerate(posts())]
     clusters = cluster_posts(rows, clip_folder, top=2, device="cpu")
     assert clusters.modalities == ["text", "image"] and len(clusters.ids) == 10 and clusters.without_embedding == 0
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(clip_folder, device="cpu")
-    _, with_pictures, _ = embed_posts(rows, model, batch_size=2)
+    _, with_images, _ = embed_posts(rows, model, batch_size=2)
     _, texts_alone, kinds = embed_posts([{**row, "images": []} for row in rows], model)
-    assert kinds == ["text"] and not np.allclose(with_pictures, texts_alone, atol=1e-3)
-    assert np.allclose(with_pictures, embed_posts(rows, model, batch_size=7)[1], atol=1e-5)
-    blank = [{**row, "text": " "} for row in rows]
-    embedded, _, kinds = embed_posts(blank, model)
+    assert kinds == ["text"] and not np.allclose(with_images, texts_alone, atol=1e-3)
+    assert np.allclose(with_images, embed_posts(rows, model, batch_size=7)[1], atol=1e-5)
+    without_text = [{**row, "text": " "} for row in rows]
+    embedded, _, kinds = embed_posts(without_text, model)
     assert kinds == ["image"] and embedded == [row for row in range(10) if row % 3]
 
 
@@ -121,7 +102,7 @@ def test_embeddings_by_hand():
     model = Vectors({"east": [2, 0], "north": [0, 3]}, ["text", "image"])
     rows = [{"text": "east", "images": [red, green]}, {"text": "north", "images": [green]}, {"text": "", "images": None}]
     embedded, vectors, kinds = embed_posts([{"id": n, **row} for n, row in enumerate(rows)], model, batch_size=1)
-    # Texts are [1, 0] and [0, 1] about (0.5, 0.5); pictures (1, 1)/sqrt(2) and [0, 1] about their mean.
+    # Texts are [1, 0] and [0, 1] about (0.5, 0.5); images (1, 1)/sqrt(2) and [0, 1] about their mean.
     half = np.sqrt(0.5)
     text, image = np.array([0.5, -0.5]), np.array([half, half - 1]) / 2
     expected = (text + image) / np.linalg.norm(text + image)
@@ -130,10 +111,7 @@ def test_embeddings_by_hand():
     assert model.calls == [2, 2, 1]
 
 
-# --- which posts ---
-
-
-def test_who_is_shown():
+def test_which_posts_are_shown():
     rows = [
         {"id": "1", "text": "a", "keyphrases": ["Sun", "sun", "rain"]},
         {"id": "2", "text": "b", "keyphrases": ["sun"]},
@@ -169,7 +147,7 @@ def test_who_is_shown():
         ([], {"projection": "umap"}, "projection='umap'"),
         ([{"id": "1", "text": "a", "keyphrases": []}], {}, "the posts have no keyphrases"),
         ([{"id": "1", "text": "a", "keyphrases": ["k"]}] * 4, {}, "only 4 posts can be shown"),
-        ([{"id": "1", "text": "", "keyphrases": ["k"]}], {}, r"no post has what the model takes \(text\)"),
+        ([{"id": "1", "text": "", "keyphrases": ["k"]}], {}, r"no post has content that the model embeds \(text\)"),
     ],
 )
 def test_errors(rows, options, message):
@@ -177,38 +155,10 @@ def test_errors(rows, options, message):
         cluster_posts(rows, Vectors({"a": [1, 0]}), **options)
 
 
-def test_a_broken_picture_is_named():
+def test_a_broken_image_is_named():
     rows = [{"id": "bad", "text": "", "keyphrases": ["k"], "images": [{"bytes": b"x", "path": None}]}]
     with pytest.raises(ImageError, match="post 'bad'"):
         cluster_posts(rows, Vectors({}, ["text", "image"]))
-
-
-# --- figures ---
-
-
-def test_figures_of_hostile_posts(tmp_path):
-    evil = "</script><script>alert(1)</script> <b>$x$ %{x} & \\alpha"
-    rows = [
-        {"id": f"<{n}>", "text": evil, "keyphrases": [phrase]} for n in range(3) for phrase in (evil, "_hidden $", "größe 日")
-    ]
-    clusters = cluster_posts(rows, Vectors({evil: [1, 0]}), projection="pca")
-    write_png(clusters, tmp_path / "c.png", title="$ 5 & $", dpi=50)
-    with Image.open(tmp_path / "c.png") as image:
-        assert image.size == (320, 240) and len(set(image.convert("RGB").getdata())) > 10
-    write_html(clusters, tmp_path / "c.html", title="<a> & b")
-    page = (tmp_path / "c.html").read_text()
-    assert "<title>&lt;a&gt; &amp; b</title>" in page and evil not in page and "<script>alert" not in page
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)  # nothing is fetched
-
-
-def test_every_keyphrase_looks_different(tmp_path):
-    rows = [{"id": f"{n}", "text": "a", "keyphrases": [f"k{n // 2:02}"]} for n in range(2 * MOST_KEYPHRASES)]
-    clusters = cluster_posts(rows, Vectors({"a": [1, 0]}), top=MOST_KEYPHRASES, projection="pca")
-    write_html(clusters, tmp_path / "c.html")
-    write_png(clusters, tmp_path / "c.png", dpi=40)
-    plotted = (tmp_path / "c.html").read_text().split("Plotly.newPlot(")[-1]
-    data = re.findall(r'"color":"(#\w+)"[^}]*"symbol":"([\w-]+)"', plotted)
-    assert len(set(data)) == MOST_KEYPHRASES and {colour for colour, _ in data} == set(COLOURS)
 
 
 def test_the_command(shared, tmp_path, capsys, clip_folder):
@@ -221,7 +171,7 @@ def test_the_command(shared, tmp_path, capsys, clip_folder):
     assert figures["modalities"] == ["text", "image"] and len(figures["keyphrases"]) == 3
     assert capsys.readouterr().out.startswith(f"{len(figures['posts'])} posts of the 3 most frequent keyphrases")
     assert (tmp_path / "c.html").read_text().count("<h1>Twitter</h1>") == 1 and (tmp_path / "c.png").stat().st_size > 5000
-    assert cli.main([*arguments, "--top", "0", "--png", str(tmp_path / "d.png")]) == 1
+    assert cli.main([*arguments, "--top", "0", "--png", str(tmp_path / "d.png")]) == 2
     assert "dynkp clusters: error: top=0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)

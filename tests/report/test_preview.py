@@ -50,10 +50,10 @@ def test_the_page_stands_alone_and_shows_text_as_text(tmp_path: Path) -> None:
     assert "url(" not in text and "@import" not in text
     assert page.text.count('<script>alert("x")</script> & <img src=http://host/x') == 5
     (attributes,) = (found for tag, found in page.tags if tag == "img")
-    assert attributes["alt"] == "picture of post 1"
+    assert attributes["alt"] == "image of post 1"
     data = base64.b64decode(str(attributes["src"]).partition("base64,")[2])
     assert Image.open(io.BytesIO(data)).size == (320, 160)
     assert "<i>Title</i>" in page.text and "m, stage explain" in page.text
-    assert "not a picture in a format that is read" in page.text
-    assert "no picture" in page.text and "no rationale" in page.text
+    assert "not an image in a supported format" in page.text
+    assert "no image" in page.text and "no rationale" in page.text
     assert names.count("div") == 9 and text.count('<div class="rejected">') == 1

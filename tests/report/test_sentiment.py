@@ -175,7 +175,7 @@ def test_matching() -> None:
         evaluation.add("mine", ANSWERS)
     for posts, message in (
         ([], "no posts to score"),
-        ([*POSTS, POSTS[0]], "several posts have: 'a'"),
+        ([*POSTS, POSTS[0]], "several posts have the same id: 'a'"),
         ([{"id": "x", "label": "happy"}], "label is none of positive, neutral, negative: 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -243,7 +243,7 @@ def test_what_does_not_fit(
         "NUMBERS": write(tmp_path / "numbers.jsonl", [{"id": "a", "prediction": 3}]),
         "KEYPHRASES": write(tmp_path / "keyphrases.jsonl", [{"id": "a", "text": "t", "keyphrases": ["x"]}]),
     }
-    assert cli.main([*files, *(other.get(word, word) for word in more)]) == 1
+    assert cli.main([*files, *(other.get(word, word) for word in more)]) == 2
     assert message in capsys.readouterr().err
 
 

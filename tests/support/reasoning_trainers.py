@@ -17,6 +17,15 @@ BRIEF = ReasoningTask("brief", "How?", {"Text_analysis": "the text", "Image_anal
 LABELS = ("positive", "neutral", "negative")
 
 
+class InstructionFirst(ReasoningTask):
+    """A task that asks before it shows the post: the two prompts share only the template's first words."""
+
+    def _messages(self, row: Any, request: str) -> list[dict[str, Any]]:
+        [message] = super()._messages(row, request)
+        question = {"type": "text", "text": request}
+        return [{**message, "content": [question, *message["content"]]}]
+
+
 def reasoning_rows(family: str, count: int = 4, images: bool = True) -> list[dict[str, Any]]:
     """Posts with a label and an aspect each, and a chain where `rows` has a rationale."""
     posts = rows(family, count, images)

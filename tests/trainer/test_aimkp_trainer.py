@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.prompt_layout import locate
 from dynkp.data.sources import load_posts
-from dynkp.mechanics.modality_masking import MODALITIES, dropping_unsupported_reason, random_keep_mask
+from dynkp.mechanics.gradient_similarity import VariantGradients
+from dynkp.mechanics.modality_masking import MODALITIES, random_keep_mask, why_tokens_cannot_be_dropped
 from dynkp.mechanics.shared_prompt import prompt_positions
 from dynkp.objectives.switching import below_threshold
 from dynkp.trainer.aimkp_config import AimKPConfig
@@ -483,8 +484,7 @@ def test_strides_follow_the_authors_rule(freeze: bool, tmp_path: Path, monkeypat
     def replay(self: Any, variant: str) -> torch.Tensor:
         return torch.tensor([recorded[variant][name][trainer.current_epoch - 1] for name in "ab"])
 
-    for way in AimKPTrainer.open_views.__globals__["PostGradients"].__mro__[:2]:
-        monkeypatch.setattr(way, "cosines", replay)
+    monkeypatch.setattr(VariantGradients, "cosines", replay)
     trainer.train()
     visits = read_visits(tmp_path)
     assert len(visits) == 7 * 4
@@ -711,9 +711,9 @@ def test_a_window_nobody_names_layers_of_is_a_window_of_all() -> None:
         sliding_window=24,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    assert "24 tokens back" in str(dropping_unsupported_reason(model, 25)) and dropping_unsupported_reason(model, 24) is None
+    assert "24 tokens back" in str(why_tokens_cannot_be_dropped(model, 25)) and why_tokens_cannot_be_dropped(model, 24) is None
     config.sliding_window = None
-    assert dropping_unsupported_reason(model, 10**6) is None
+    assert why_tokens_cannot_be_dropped(model, 10**6) is None
 
 
 def test_a_window_shorter_than_the_prompt_is_masked_not_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

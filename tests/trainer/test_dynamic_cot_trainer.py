@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.renderers import PromptRenderer
+from dynkp.batches.keyphrase_renderer import KeyphraseRenderer
 from dynkp.objectives.switching import dropped_at_random
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
@@ -71,7 +71,7 @@ def test_gamma_zero_is_sft(family: str, tmp_path: Path) -> None:
     ours.train()
 
     model, processor = build(family)
-    renderer = PromptRenderer(processor)
+    renderer = KeyphraseRenderer(processor)
     rendered = []
     for post in posts:
         count = len(post["images"])
@@ -774,7 +774,7 @@ def test_a_text_model_leaves_pictures_out(tmp_path: Path) -> None:
 def test_trl_rows(tmp_path: Path) -> None:
     """Conversational prompt-completion rows, with the words of ours, train the same."""
     _, processor = build("llava")
-    renderer = PromptRenderer(processor)
+    renderer = KeyphraseRenderer(processor)
     posts = rows("llava", 4)
     converted = []
     for post in posts:

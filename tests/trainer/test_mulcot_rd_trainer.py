@@ -82,8 +82,8 @@ def reference_step(
                 q = torch.softmax(z_s / args.temperature, dim=-1)
                 loss = loss + weight * (p * (p.log() - q.log())).sum(dim=-1).mean()
             tokens = len(ids) if args.loss_normalization == "token" else 1
-            numerator = numerator + args.weights()[task] * loss * tokens
-            denominator += args.weights()[task] * tokens
+            numerator = numerator + args.parsed_task_weights[task] * loss * tokens
+            denominator += args.parsed_task_weights[task] * tokens
         numerators.append(numerator)
         denominators.append(denominator if args.loss_normalization == "token" else 1.0)
     loss = sum(numerators) / sum(denominators)
@@ -308,7 +308,7 @@ def test_adapters_are_trained_alike_on_both_backends(tmp_path: Path) -> None:
 
 def test_prompts_that_do_not_begin_alike_are_trained_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each by itself, and this is said once; a batch of one post still equals one of two."""
-    from tests.batches.test_two_task_collator import InstructionFirst
+    from tests.support.reasoning_trainers import InstructionFirst
 
     late = InstructionFirst("late", "How?", {"Text_analysis": "why"})
     runs = []
@@ -520,4 +520,4 @@ def test_the_options_reach_the_command_line(tmp_path: Path) -> None:
     parser = TrlParser((MulCoTRDConfig,))
     given = ["--output_dir", str(tmp_path), "--task_weights", json.dumps({"chain": 2, "label": 1}), "--bf16", "false"]
     [args] = parser.parse_args_and_config([*given, "--use_cpu", "true", "--temperature", "3"])
-    assert args.weights() == {"label": 1.0, "chain": 2.0} and args.temperature == 3.0
+    assert args.parsed_task_weights == {"label": 1.0, "chain": 2.0} and args.temperature == 3.0

@@ -1,12 +1,14 @@
-"""Predictions by vLLM (extra `vllm`), with the prompts and the reading of outputs of the transformers backend.
+"""The vLLM engine (extra `vllm`), with the prompts and the reading of outputs of the transformers engine.
 
-Written against vLLM's published interface (`LLM`, `SamplingParams`, `LoRARequest`, prompts of token ids with
+It is written against vLLM's published interface (`LLM`, `SamplingParams`, `LoRARequest`, prompts of token ids with
 `multi_modal_data`), and tested against a stand-in with that interface, not against vLLM itself, which cannot be installed
-where the tests run. Holds: prompts are the tokens that the transformers backend gives the model, before placeholders of
-pictures are multiplied, which both leave to the model's processor.
+where the tests run.
 
-Differs from the transformers backend in that vLLM has no rule for the beginning of an output alone: with mode "direct",
-the tokens that `<think>` could begin with (often "<") are forbidden everywhere in it.
+Guarantees: prompts are the tokens that the transformers engine gives the model, before image placeholders are multiplied,
+which both engines leave to the model's processor.
+
+A difference to the transformers engine: vLLM has no rule for the beginning of an output only, so with mode "direct" the
+tokens that `<think>` could begin with (often "<") are forbidden everywhere in an output.
 """
 
 from __future__ import annotations
@@ -20,26 +22,34 @@ from typing import Any
 from transformers import GenerationConfig
 
 from dynkp.models.checkpoints import Checkpoint
-from dynkp.prediction.generation import Dialogue, PostDialogue, derived_seed
+from dynkp.prediction.engine import derived_seed
+from dynkp.prediction.generation_tasks import GenerationTask
 
-# Ranks that vLLM has kernels for.
+# LoRA ranks that vLLM has kernels for.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# As far as vLLM lets a logit be lowered.
+# The lowest bias that vLLM allows for a logit.
 _FORBIDDEN = -100.0
 
 
-class VllmGenerator:
-    """A model in vLLM; called with the rows of a batch, as [`TransformersGenerator`] is.
+class VllmEngine:
+    """Generates with vLLM; it is called as [`~dynkp.prediction.transformers_engine.TransformersEngine`] is.
 
     Args:
         checkpoint: the model and its adapter, which vLLM applies without merging.
-        dialogue: the prompts, and the reading of outputs.
-        max_new_tokens: longest output in tokens.
-        num_images: the most pictures of a post.
+        task: the prompts, and the reading of outputs.
+        max_new_tokens: the greatest number of tokens of an output.
+        num_images: the greatest number of images of a post.
         dtype: as for `load_model`.
-        temperature: of sampling; 0 is greedy.
-        top_p: the smallest share of probability to sample from.
-        llm_options: more arguments for `vllm.LLM`, such as `tensor_parallel_size`.
+        temperature: of sampling; 0 is greedy decoding.
+        top_p: sample from the likeliest tokens with this total probability, in (0, 1].
+        llm_options: further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
+        merged_model: the temporary folder of a merged model that `checkpoint` names, kept as long as the engine.
+
+    Attributes:
+        task: the task.
+        stop_ids: ids that end an output.
+        llm: the `vllm.LLM`.
+        options: arguments of `vllm.SamplingParams`.
 
     Raises:
         ImportError: if vLLM is not installed.
@@ -49,7 +59,7 @@ class VllmGenerator:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        dialogue: Dialogue,
+        task: GenerationTask,
         *,
         max_new_tokens: int = 512,
         num_images: int = 1,
@@ -57,18 +67,20 @@ class VllmGenerator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         llm_options: Mapping[str, Any] | None = None,
+        merged_model: Any = None,
     ):
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ImportError(
                 "backend='vllm' needs vLLM, which is not installed: pip install 'dynkp[vllm]', on a machine with a GPU, or "
-                "take the backend 'transformers'."
+                "use the backend 'transformers'."
             ) from error
-        self.dialogue = dialogue
-        self.stop_ids = dialogue.stop_ids(_eos_token_id(checkpoint.model))
+        self.task = task
+        self.stop_ids = task.stop_ids(_eos_token_id(checkpoint.model))
+        self._merged_model = merged_model
         options: dict[str, Any] = {"model": checkpoint.model, "dtype": dtype}
-        if dialogue.renderer.takes_images:
+        if task.renderer.takes_images:
             options["limit_mm_per_prompt"] = {"image": max(1, num_images)}
         self.lora_request = None
         if checkpoint.adapter is not None:
@@ -76,12 +88,10 @@ class VllmGenerator:
 
             options |= {"enable_lora": True, "max_lora_rank": _lora_rank(checkpoint.adapter)}
             self.lora_request = LoRARequest("adapter", 1, checkpoint.adapter)
-        self.merged: Any = None  # the folder of a merged model, if one was made for this
         self.llm = LLM(**{**options, **(llm_options or {})})
         bias = None
-        if isinstance(dialogue, PostDialogue) and dialogue.mode == "direct":
-            start, anywhere, _ = dialogue.forbidden_ids()
-            bias = {index: _FORBIDDEN for index in sorted(start | anywhere)}
+        if (forbidden := task.forbidden_tokens()) is not None:
+            bias = {index: _FORBIDDEN for index in sorted(forbidden.at_start | forbidden.anywhere)}
         self._sampling_params = SamplingParams
         self.options = {
             "max_tokens": max_new_tokens,
@@ -89,17 +99,25 @@ class VllmGenerator:
             "top_p": top_p,
             "stop_token_ids": sorted(self.stop_ids),
             "logit_bias": bias,
-            "detokenize": False,  # outputs are read from their tokens, as the other backend's are
+            "detokenize": False,  # outputs are read from their tokens, as those of the transformers engine are
         }
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Any]:
-        """Predict a batch of rows, as `TransformersGenerator` does; with a seed, each post's draws depend on its id alone."""
-        renderer = self.dialogue.renderer
+        """Predict a batch of posts.
+
+        Args:
+            rows: at least one post, as `prompt_columns` returns them.
+            seed: of sampling. With a seed, the draws for a post depend on it and on the post's id alone.
+
+        Returns:
+            One prediction per post, in the posts' order, as `GenerationTask.read` returns it.
+        """
+        renderer = self.task.renderer
         prompts, parameters = [], []
         for row in rows:
             images = renderer.images(row)
             text = renderer.prompt(row, len(images))
-            # As tokens: given a text, vLLM would put a second BOS token before the template's.
+            # As tokens: for a string, vLLM would put a second BOS token in front of the template's.
             prompt: dict[str, Any] = {"prompt_token_ids": renderer.tokenizer(text, add_special_tokens=False)["input_ids"]}
             if images:
                 prompt["multi_modal_data"] = {"image": images}
@@ -108,7 +126,7 @@ class VllmGenerator:
             parameters.append(self._sampling_params(**self.options, seed=own_seed))
         outputs = self.llm.generate(prompts, parameters, lora_request=self.lora_request, use_tqdm=False)
         return [
-            self.dialogue.prediction(row["id"], len(output.prompt_token_ids), list(output.outputs[0].token_ids), self.stop_ids)
+            self.task.prediction(row["id"], len(output.prompt_token_ids), list(output.outputs[0].token_ids), self.stop_ids)
             for row, output in zip(rows, outputs, strict=True)
         ]
 
@@ -121,18 +139,20 @@ def _eos_token_id(model: str) -> int | list[int] | None:
 
 
 def _lora_rank(adapter: str) -> int:
-    """The rank vLLM must make room for; an error for what its LoRA support leaves out."""
+    """Return the rank that vLLM must reserve, and refuse adapters that its LoRA support cannot apply."""
     file = Path(adapter, "adapter_config.json")
     if not os.path.isfile(file):
-        raise ValueError(f"adapter={adapter!r} must be a folder for vLLM; download it first, or merge it")
+        raise ValueError(f"adapter={adapter!r} must be a folder for vLLM; download it first, or merge it (--merge-adapter)")
     config = json.loads(file.read_text(encoding="utf-8"))
     if modules := config.get("modules_to_save"):
         raise ValueError(
-            f"adapter={adapter!r} holds modules trained in full ({', '.join(modules)}), which vLLM cannot put into a model: "
+            f"adapter={adapter!r} has modules trained in full ({', '.join(modules)}), which vLLM cannot put into a model: "
             "merge it (--merge-adapter)"
         )
     ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     for rank in _LORA_RANKS:
         if rank >= max(ranks):
             return rank
-    raise ValueError(f"adapter={adapter!r} has rank {max(ranks)}, and vLLM goes up to {_LORA_RANKS[-1]}: merge it")
+    raise ValueError(
+        f"adapter={adapter!r} has rank {max(ranks)}, and vLLM's greatest is {_LORA_RANKS[-1]}: merge it (--merge-adapter)"
+    )
