@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import re
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from dynkp import KeyphraseConfig
 from dynkp.cli import COMMANDS
+from dynkp.cli.train import TrainParser, read_config
+from dynkp.recipes.catalog import find_recipe
+from dynkp.training.options import METHODS, DataArguments, PredictionArguments, TinyModelArguments
 from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -21,6 +26,16 @@ PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 def parser_of(command: str) -> argparse.ArgumentParser:
     module = importlib.import_module(COMMANDS[command][0])
     return (getattr(module, "parser", None) or module._parser)()
+
+
+def parse(command: str, words: list[str]) -> None:
+    """Parse the words of a command line; those of `train` by the parser of their method or recipe."""
+    parser = parser_of(command)
+    if command == "train":
+        chosen = dict(zip(words, words[1:], strict=False))
+        recipe = read_config(str(find_recipe(chosen["--recipe"], "training").path), "") if "--recipe" in chosen else {}
+        parser = TrainParser(chosen.get("--method", recipe.get("method", "dynamic_cot")))
+    parser.parse_args(words)
 
 
 def command_lines(text: str) -> list[list[str]]:
@@ -34,6 +49,18 @@ def command_lines(text: str) -> list[list[str]]:
     return lines
 
 
+def documented_options(command: str) -> list[str]:
+    """Every option of a command; of `train`, the options of every method that are not TRL's or transformers'."""
+    if command != "train":
+        actions = parser_of(command)._actions
+        return [option for action in actions if action.help != argparse.SUPPRESS for option in action.option_strings]
+    ours = [DataArguments, PredictionArguments, TinyModelArguments]
+    names = [field.name for configuration in ours for field in dataclasses.fields(configuration)]
+    names += [name for _, configuration in METHODS.values() for name in configuration.__annotations__ if name[0] != "_"]
+    names += [name for name in KeyphraseConfig.__annotations__ if name[0] != "_" and name != "remove_unused_columns"]
+    return ["--recipe", "--config", "--help-all", *(f"--{name} " for name in names)]
+
+
 def test_the_reference_has_every_command_and_option() -> None:
     spec = importlib.util.spec_from_file_location("commands", DOCS / "hooks" / "commands.py")
     hook = importlib.util.module_from_spec(spec)
@@ -43,9 +70,8 @@ def test_the_reference_has_every_command_and_option() -> None:
     assert hook.on_page_markdown("other page") == "other page"
     for command in COMMANDS:
         section = page.partition(f"## dynkp {command}\n")[2].partition("\n## dynkp")[0]
-        for action in parser_of(command)._actions:
-            for option in action.option_strings:
-                assert option in section, f"{command} {option}"
+        for option in documented_options(command):
+            assert option in section, f"{command} {option}"
         assert "examples:" in section, f"dynkp {command} --help has no examples"
 
 
@@ -53,10 +79,10 @@ def test_the_reference_has_every_command_and_option() -> None:
 def test_command_lines_are_understood(page: Path) -> None:
     for command, *words in command_lines(page.read_text()):
         assert command in COMMANDS, f"{page.name}: dynkp {command}"
-        parser_of(command).parse_args(words)
+        parse(command, words)
 
 
-@pytest.mark.parametrize("command", ["predict", "rationales", "judge", "distill", "evaluate", "stats"])
+@pytest.mark.parametrize("command", ["train", "recipes", "predict", "rationales", "judge", "distill", "evaluate", "stats"])
 def test_examples_in_the_help_are_understood(command: str) -> None:
     parser = parser_of(command)
     lines = re.sub(r"\\\n\s*", "", parser.epilog).splitlines()
@@ -64,4 +90,4 @@ def test_examples_in_the_help_are_understood(command: str) -> None:
     assert examples
     for line in examples:
         (words,) = command_lines(f"```bash\n{line}\n```")
-        parser_of(words[0]).parse_args(words[1:])
+        parse(words[0], words[1:])
