@@ -19,12 +19,18 @@ def command_reference() -> str:
     with mock.patch.dict(os.environ, COLUMNS="100"):
         for name, (module_name, summary) in COMMANDS.items():
             module = importlib.import_module(module_name)
-            parser = (getattr(module, "parser", None) or module._parser)()
             text = f"## dynkp {name}\n\n{summary[:1].upper()}{summary[1:]}.\n\n"
-            own = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-            parts = [parser, *(part for action in own for part in action.choices.values())]
-            sections.append(text + "\n\n".join(f"```text\n{part.format_help().rstrip()}\n```" for part in parts))
+            sections.append(text + "\n\n".join(f"```text\n{part.rstrip()}\n```" for part in helps(module)))
     return "\n\n".join(sections)
+
+
+def helps(module: Any) -> list[str]:
+    """The help of a command and of its sub-commands; what the command itself says, where its options depend on others."""
+    if hasattr(module, "reference"):
+        return module.reference()
+    parser = (getattr(module, "parser", None) or module._parser)()
+    own = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [part.format_help() for part in (parser, *(part for action in own for part in action.choices.values()))]
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:

@@ -53,7 +53,7 @@ def locate(
     prompt: Mapping[str, Any],
     modalities: Sequence[str] = ("text", "image"),
 ) -> list[PromptLayout]:
-    """Find the text and the images of a batch of posts in their prompts.
+    r"""Find the text and the images of a batch of posts in their prompts.
 
     Args:
         renderer ([`~dynkp.batches.renderers.ChatRenderer`]): the renderer that wrote the prompts.
@@ -69,7 +69,7 @@ def locate(
         ValueError: if the tokenizer does not return character offsets, a post's text cannot be found in its prompt, or the
             model's images have no known grid of tokens in the prompt (see [`~dynkp.batches.image_grids.image_grids`]).
 
-    Example: in LLaVA-1.5's prompt `USER: <image>\\nmy dog\\n...`, `text` has two or three slots, and there is one 24x24 grid.
+    Example: in LLaVA-1.5's prompt `USER: <image>\nmy dog\n...`, `text` has two or three slots, and there is one 24x24 grid.
     """
     grids: list[tuple[ImageGrid, ...]] = [()] * len(rows)
     if "image" in modalities and any(num_images):

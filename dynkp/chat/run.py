@@ -289,7 +289,8 @@ class RequestRun:
                 if time.monotonic() - noted > _SECONDS_BETWEEN_SYNCS:
                     noted = time.monotonic()
                     place = {"posts": identity, "offset": source.end, "index": source.index + 1}
-                    self.journal.set_cursor({**place, "again": sorted(key.hex() for key in self._again)})
+                    cursor = {**place, "again": sorted(key.hex() for key in self._again)}
+                    await loop.run_in_executor(None, self.journal.set_cursor, cursor)
             if not more:
                 break
         for _ in range(workers):

@@ -6,9 +6,10 @@ import argparse
 import os
 from typing import Any
 
-from dynkp.cli.arguments import above_zero, from_zero, json_object, positive, share
+from dynkp.cli.arguments import OneLineErrors, above_zero, from_zero, json_object, positive, share
 
-DONE, ERROR, SOME_FAILED, COST_REACHED, INTERRUPTED = 0, 1, 3, 4, 130
+# Exit statuses besides those of dynkp.cli.errors.
+SOME_FAILED, COST_REACHED = 3, 4
 # Options that go into `dynkp.chat.settings.RunSettings` under their own names.
 COMMON = (
     *("posts", "output", "model", "base_url", "image_dir", "max_side", "allow_image_urls", "max_tokens", "temperature"),
@@ -18,7 +19,7 @@ COMMON = (
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Add the group `server`."""
+    """Add the group `server`: address, model, pace, retries and cost."""
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", default="", metavar="URL", help="the server's address up to /v1")
     server.add_argument("--model", metavar="NAME", help="as the server calls it")
@@ -41,9 +42,9 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(group: Any) -> None:
-    """Add to a group what shapes a request besides the prompt."""
+    """Add to a group the options that shape a request besides the prompt."""
     group.add_argument(
-        "--max-side", type=positive, default=1024, metavar="PIXELS", help="larger pictures are shrunk to this (default: 1024)"
+        "--max-side", type=positive, default=1024, metavar="PIXELS", help="larger images are shrunk to this (default: 1024)"
     )
     group.add_argument("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer (default: 1024)")
     group.add_argument("--temperature", type=from_zero, metavar="T", help="of sampling (default: the server's)")
@@ -55,7 +56,7 @@ def add_sampling_options(group: Any) -> None:
 
 
 def common_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `RunSettings` that the options give."""
+    """Collect the arguments of `RunSettings` that the options give."""
     return {
         **{name: getattr(arguments, name) for name in COMMON},
         "key_variable": arguments.api_key_env,
@@ -63,8 +64,12 @@ def common_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def refuse_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End with an error if an argument holds the API key: every user of the machine sees it, and the report would have it."""
+def refuse_key(parser: OneLineErrors, arguments: argparse.Namespace) -> None:
+    """Refuse an argument that holds the API key: every user of the machine could see it, and the report would contain it.
+
+    Raises:
+        SystemExit: if one does.
+    """
     key = os.environ.get(arguments.api_key_env, "").strip()
     if len(key) >= 8 and any(key in str(value) for value in vars(arguments).values()):
-        parser.error(f"an argument holds the API key; it belongs into the environment alone ({arguments.api_key_env})")
+        parser.error(f"an argument holds the API key; put it into the environment alone ({arguments.api_key_env})")

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+
+from dynkp.cli.arguments import CommandParser, add_batch_size, add_image_dir, add_posts, add_split, check_inputs
 
 DESCRIPTION = """\
 Draw the posts of the most frequent keyphrases as clusters of their embeddings (Figure 3 of the Dynamic CoT paper): a PNG for
 a paper, a page to look into, or both. The model is any that sentence-transformers loads: for texts, or for texts and
-pictures, such as a CLIP. Needs the extra `plots`."""
+images, such as a CLIP. Needs the extra `plots`."""
 
 EPILOG = """\
 examples:
   dynkp clusters --posts train.jsonl --image-dir images --model openai/clip-vit-base-patch32 --png c.png --html c.html
-      the five most frequent keyphrases, by text and picture
+      the five most frequent keyphrases, by text and image
   dynkp clusters --posts test.jsonl --model all-MiniLM-L6-v2 --top 8 --html c.html --json c.json
       by text alone; the points and all figures as JSON
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp clusters", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--posts", required=True, metavar="FILE", help="posts in any form that docs/data.md names")
-    parser.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
-    parser.add_argument("--split", default="train", help="of a folder or Hub dataset (default: train)")
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("clusters", DESCRIPTION, EPILOG)
+    add_posts(parser)
+    add_image_dir(parser)
+    add_split(parser, "train")
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="the embedding model's folder, or its Hub id")
     parser.add_argument("--png", metavar="FILE", help="the figure")
     parser.add_argument("--html", metavar="FILE", help="the page; it works offline")
@@ -39,30 +38,26 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--projection", choices=["tsne", "pca"], default="tsne", help="into the plane (default: tsne)")
     parser.add_argument("--title", default="Posts by keyphrase", help="of the figure")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of posts and of t-SNE (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="posts embedded at a time (default: 32)")
+    add_batch_size(parser, 32, "posts embedded at a time (default: 32)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: what there is)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp clusters`.
 
     Args:
         argv: the arguments after `dynkp clusters`; those of the process if None.
 
-    Returns:
-        0, or 1 where posts or model do not allow a figure.
+    Raises:
+        ValueError, OSError, ImportError: if posts or model do not allow a figure.
     """
     command = parser()
     arguments = command.parse_args(argv)
     if not (arguments.png or arguments.html or arguments.json):
         command.error("say what to write: --png, --html, --json")
-    try:
-        _draw(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"dynkp clusters: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    check_inputs(arguments, "posts", "image_dir")
+    _draw(arguments)
 
 
 def _draw(arguments: argparse.Namespace) -> None:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynkp.cli.arguments import above_zero, positive
+from dynkp.cli.arguments import (
+    CommandParser,
+    above_zero,
+    add_batch_size,
+    add_dtype_and_device,
+    add_image_dir,
+    add_no_progress,
+    add_on_invalid,
+    add_posts,
+    add_split,
+    at_least,
+    check_inputs,
+    positive,
+)
+from dynkp.cli.errors import log_to_stderr, resumable
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +60,10 @@ if the chain's prediction is right. The teacher's posts stay as they are."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp distill", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("distill", DESCRIPTION, EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="cache|augment")
-    form = argparse.RawDescriptionHelpFormatter
-    cache = commands.add_parser("cache", description=_CACHE, formatter_class=form, help="write soft labels")
+    cache = commands.add_parser("cache", description=_CACHE, help="write soft labels")
     _add_posts(cache)
     cache.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="the assistant: a saved model, or an adapter (its base is found)"
@@ -68,18 +78,16 @@ def parser() -> argparse.ArgumentParser:
     )
     cache.add_argument(
         "--compare",
-        type=_count,
+        type=at_least(0),
         default=16,
         metavar="N",
         help="with --student: posts on which what the truncation does to the divergence is measured; 0: none (default: 16)",
     )
-    cache.add_argument("--batch-size", type=positive, default=8, metavar="N", help="posts at a time and process (default: 8)")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    cache.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
-    cache.add_argument("--device", default="auto", help="auto (the default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    cache.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_batch_size(cache)
+    add_dtype_and_device(cache)
+    add_no_progress(cache)
 
-    augment = commands.add_parser("augment", description=_AUGMENT, formatter_class=form, help="add the assistant's chains")
+    augment = commands.add_parser("augment", description=_AUGMENT, help="add the assistant's response chains")
     _add_posts(augment)
     augment.add_argument(
         "--chains", required=True, metavar="FILE", help="the assistant's answers to these posts: dynkp predict --prompt chain"
@@ -89,38 +97,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_posts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--posts", required=True, metavar="FILE", help="training posts with labels, and rationales where they have some"
-    )
-    parser.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
-    parser.add_argument("--split", default="train", help="of a folder or Hub dataset (default: train)")
+    add_posts(parser, "training posts with labels, and rationales where they have some")
+    add_image_dir(parser)
+    add_split(parser, "train")
     parser.add_argument("--task", default="masc", help="masc (default), msc or keyphrases; as in training")
-    parser.add_argument(
-        "--on-invalid", choices=["error", "skip"], default="error", help="posts that cannot be used: stop (default), or drop"
-    )
+    add_on_invalid(parser, "posts that cannot be used")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp distill`.
 
     Args:
         argv: the arguments after `dynkp distill`; those of the process if None.
 
-    Returns:
-        0, 1 where files or settings do not allow the run, 130 where it was interrupted.
+    Raises:
+        ValueError, OSError, ImportError: if files or settings do not allow the run.
+        Interrupted: after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dynkp").setLevel(logging.INFO)
-    try:
+    log_to_stderr()
+    check_inputs(arguments, "posts", "image_dir")
+    check_inputs(arguments, "chains", kind="file")
+    with resumable(f"the same command goes on with {arguments.output}"):
         (_cache if arguments.command == "cache" else _augment)(arguments)
-    except KeyboardInterrupt:
-        print(f"\ndynkp distill: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"dynkp distill: error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -130,8 +129,8 @@ def _cache(arguments: argparse.Namespace) -> None:
     from dynkp.distillation.soft_labels import (
         SoftLabelWriter,
         assistant_fingerprint,
-        left_out,
         task_fingerprint,
+        truncated_probability,
         truncation_effect,
         write_soft_labels,
     )
@@ -178,10 +177,10 @@ def _cache(arguments: argparse.Namespace) -> None:
     finally:
         writer.close()
     size = sum(file.stat().st_size for file in Path(arguments.output).glob("labels-*.safetensors"))
-    print(f"{arguments.output}: {written:,} answers written, {len(writer.places):,} in all, {size / 1e6:,.1f} MB")
+    print(f"{arguments.output}: {written:,} answers written, {len(writer.locations):,} in all, {size / 1e6:,.1f} MB")
     if rank:
         return
-    shares = left_out(arguments.output)
+    shares = truncated_probability(arguments.output)
     report: dict[str, Any] = {"left_out": shares}
     print(f"probability left out by the likeliest k tokens: {_listed(shares, '.2%')}")
     if arguments.student is not None and arguments.compare:
@@ -246,10 +245,3 @@ def _device(name: str) -> Any:
 
 def _listed(values: dict[int, float], form: str) -> str:
     return ", ".join(f"{k}: {value:{form}}" for k, value in values.items())
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number

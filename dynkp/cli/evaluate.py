@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dynkp.cli.arguments import CommandParser, add_posts, add_split, check_inputs
 
 DESCRIPTION = """\
 Score predicted keyphrases against the posts' own, and compare systems.
@@ -17,8 +18,8 @@ Predictions and posts are matched by id. Print one system's scores per subset of
 absent; seen in training or unseen), or several systems side by side, with marks where they differ from the first one.
 The conventions do not agree with each other; docs/metric.md explains them.
 
-With --task sentiment: score predicted sentiments (accuracy, macro and weighted F1) and, with --chains, reasoning chains
-beside their floor, the chain of another post with the same label (docs/methods/mulcot_rd.md)."""
+With --task sentiment: score predicted sentiments (accuracy, macro and weighted F1) and, with --chains, response chains
+beside their floor, the rationale of another post with the same label (docs/methods/mulcot_rd.md)."""
 
 EPILOG = """\
 examples:
@@ -37,21 +38,22 @@ Rows with a column decode (dynkp predict --decodes 3) are scored decode by decod
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp evaluate", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("evaluate", DESCRIPTION, EPILOG)
     what = parser.add_argument_group("what")
     what.add_argument(
         "--task", choices=["keyphrases", "sentiment"], default="keyphrases", help="what was predicted (default: keyphrases)"
     )
     what.add_argument("--predictions", required=True, nargs="+", metavar="FILE", help="one JSONL file per system")
     what.add_argument(
-        "--chains", nargs="+", metavar="FILE", help="sentiment: the answers to the chain prompt, one JSONL file per system"
+        "--chains",
+        nargs="+",
+        metavar="FILE",
+        help="sentiment: response chains, the answers to --prompt chain, one JSONL file per system",
     )
     what.add_argument("--names", nargs="+", metavar="NAME", help="of the systems (default: the files' names)")
-    what.add_argument("--posts", required=True, metavar="FILE", help="the posts, in any form that docs/data.md names")
-    what.add_argument("--split", default="test", help="of a folder or Hub dataset (default: test)")
+    add_posts(what, "the posts, in any format that docs/data.md names")
+    add_split(what, "test")
     what.add_argument(
         "--train-keyphrases",
         metavar="FILE",
@@ -75,12 +77,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="SUBSET",
         help="all, present, absent, seen, unseen, and crossings such as 'present&unseen' (default: all that can be computed)",
     )
-    how.add_argument("--semantic-model", metavar="NAME", help="also semantic F1, or of chains the cosine, with this model")
+    how.add_argument(
+        "--semantic-model", metavar="NAME", help="also semantic F1, or of response chains the cosine, with this model"
+    )
     how.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of the intervals (default: 0.95)")
     how.add_argument(
         "--resamples", type=int, default=10_000, metavar="N", help="of intervals and tests (default: 10000); 0 for neither"
     )
-    how.add_argument("--seed", type=int, default=0, help="of intervals, tests and the floor of chains (default: 0)")
+    how.add_argument("--seed", type=int, default=0, help="of intervals, tests and the floor of response chains (default: 0)")
     out = parser.add_argument_group("results")
     out.add_argument("--json", metavar="FILE", help="all figures: fractions, unrounded")
     out.add_argument("--markdown", metavar="FILE", help="the tables that are printed")
@@ -89,24 +93,24 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp evaluate`.
 
     Args:
         argv: the arguments after `dynkp evaluate`; those of the process if None.
 
-    Returns:
-        0, or 1 where files cannot be read or do not fit together.
+    Raises:
+        ValueError, OSError, ImportError: if files cannot be read or do not fit together.
     """
     arguments = parser().parse_args(argv)
+    _check_options(arguments)
+    check_inputs(arguments, "posts", "train_keyphrases")
+    check_inputs(arguments, "predictions", "chains", kind="file")
     try:
-        _check_options(arguments)
         evaluation = _sentiment(arguments) if arguments.task == "sentiment" else _keyphrases(arguments)
-        _write_results(arguments, evaluation)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"dynkp evaluate: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except TypeError as error:  # of the metric, which refuses keyphrases that are no strings
+        raise ValueError(str(error)) from error
+    _write_results(arguments, evaluation)
 
 
 # Options that say nothing about the other task.
@@ -132,7 +136,7 @@ def _sentiment(arguments: argparse.Namespace) -> Any:
     from dynkp.prediction.prediction_files import read_predictions
     from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
 
-    with _silent("dynkp.data.rows"):  # which would ask for the pictures
+    with _silent("dynkp.data.rows"):  # it would ask for the images
         posts, _ = load_sentiment_posts(arguments.posts, task="msc", split=arguments.split, check_images=False, progress=False)
     evaluation = SentimentEvaluation(labelled_posts(posts), embedding_model=arguments.semantic_model, seed=arguments.seed)
     names = arguments.names or _names(arguments.predictions)
@@ -150,7 +154,7 @@ def _keyphrases(arguments: argparse.Namespace) -> Any:
     from dynkp.report.evaluation import Evaluation, gold_posts
 
     names = arguments.names or _names(arguments.predictions)
-    with _silent("dynkp.data.rows"):  # which would ask for the pictures
+    with _silent("dynkp.data.rows"):  # it would ask for the images
         gold = gold_posts(_posts(arguments.posts, arguments.split))
         train_keyphrases = None if arguments.train_keyphrases is None else load_keyphrases(arguments.train_keyphrases)
     evaluation = Evaluation(

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynkp.cli.arguments import positive, share
+from dynkp.cli.arguments import CommandParser, add_image_dir, add_no_progress, add_posts, check_inputs, positive, share
 from dynkp.cli.chat_options import (
     COST_REACHED,
-    DONE,
-    ERROR,
-    INTERRUPTED,
     SOME_FAILED,
     add_sampling_options,
     add_server_options,
     common_settings,
     refuse_key,
 )
+from dynkp.cli.errors import DONE, Interrupted, RunFailedError, log_to_stderr, resumable
 
 # Named here too, so that the help does not load what they need; the tests hold the lists together.
 ANSWER_FORMATS = ("auto", "json_schema", "text")
@@ -54,26 +51,24 @@ examples:
   dynkp judge --read-human answers-ann.json answers-ben.json --key form.key.json --output human.jsonl
       mean ranks, and how far the annotators agree
 
-exit status: 0 every post is ranked, 1 the run could not be made, 2 the command line is wrong, 3 some posts failed,
+exit status: 0 every post is ranked, 1 the server failed, 2 the command line or a file is wrong, 3 some posts failed,
 4 --max-cost was reached, 130 interrupted
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp judge", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> CommandParser:
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("judge", DESCRIPTION, EPILOG)
     what = parser.add_argument_group("what")
-    what.add_argument("--posts", metavar="FILE", help="JSON Lines file of posts (dynkp convert makes one)")
-    what.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
+    add_posts(what, "JSON Lines file of posts (dynkp convert makes one)", required=False)
+    add_image_dir(what)
     what.add_argument("--predictions", nargs="+", default=[], metavar="FILE", help="one JSONL file per system")
     what.add_argument("--names", nargs="+", metavar="NAME", help="of the systems (default: the files' names)")
     what.add_argument("--output", metavar="FILE", help="JSON Lines file of ranks")
     what.add_argument("--limit", type=positive, metavar="N", help="only the first N posts of the file")
     what.add_argument("--top", type=positive, metavar="K", help="only each system's first K keyphrases (default: all)")
     what.add_argument("--allow-missing", action="store_true", help="a post without prediction counts as predicted empty")
-    what.add_argument("--allow-image-urls", action="store_true", help="let pictures be addresses, which the server fetches")
+    what.add_argument("--allow-image-urls", action="store_true", help="let images be addresses, which the server fetches")
     add_server_options(parser)
 
     asking = parser.add_argument_group("asking")
@@ -107,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     results.add_argument("--confidence", type=share, default=0.95, metavar="C", help="of the intervals (default: 0.95)")
     results.add_argument("--resamples", type=positive, default=10_000, metavar="N", help="of the intervals (default: 10000)")
-    results.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_no_progress(results)
     return parser
 
 
@@ -118,24 +113,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `dynkp judge`; those of the process if None.
 
     Returns:
-        0 if every post is ranked, 1 where the run could not be made, 3 where posts failed, 4 where the cost was reached,
-        130 where it was interrupted.
+        0 if every post is ranked, 3 if posts failed, 4 if the cost was reached.
+
+    Raises:
+        ValueError, OSError, ImportError: if the command line or a file is wrong.
+        RunFailedError: if the server failed.
+        Interrupted: after Ctrl-C.
     """
     arguments = _parsed(parser(), argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dynkp").setLevel(logging.INFO)
+    log_to_stderr()
+    check_inputs(arguments, "posts", "image_dir", "predictions", "read_human", "key", kind="file")
     action = _read_human if arguments.read_human else _human if arguments.human else _ask
-    try:
+    with resumable(f"the same command goes on with {arguments.output}"):
         return action(arguments)
-    except KeyboardInterrupt:
-        print(f"\ndynkp judge: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
-        print(f"dynkp judge: error: {error}", file=sys.stderr)
-        return ERROR
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     refuse_key(parser, arguments)
     if arguments.human and arguments.read_human:
@@ -171,12 +164,10 @@ def _ask(arguments: argparse.Namespace) -> int:
     with JudgeRun(settings) as run:
         outcome = run.ask()
         if outcome.stopped == "interrupted":
-            print(f"dynkp judge: interrupted, {outcome.open:,} posts are open; the same command goes on", file=sys.stderr)
-            return INTERRUPTED
+            raise Interrupted(f"{outcome.open:,} posts are open; the same command goes on")
         failed = _written(run)
     if outcome.stopped == "server":
-        print(f"dynkp judge: error: {outcome.reason}\nThe same command goes on.", file=sys.stderr)
-        return ERROR
+        raise RunFailedError(f"{outcome.reason}. The same command goes on.")
     if outcome.stopped == "max_cost":
         print(f"dynkp judge: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
         return COST_REACHED

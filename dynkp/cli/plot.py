@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from dynkp.cli.arguments import CommandParser, at_least, positive
 
 DESCRIPTION = """\
 Draw what AimKP's filter did in a run, from the visits.jsonl that log_visits=True writes: the cosine of gradients against the
@@ -22,30 +23,28 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp plot", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("plot", DESCRIPTION, EPILOG)
     parser.add_argument("--visits", required=True, metavar="FILE_OR_DIR", help="visits.jsonl, or the run's output folder")
     parser.add_argument("--figure3", metavar="FILE", help="cosine against rise in perplexity, one panel a modality")
     parser.add_argument("--figure7", metavar="FILE", help="mean cosine, share kept and mean stride over the steps")
     parser.add_argument(
-        "--windows", type=_at_least(1), default=100, metavar="N", help="most windows of steps in Figure 7 (default: 100)"
+        "--windows", type=positive, default=100, metavar="N", help="most windows of steps in Figure 7 (default: 100)"
     )
     parser.add_argument(
-        "--points", type=_at_least(2), default=5000, metavar="N", help="most points a panel of Figure 3 (default: 5000)"
+        "--points", type=at_least(2), default=5000, metavar="N", help="most points a panel of Figure 3 (default: 5000)"
     )
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp plot`.
 
     Args:
         argv: the arguments after `dynkp plot`; those of the process if None.
 
-    Returns:
-        0, or 1 where there is nothing to draw.
+    Raises:
+        ValueError, OSError, ImportError: if there is nothing to draw, or nothing to draw with.
     """
     command = parser()
     arguments = command.parse_args(argv)
@@ -53,12 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.error("say what to draw: --figure3, --figure7")
     if arguments.figure3 and arguments.figure7 and _stem(arguments.figure3) == _stem(arguments.figure7):
         command.error("--figure3 and --figure7 need names that differ before the suffix: each has a .json beside it")
-    try:
-        _draw(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"dynkp plot: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    _draw(arguments)
 
 
 def _draw(arguments: argparse.Namespace) -> None:
@@ -89,13 +83,3 @@ def _shown(value: float | None) -> str:
 
 def _stem(path: str) -> Path:
     return Path(path).resolve().with_suffix("")
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of {lowest} or more")
-        return value
-
-    return number

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynkp.cli.arguments import positive, share
+from dynkp.cli.arguments import CommandParser, add_image_dir, add_no_progress, add_posts, check_inputs, positive, share
 from dynkp.cli.chat_options import (
     COST_REACHED,
-    DONE,
-    ERROR,
-    INTERRUPTED,
     SOME_FAILED,
     add_sampling_options,
     add_server_options,
     common_settings,
     refuse_key,
 )
+from dynkp.cli.errors import DONE, Interrupted, RunFailedError, log_to_stderr, resumable
 
 ACTIONS = ("ask", "export", "import", "write", "merge")
 # Tasks and filters are named here too, so that the help does not load what they need; the tests hold the lists together.
@@ -75,24 +72,22 @@ examples:
   dynkp rationales export --posts train.jsonl --image-dir images --output r.jsonl --model teacher --batch-dir batch
       for vllm run-batch or a hosted batch service; then dynkp rationales import with --results, and all else the same
 
-exit status: 0 every post has an answer, 1 the run could not be made, 2 the command line is wrong, 3 some posts failed,
+exit status: 0 every post has an answer, 1 the server failed, 2 the command line or a file is wrong, 3 some posts failed,
 4 --max-cost was reached, 130 interrupted
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp rationales", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> CommandParser:
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("rationales", DESCRIPTION, EPILOG)
     parser.add_argument("action", nargs="?", choices=ACTIONS, default="ask", help="see above (default: ask)")
     what = parser.add_argument_group("what")
-    what.add_argument("--posts", metavar="FILE", help="JSON Lines file of posts (dynkp convert makes one)")
-    what.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
+    add_posts(what, "JSON Lines file of posts (dynkp convert makes one)", required=False)
+    add_image_dir(what)
     what.add_argument("--output", required=True, metavar="FILE", help="JSON Lines file of posts with rationales")
     what.add_argument("--limit", type=positive, metavar="N", help="only the first N posts of the file")
     what.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th post from the I-th on")
-    what.add_argument("--allow-image-urls", action="store_true", help="let pictures be addresses, which the server fetches")
+    what.add_argument("--allow-image-urls", action="store_true", help="let images be addresses, which the server fetches")
 
     add_server_options(parser)
 
@@ -128,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     after.add_argument("--preview", type=positive, default=0, metavar="N", help="an HTML page of N posts: R.preview.html")
     after.add_argument("--batch-dir", metavar="DIR", help="export: the folder for the files")
     after.add_argument("--results", nargs="+", default=[], metavar="FILE", help="import: files of results")
-    after.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_no_progress(after)
     return parser
 
 
@@ -139,20 +134,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `dynkp rationales`; those of the process if None.
 
     Returns:
-        0 if every post has an answer, 1 where the run could not be made, 3 where posts failed, 4 where the cost was
-        reached, 130 where it was interrupted.
+        0 if every post has an answer, 3 if posts failed, 4 if the cost was reached.
+
+    Raises:
+        ValueError, OSError, ImportError: if the command line or a file is wrong.
+        RunFailedError: if the server failed.
+        Interrupted: after Ctrl-C.
     """
     arguments = _parsed(parser(), argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dynkp").setLevel(logging.INFO)
-    try:
+    log_to_stderr()
+    check_inputs(arguments, "posts", "image_dir", kind="file")
+    with resumable(f"the same command goes on with {arguments.output}"):
         return _ACTIONS[arguments.action](arguments)
-    except KeyboardInterrupt:
-        print(f"\ndynkp rationales: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
-        print(f"dynkp rationales: error: {error}", file=sys.stderr)
-        return ERROR
 
 
 def _run(arguments: argparse.Namespace) -> Any:
@@ -172,12 +165,10 @@ def _ask(arguments: argparse.Namespace) -> int:
     with _run(arguments) as run:
         outcome = run.ask()
         if outcome.stopped == "interrupted":
-            print(f"dynkp rationales: interrupted, {outcome.open:,} posts are open; the same command goes on", file=sys.stderr)
-            return INTERRUPTED
+            raise Interrupted(f"{outcome.open:,} posts are open; the same command goes on")
         _write(run)
     if outcome.stopped == "server":
-        print(f"dynkp rationales: error: {outcome.reason}\nThe same command goes on.", file=sys.stderr)
-        return ERROR
+        raise RunFailedError(f"{outcome.reason}. The same command goes on.")
     if outcome.stopped == "max_cost":
         print(f"dynkp rationales: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
         return COST_REACHED
@@ -241,7 +232,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 _ACTIONS = {"ask": _ask, "export": _export, "import": _import, "write": _write_only, "merge": _merge}
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     refuse_key(parser, arguments)
     needed = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dynkp.cli.arguments import CommandParser, check_inputs
 
 DESCRIPTION = """\
 Make the test set harder: fewer of its keyphrases are known from training, as in the Dynamic CoT paper's MMKP-V2 (section 4.1).
@@ -25,42 +26,36 @@ examples:
   dynkp resample --train train_src.txt --test test_src.txt --target-overlap 0 --out-dir unseen
       from CMKP's files; every post left in the test set has new keyphrases only
   dynkp resample --train train.parquet --test test.parquet --target-overlap 0.5 --out-dir half --output-image-dir half/images
-      pictures inside the source become files
+      images inside the source become files
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp resample", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", required=True, metavar="FILE", help="training posts, in any form that docs/data.md names")
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("resample", DESCRIPTION, EPILOG)
+    parser.add_argument("--train", required=True, metavar="FILE", help="training posts, in any format that docs/data.md names")
     parser.add_argument("--test", required=True, metavar="FILE", help="test posts; no id may be in both")
     parser.add_argument(
         "--target-overlap", required=True, type=_share, metavar="SHARE", help="largest share of known keyphrases, from 0 to 1"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order in which posts are dropped (default: 0)")
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="made if need be; files of these names are replaced")
-    parser.add_argument("--output-image-dir", metavar="DIR", help="a folder for pictures that are inside the source (Parquet)")
+    parser.add_argument("--output-image-dir", metavar="DIR", help="a folder for images that are inside the source (Parquet)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp resample`.
 
     Args:
         argv: the arguments after `dynkp resample`; those of the process if None.
 
-    Returns:
-        0, or 1 where the posts cannot be read or nothing would be left.
+    Raises:
+        ValueError, OSError: if the posts cannot be read, or none would be left.
     """
     arguments = parser().parse_args(argv)
-    try:
-        _resample(arguments)
-    except (ValueError, OSError) as error:
-        print(f"dynkp resample: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    check_inputs(arguments, "train", "test")
+    _resample(arguments)
 
 
 def _resample(arguments: argparse.Namespace) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dynkp.cli.arguments import CommandParser, check_inputs
 
 DESCRIPTION = """\
 Describe posts, as the papers' dataset tables do: how many, with how many keyphrases, how many of these are different, how
 many of those the training posts have too, how long the texts are, how many posts have an image or a rationale.
 
-Two keyphrases are the same if they differ in case and blanks only."""
+Two keyphrases are the same if they differ in case and whitespace only."""
 
 EPILOG = """\
 examples:
@@ -23,20 +24,18 @@ examples:
   dynkp stats --test valid.jsonl test.jsonl --markdown table.md
       several sets
 
-Images are counted by their names; whether they can be opened is for training and prediction to say.
+Images are counted by their names; whether they can be opened is checked before training and prediction.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp stats", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("stats", DESCRIPTION, EPILOG)
     parser.add_argument(
         "--train",
         "--train-keyphrases",
         metavar="FILE",
-        help="training posts, in any form that docs/data.md names, or a text file with a keyphrase per line (.txt)",
+        help="training posts, in any format that docs/data.md names, or a text file with a keyphrase per line (.txt)",
     )
     parser.add_argument("--test", nargs="+", default=[], metavar="FILE", help="posts to describe")
     parser.add_argument("--json", metavar="FILE", help="all figures: split -> figure, unrounded, shares as fractions")
@@ -44,25 +43,21 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp stats`.
 
     Args:
         argv: the arguments after `dynkp stats`; those of the process if None.
 
-    Returns:
-        0, or 1 where a file cannot be read.
+    Raises:
+        ValueError, OSError: if a file cannot be read.
     """
     command = parser()
     arguments = command.parse_args(argv)
     if not arguments.train and not arguments.test:
         command.error("name posts: --train, --test or both")
-    try:
-        _describe(arguments)
-    except (ValueError, OSError) as error:
-        print(f"dynkp stats: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    check_inputs(arguments, "train", "test")
+    _describe(arguments)
 
 
 def _describe(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dynkp.data.choices import did_you_mean
 from dynkp.data.tasks import KeyphraseTask
 
 SENTIMENTS = ("positive", "neutral", "negative")
@@ -402,5 +403,8 @@ def resolve_reasoning_task(task: str | ReasoningTask) -> ReasoningTask:
         return task
     if task not in REASONING_TASKS:
         known = ", ".join(REASONING_TASKS)
-        raise ValueError(f"task={task!r} is not known: use one of {known}, or a ReasoningTask of your own")
+        raise ValueError(
+            f"task={task!r} is not known: use one of {known}, or a ReasoningTask of your own."
+            f"{did_you_mean(task, REASONING_TASKS)}"
+        )
     return REASONING_TASKS[task]

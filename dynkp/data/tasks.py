@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynkp.data.choices import did_you_mean
+
 # The parser is part of the metric, which imports nothing else of dynkp.
 from dynkp.mmkp_f1.answers import ANSWER, END_ANSWER, END_THINK, STRIPPED, TAG, THINK, Answer, parse_answer
 from dynkp.mmkp_f1.answers import TAGS as TAGS
@@ -178,5 +180,8 @@ def resolve_task(task: str | KeyphraseTask) -> KeyphraseTask:
     if isinstance(task, KeyphraseTask):
         return task
     if task not in TASKS:
-        raise ValueError(f"task={task!r} is not known: use one of {', '.join(TASKS)}, or a KeyphraseTask of your own")
+        known = ", ".join(TASKS)
+        raise ValueError(
+            f"task={task!r} is not known: use one of {known}, or a KeyphraseTask of your own.{did_you_mean(task, TASKS)}"
+        )
     return TASKS[task]

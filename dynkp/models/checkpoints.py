@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -21,7 +23,12 @@ from transformers import (
     ProcessorMixin,
 )
 
+from dynkp.data.choices import did_you_mean
+from dynkp.data.paths import check_path
 from dynkp.models.released_adapters import SUFFIXES, load_released_adapter
+
+# Every saved model has the first, every saved adapter the second.
+_CONFIGURATIONS = ("config.json", "adapter_config.json")
 
 
 class Checkpoint(NamedTuple):
@@ -64,9 +71,8 @@ def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     if is_file and not os.path.isfile(str(adapter)):
         raise FileNotFoundError(f"adapter={adapter!r}: there is no such file")
     for name, value in (("model", model), ("adapter", None if is_file else adapter)):
-        # A Hub id has one slash at most and begins with a letter or digit.
-        if value is not None and not os.path.isdir(value) and (value.count("/") > 1 or value.startswith((".", "/", "~"))):
-            raise FileNotFoundError(f"{name}={value!r}: there is no such folder")
+        if value is not None:
+            check_path(value, name, "folder")
     if not os.path.isdir(model) or os.path.isfile(os.path.join(model, "config.json")):
         return Checkpoint(model, adapter)
     file = Path(model, "adapter_config.json")
@@ -78,6 +84,39 @@ def find_checkpoint(model: str, adapter: str | None = None) -> Checkpoint:
     if not base:
         raise ValueError(f"model={model!r} is an adapter that names no base model; give that as model, and this as adapter")
     return Checkpoint(base, model)
+
+
+def check_available(name: str, option: str = "model", revision: str | None = None) -> None:
+    """Refuse a model that is neither in a folder nor on the Hub, in one sentence and before anything is loaded.
+
+    Args:
+        name: folder or Hub id of a model or of an adapter.
+        option: how the error calls it.
+        revision: on the Hub.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no model, or the Hub does not have the model or cannot be
+            asked for one that was not downloaded before.
+    """
+    check_path(name, option, "folder")
+    if os.path.isdir(name):
+        if not any(os.path.isfile(os.path.join(name, file)) for file in _CONFIGURATIONS):
+            raise FileNotFoundError(f"{option}={name!r} has neither a {' nor an '.join(_CONFIGURATIONS)}; name a saved model")
+        return
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _CONFIGURATIONS):
+            return
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        reason = "the Hub has no such model; check the spelling, or log in with `hf auth login` if it is private"
+    except HFValidationError:
+        reason = "this is not a Hub id; check the spelling"
+    except Exception:  # offline mode, no network, or no answer: an error of whatever the HTTP client's own class is
+        reason = "the Hub cannot be reached; name a folder, or download the model first"
+    else:
+        return
+    hint = did_you_mean(name, (entry for entry in os.listdir() if os.path.isdir(entry)))
+    raise FileNotFoundError(f"{option}={name!r}: there is no such folder, and {reason}.{hint}")
 
 
 def load_processor_by_name(

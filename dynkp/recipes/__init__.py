@@ -1,1 +1,1 @@
-"""Recipes: published settings, Accelerate and DeepSpeed configurations, installed with the package."""
+"""Recipes: published settings of training, Accelerate and DeepSpeed configurations, installed with the package."""

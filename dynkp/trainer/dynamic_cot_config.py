@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dynkp.data.choices import did_you_mean
 from dynkp.objectives.switching import parse_gamma
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
@@ -85,4 +86,7 @@ class DynamicCoTConfig(KeyphraseConfig):
                 return float(rate)
         except ValueError:
             pass
-        raise ValueError(f"`strategy` is {self.strategy!r}; choose one of {', '.join(map(repr, STRATEGIES))} with 0 <= p <= 1.")
+        raise ValueError(
+            f"`strategy` is {self.strategy!r}; choose one of {', '.join(map(repr, STRATEGIES))} with 0 <= p <= 1."
+            f"{did_you_mean(self.strategy, STRATEGIES[:-1])}"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from dynkp.data.choices import did_you_mean
 from dynkp.mmkp_f1.scoring import CONVENTIONS
 
 
@@ -148,4 +149,4 @@ class KeyphraseConfig(SFTConfig):
 def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
     """Refuse an option's value that is not among its choices."""
     if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.{did_you_mean(value, choices)}")

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from dynkp.data.choices import did_you_mean
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 
@@ -89,7 +90,10 @@ class MulCoTRDConfig(KeyphraseConfig):
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs = {"mode": mode, **PLATEAU, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
         if self.task not in REASONING_TASKS:
-            raise ValueError(f"`task` is {self.task!r}; choose one of {', '.join(map(repr, REASONING_TASKS))}.")
+            raise ValueError(
+                f"`task` is {self.task!r}; choose one of {', '.join(map(repr, REASONING_TASKS))}."
+                f"{did_you_mean(self.task, REASONING_TASKS)}"
+            )
         if self.separator is not None:
             raise ValueError(f"`separator` is {self.separator!r}, but task {self.task!r} has its own. Leave it None.")
         _ = self.parsed_task_weights

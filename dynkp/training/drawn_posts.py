@@ -1,9 +1,9 @@
-"""The embedded default of train.py: direct answers against Dynamic CoT on posts drawn by the package.
+"""The default of `dynkp train`: direct answers against Dynamic CoT on posts that the package draws.
 
-A drawn post's keyphrase names an icon and a mood; the icon needs picture and text, the mood the text (see
-docs/drawn_posts.md). A small LLaVA-shaped model first learns to see and to read, without keyphrases, which stands in
-for pretraining; then a copy of it is trained per strategy. To show that posts need both modalities, the trained
-models are also scored with the picture removed and with the text removed.
+A drawn post's keyphrase names an icon and a mood; the icon needs image and text, the mood the text (see
+docs/drawn_posts.md). A small LLaVA-shaped model first learns to see and to read, without keyphrases, in place of
+pretraining; then a copy of it is trained with each strategy. To show that posts need both modalities, the trained
+models are also scored with the image removed and with the text removed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from datasets import Dataset
 from dynkp import DynamicCoTConfig, DynamicCoTTrainer, KeyphraseTask, generate_keyphrases, write_predictions
 from dynkp.data.baselines import most_frequent_keyphrase
 from dynkp.files.json_files import write_json
-from dynkp.report.scores import comparison_table, score_predictions
+from dynkp.prediction.empty_outputs import advice_on_empty_outputs
+from dynkp.report.scores import score_predictions
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from dynkp.synthetic.world import describe_posts, draw_posts
+from dynkp.training.closing import closing_table, wrapped
+from dynkp.training.opening import announce
 
-logger = logging.getLogger("train")
+logger = logging.getLogger(__name__)
 
 TASK = KeyphraseTask("drawn_posts", "tags ?")
 TRAIN_POSTS, TEST_POSTS, PRETRAINING_ROWS = 4000, 600, 16000
@@ -42,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
     # Direct targets have 3 tokens here, so this makes γ·L = 1.5 nats: outputs stay mixed (docs/methods/dynamic_cot.md).
     "gamma": "0.5",
     "save_strategy": "no",
-    # Pictures are decoded and prompts tokenized beside the training step.
+    # Images are decoded and prompts tokenized in a process beside the training step.
     "dataloader_num_workers": 1,
 }
 # Reasoning takes about 30 words of this world's vocabulary.
@@ -50,7 +53,14 @@ MAX_NEW_TOKENS = 48
 
 
 def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> None:
-    """Draw, pretrain, train with each strategy, predict, score, print; files go to `args.output_dir`."""
+    """Draw posts, pretrain a model, train it with each strategy, predict, score and print.
+
+    Leaves the last model, `predictions.jsonl`, `predictions.STRATEGY.jsonl` and `metrics.json` in `args.output_dir`.
+
+    Args:
+        args: options of the trainings; the strategy is compared with `"direct"`.
+        predict_batch_size: posts per generation batch.
+    """
     started = time.perf_counter()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more threads cost a model this small more than they give, and its worker wants a core
@@ -64,13 +74,14 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
         len(train_posts), len(test_posts), len(descriptions), pretrained.num_parameters() / 1e6,
     )  # fmt: skip
 
-    logger.info("Pretraining: describe pictures, find the icon that a text means; no keyphrases.")
+    logger.info("Pretraining: describe images, find the icon that a text means; no keyphrases.")
     train(pretrained, processor, descriptions, dataclasses.replace(args, **PRETRAINING))
 
     output_dir = Path(args.output_dir)
     train_keyphrases = {phrase for phrases in train_posts["keyphrases"] for phrase in phrases}
     systems: dict[str, dict[str, Any]] = {}
     logs: dict[str, Any] = {}
+    outputs: list[Any] = []
     for strategy in dict.fromkeys(("direct", args.strategy)):
         logger.info("Training with strategy %r.", strategy)
         # Not a deep copy: TRL's trainer has bound the model's forward to the original (docs/footguns.md).
@@ -78,7 +89,7 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
         model.load_state_dict(pretrained.state_dict())
         trainer = train(model, processor, train_posts, dataclasses.replace(args, strategy=strategy))
         logs[strategy] = trainer.state.log_history
-        for modality, name in (("both", strategy), ("text", f"{strategy}, no picture"), ("image", f"{strategy}, no text")):
+        for modality, name in (("both", strategy), ("text", f"{strategy}, no image"), ("image", f"{strategy}, no text")):
             predictions = list(
                 generate_keyphrases(
                     trainer.model,
@@ -91,25 +102,32 @@ def compare_on_drawn_posts(args: DynamicCoTConfig, predict_batch_size: int) -> N
                     progress=not args.disable_tqdm,
                 )
             )
-            systems[name] = score_predictions(predictions, test_posts, train_keyphrases)
+            systems[name] = score_predictions(predictions, test_posts, train_keyphrases, convention=args.eval_convention)
             if modality == "both":
+                outputs += predictions
                 write_predictions(output_dir / f"predictions.{strategy}.jsonl", predictions)
                 write_predictions(output_dir / "predictions.jsonl", predictions)
     trainer.save_model(args.output_dir)
 
     frequent = most_frequent_keyphrase(train_posts.select_columns(["keyphrases"]))
     constant = [{"id": post_id, "keyphrases": [frequent]} for post_id in test_posts["id"]]
-    systems[f"most frequent ({frequent})"] = score_predictions(constant, test_posts, train_keyphrases)
-    write_json(output_dir / "metrics.json", {"strategy": args.strategy, "systems": systems, "logs": logs})
-    print(
-        f"\n{comparison_table(systems)}\n\n"
-        "Percent, convention cmkp; unseen: compositions of seen words that no training post has. "
-        f"{time.perf_counter() - started:.0f} s in all.\nWritten: {output_dir}/predictions.jsonl, {output_dir}/metrics.json"
+    systems[f"most frequent ({frequent})"] = score_predictions(
+        constant, test_posts, train_keyphrases, convention=args.eval_convention
     )
+    write_json(output_dir / "metrics.json", {"strategy": args.strategy, "systems": systems, "logs": logs})
+    print(f"\n{closing_table(systems)}\n")
+    print(wrapped("Unseen are compositions of seen words that no training post has."))
+    print(
+        wrapped(
+            f"Written: predictions.jsonl, metrics.json and the model in {output_dir}; {time.perf_counter() - started:.0f} s"
+        )
+    )
+    if advice := advice_on_empty_outputs(outputs, MAX_NEW_TOKENS, str(output_dir / "predictions.jsonl")):
+        logger.warning("%s", wrapped(advice))
 
 
 def vocabulary(train_posts: Dataset, descriptions: Dataset) -> list[str]:
-    """All texts that the word-level tokenizer must know."""
+    """Collect the texts that the word-level tokenizer must know."""
     texts = [TASK.instruction]
     for post in train_posts.select_columns(["text", "keyphrases", "rationale"]):
         texts += [post["text"], TASK.reasoning_target(post["keyphrases"], post["rationale"])]
@@ -119,7 +137,8 @@ def vocabulary(train_posts: Dataset, descriptions: Dataset) -> list[str]:
 
 
 def train(model: Any, processor: Any, posts: Dataset, args: DynamicCoTConfig) -> DynamicCoTTrainer:
-    """Train `model` in place."""
+    """Train `model` in place; return its trainer."""
     trainer = DynamicCoTTrainer(model=model, args=args, train_dataset=posts, processing_class=processor, task=TASK)
+    announce(trainer, "dynamic_cot")
     trainer.train()
     return trainer

@@ -54,13 +54,13 @@ def test_pictures(shared, tmp_path, capsys):
 
 
 def test_errors(tmp_path, capsys):
-    assert convert(tmp_path, "x_src.txt") == 1
+    assert convert(tmp_path, "x_src.txt") == 2
     assert "dynkp convert: error: post 'b' cannot be written as cmkp: 'two\\nlines'" in capsys.readouterr().err
-    assert convert(tmp_path, "x.parquet") == 1
+    assert convert(tmp_path, "x.parquet") == 2
     assert (
         "post 'a' cannot be written as parquet: image 'O_4242.jpg' is a file name: pass its folder" in capsys.readouterr().err
     )
-    assert convert(tmp_path, "x.jsonl", "--split", "a", "--join", "orc") == 1
+    assert convert(tmp_path, "x.jsonl", "--split", "a", "--join", "orc") == 2
     assert "join='orc'" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["posts.jsonl"]
     with pytest.raises(SystemExit, match="2"):
@@ -80,7 +80,7 @@ def test_sentiment(tmp_path, capsys):
         Image.new("RGB", (20, 20)).save(folder / "data" / f"{name}.jpg")
     output = tmp_path / "posts.jsonl"
     more = ["convert", "--task", "msc", "--posts", str(folder), "--output", str(output), "--no-progress"]
-    assert cli.main(more) == 1
+    assert cli.main(more) == 2
     assert "post '2' cannot be written as jsonl: contradictory_labels" in capsys.readouterr().err
     listed = tmp_path / "left_out.jsonl"
     assert cli.main([*more, "--on-invalid", "skip", "--report-file", str(listed)]) == 0
@@ -96,7 +96,7 @@ def test_sentiment(tmp_path, capsys):
     # Rows without ids get the file's; a file is not replaced by itself.
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "go cubs", "aspect": "cubs", "label": "Positive", "cot": "A cheer."}) + "\n")
-    assert cli.main(["convert", "--task", "masc", "--posts", str(rows), "--output", str(rows)]) == 1
+    assert cli.main(["convert", "--task", "masc", "--posts", str(rows), "--output", str(rows)]) == 2
     assert "would replace the posts that are read" in capsys.readouterr().err
     assert cli.main(["convert", "--task", "masc", "--posts", str(rows), "--output", str(output), "--no-progress"]) == 0
     row = json.loads(output.read_text())

@@ -54,13 +54,14 @@ def test_the_cache_is_cut_to_what_the_student_shares(tmp_path: Path, capsys: pyt
     cache = SoftLabelCache(tmp_path / "out")
     vocabulary = build("llava")[0].config.text_config.vocab_size
     assert cache.settings["vocabulary"] == vocabulary and cache.settings["top_k"] == 4
-    assert set(cache.places) == {(f"post-{i}", task) for i in range(4) for task in ("label", "chain")} - {("post-2", "chain")}
+    every = {(f"post-{i}", task) for i in range(4) for task in ("label", "chain")}
+    assert set(cache.locations) == every - {("post-2", "chain")}
     printed = capsys.readouterr().out
     assert "7 answers written, 7 in all" in printed and "left out by the likeliest k tokens: 1: 9" in printed
     report = json.loads((tmp_path / "out/truncation.json").read_text())
     assert 0 < report["divergence_kept"]["1"] < report["divergence_kept"]["4"] < 1
     assert main(command) == 0 and "0 answers written, 7 in all" in capsys.readouterr().out
-    assert main(arguments("cache", tmp_path, model=assistant, student=student, **{"top-k": 5})) == 1
+    assert main(arguments("cache", tmp_path, model=assistant, student=student, **{"top-k": 5})) == 2
     assert "other settings: top_k was 4 and is 5" in capsys.readouterr().err
 
 
@@ -72,7 +73,7 @@ def test_several_processes_share_the_posts(tmp_path: Path, monkeypatch: pytest.M
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         assert main(arguments("cache", tmp_path, model=model)) == 0
-    assert len(SoftLabelCache(tmp_path / "out").places) == 7
+    assert len(SoftLabelCache(tmp_path / "out").locations) == 7
     files = {file.name for file in (tmp_path / "out").glob("labels-*")}
     assert files == {f"labels-{rank}-00000.safetensors" for rank in (0, 1)}
 
@@ -80,7 +81,7 @@ def test_several_processes_share_the_posts(tmp_path: Path, monkeypatch: pytest.M
 def test_a_student_with_other_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_posts(tmp_path)
     models = {"model": save(tmp_path / "assistant"), "student": save(tmp_path / "student", family="qwen2")}
-    assert main(arguments("cache", tmp_path, **models)) == 1
+    assert main(arguments("cache", tmp_path, **models)) == 2
     assert "shared token ids" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -97,7 +98,7 @@ def test_what_is_not_there_is_named(
     options: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_posts(tmp_path)
-    assert main(arguments("cache", tmp_path, **{"model": "/elsewhere", **options})) == 1
+    assert main(arguments("cache", tmp_path, **{"model": "/elsewhere", **options})) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
@@ -107,10 +108,10 @@ def test_posts_without_label_are_named_or_dropped(tmp_path: Path, capsys: pytest
     rows[1]["label"] = "angry"
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = save(tmp_path / "assistant")
-    assert main(arguments("cache", tmp_path, model=model)) == 1
+    assert main(arguments("cache", tmp_path, model=model)) == 2
     assert "post 'post-1'" in capsys.readouterr().err
     assert main(arguments("cache", tmp_path, model=model, **{"on-invalid": "skip"})) == 0
-    assert len(SoftLabelCache(tmp_path / "out").places) == 5
+    assert len(SoftLabelCache(tmp_path / "out").locations) == 5
 
 
 @pytest.mark.parametrize("option", ["--top-k=0", "--temperature=0", "--temperature=inf", "--compare=-1", "--batch-size=x"])
@@ -145,5 +146,5 @@ def test_right_chains_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_chains_of_other_posts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_posts(tmp_path)
     (tmp_path / "chains.jsonl").write_text(json.dumps({"id": "stranger", "raw": ""}) + "\n", encoding="utf-8")
-    assert main(arguments("augment", tmp_path, chains=tmp_path / "chains.jsonl")) == 1
+    assert main(arguments("augment", tmp_path, chains=tmp_path / "chains.jsonl")) == 2
     assert "stranger" in capsys.readouterr().err and not (tmp_path / "out").exists()

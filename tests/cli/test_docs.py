@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import re
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dynkp import KeyphraseConfig
 from dynkp.cli import COMMANDS
+from dynkp.training.options import METHODS, DataArguments, PredictionArguments, TinyModelArguments
 from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -34,6 +37,18 @@ def command_lines(text: str) -> list[list[str]]:
     return lines
 
 
+def documented_options(command: str) -> list[str]:
+    """Every option of a command; of `train`, the options of every method that are not TRL's or transformers'."""
+    if command != "train":
+        actions = parser_of(command)._actions
+        return [option for action in actions if action.help != argparse.SUPPRESS for option in action.option_strings]
+    ours = [DataArguments, PredictionArguments, TinyModelArguments]
+    names = [field.name for configuration in ours for field in dataclasses.fields(configuration)]
+    names += [name for _, configuration in METHODS.values() for name in configuration.__annotations__ if name[0] != "_"]
+    names += [name for name in KeyphraseConfig.__annotations__ if name[0] != "_" and name != "remove_unused_columns"]
+    return ["--recipe", "--config", "--help-all", *(f"--{name} " for name in names)]
+
+
 def test_the_reference_has_every_command_and_option() -> None:
     spec = importlib.util.spec_from_file_location("commands", DOCS / "hooks" / "commands.py")
     hook = importlib.util.module_from_spec(spec)
@@ -43,9 +58,8 @@ def test_the_reference_has_every_command_and_option() -> None:
     assert hook.on_page_markdown("other page") == "other page"
     for command in COMMANDS:
         section = page.partition(f"## dynkp {command}\n")[2].partition("\n## dynkp")[0]
-        for action in parser_of(command)._actions:
-            for option in action.option_strings:
-                assert option in section, f"{command} {option}"
+        for option in documented_options(command):
+            assert option in section, f"{command} {option}"
         assert "examples:" in section, f"dynkp {command} --help has no examples"
 
 
@@ -56,7 +70,7 @@ def test_command_lines_are_understood(page: Path) -> None:
         parser_of(command).parse_args(words)
 
 
-@pytest.mark.parametrize("command", ["predict", "rationales", "judge", "distill", "evaluate", "stats"])
+@pytest.mark.parametrize("command", ["train", "recipes", "predict", "rationales", "judge", "distill", "evaluate", "stats"])
 def test_examples_in_the_help_are_understood(command: str) -> None:
     parser = parser_of(command)
     lines = re.sub(r"\\\n\s*", "", parser.epilog).splitlines()

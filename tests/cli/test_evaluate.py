@@ -177,12 +177,12 @@ def test_equal_systems_have_no_mark(posts: str, tmp_path: Path, capsys: pytest.C
 def test_ids_that_do_not_match_are_listed(posts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [ROWS[1], ROWS[1], {"id": "z", "keyphrases": ["x"]}, {"id": "y", "keyphrases": []}]
     file = write(tmp_path / "p.jsonl", rows)
-    assert evaluate("--predictions", file, "--posts", posts) == 1
+    assert evaluate("--predictions", file, "--posts", posts) == 2
     error = capsys.readouterr().err
     assert file in error
     for part in ("repeated ids: 'a'", "unknown ids: 'z', 'y'", "missing ids: 'b', 'c'"):
         assert part in error
-    assert evaluate("--predictions", file, "--posts", posts, "--allow-missing") == 1  # the rest is still wrong
+    assert evaluate("--predictions", file, "--posts", posts, "--allow-missing") == 2  # the rest is still wrong
     assert "missing" not in capsys.readouterr().err
 
 
@@ -223,7 +223,7 @@ def test_lines_that_are_no_predictions(
     posts: str, tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "p.jsonl", [ROWS[2], line])
-    assert evaluate("--predictions", file, "--posts", posts) == 1
+    assert evaluate("--predictions", file, "--posts", posts) == 2
     error = capsys.readouterr().err
     assert message in error and "p.jsonl, line 2" in error and len(error) < 600
 
@@ -235,7 +235,7 @@ def test_lines_that_are_no_predictions(
         (["--subsets", "rare"], "subsets: 'rare' is not known"),
         (["--confidence", "95"], "confidence=95.0 must be between 0 and 1"),
         (["--resamples", "-1"], "resamples=-1 must be 0"),
-        (["--k", "0"], "every cut-off must be a whole number of at least 1"),
+        (["--k", "0"], "every cut-off must be an integer of at least 1"),
         (["--names", "a", "b"], "--names has 2 names and --predictions 1 files"),
         (["--train-keyphrases", "EMPTY"], "has no keyphrases"),
         (["--train-keyphrases", "/nowhere.txt"], "/nowhere.txt"),
@@ -251,7 +251,7 @@ def test_errors_name_what_is_wrong(
     files = {"EMPTY": write(tmp_path / "empty.txt", ["\n\n"]), "BARE": write(tmp_path / "bare.jsonl", bare)}
     files["BLANK"] = write(tmp_path / "blank.jsonl", [{"id": "x", "text": "t", "keyphrases": ["dog", " "]}, POSTS[0]])
     file = write(tmp_path / "p.jsonl", ROWS)
-    assert evaluate("--predictions", file, "--posts", posts, *[files.get(word, word) for word in more]) == 1
+    assert evaluate("--predictions", file, "--posts", posts, *[files.get(word, word) for word in more]) == 2
     assert message in capsys.readouterr().err
 
 

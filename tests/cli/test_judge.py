@@ -24,6 +24,7 @@ import pytest
 from dynkp import cli
 from dynkp.chat.settings import RunSettings
 from dynkp.cli import chat_options, judge
+from dynkp.cli.errors import INTERRUPTED, RUN_FAILED, USER_ERROR
 from dynkp.judging.ranks import CRITERIA, TIES
 from dynkp.judging.run import ANSWER_FORMATS, JudgeSettings
 from tests.conftest import REPOSITORY
@@ -103,9 +104,9 @@ def test_each_ending_has_its_status(tmp_path: Path, capsys: pytest.CaptureFixtur
         sent = len(server.bodies)
         assert cli.main(asked(tmp_path, url, "--names", "one", "two", "--ties", "min")) == chat_options.SOME_FAILED
         assert "| one " in capsys.readouterr().out and len(server.bodies) == sent
-        assert cli.main(asked(tmp_path, url, "--names", "one")) == chat_options.ERROR
+        assert cli.main(asked(tmp_path, url, "--names", "one")) == USER_ERROR
         assert "dynkp judge: error: 1 names for 2 files" in capsys.readouterr().err
-    assert cli.main(asked(tmp_path, "http://127.0.0.1:9/v1", "--max-tokens", "7")) == chat_options.ERROR
+    assert cli.main(asked(tmp_path, "http://127.0.0.1:9/v1", "--max-tokens", "7")) == RUN_FAILED
     assert "connection failed" in capsys.readouterr().err
 
 
@@ -119,7 +120,7 @@ def test_interrupted_it_goes_on(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == chat_options.INTERRUPTED and "the same command goes on" in said
+        assert process.returncode == INTERRUPTED and "the same command goes on" in said
         assert cli.main(asked(tmp_path, url, "--concurrency", "32")) == 0
         assert len(server.bodies) == 61
 
@@ -166,7 +167,7 @@ def test_people_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["mean_ranks"]["second"]["overall"]["mean"] == pytest.approx((1.5 + 4 * 2) / 5)
     assert 0 < report["alpha"]["overall"] < 1 and report["annotators"] == {"Ann": 5, "Ben": 5}
     assert len(read(tmp_path / "human.jsonl")) == 10
-    assert cli.main([*words[:4], "--key", str(files[0])]) == chat_options.ERROR
+    assert cli.main([*words[:4], "--key", str(files[0])]) == USER_ERROR
     assert "must be a JSON object with form, systems, posts" in capsys.readouterr().err
 
 

@@ -231,7 +231,7 @@ def test_other_settings_are_refused(
         (tmp_path / "posts.jsonl").write_text((folder / "posts.jsonl").read_text().replace("united", "city", 1))
         more = ["--posts", str(tmp_path / "posts.jsonl")]
     before = output.read_bytes(), (output.parent / "p.jsonl.meta.json").read_bytes()
-    assert cli.main(arguments(folder, output, *more)) == 1
+    assert cli.main(arguments(folder, output, *more)) == 2
     error = capsys.readouterr().err
     assert message in error and "Choose another output, or delete" in error
     assert (output.read_bytes(), (output.parent / "p.jsonl.meta.json").read_bytes()) == before
@@ -259,7 +259,7 @@ def test_a_checkpoint_is_more_than_its_weights(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
-        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, which says what made them, is missing"),
+        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, the file of their settings, is missing"),
         (b'{"id": "p1"}\n', b"{", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1"}\n', b"[]", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1", "raw": ""}\nnonsense\n{"id": "p2"}\n', True, "p.jsonl, line 2: not a prediction"),
@@ -281,7 +281,7 @@ def test_files_that_are_no_predictions(
         meta = (folder / "whole" / "p.jsonl.meta.json").read_bytes()
     if meta is not None:
         (tmp_path / "p.jsonl.meta.json").write_bytes(meta)
-    assert cli.main(arguments(folder, output)) == 1
+    assert cli.main(arguments(folder, output)) == 2
     assert message in capsys.readouterr().err
     assert output.read_bytes() == content
 
@@ -300,7 +300,7 @@ def test_files_that_are_no_predictions(
 def test_bad_posts(folder: Path, tmp_path: Path, lines: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     posts = tmp_path / "posts.jsonl"
     posts.write_text("\n".join(lines) + "\n")
-    assert cli.main(arguments(folder, tmp_path / "p.jsonl", "--posts", str(posts))) == 1
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", "--posts", str(posts))) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "p.jsonl").exists()
 
@@ -368,7 +368,7 @@ def test_errors_name_what_is_wrong(
     folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [str(folder / "images") if word == "IMAGES" else word for word in more]
-    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 1
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 2
     assert message in capsys.readouterr().err
 
 
@@ -512,7 +512,7 @@ def test_vllm_adapters(folder: Path, tmp_path: Path, vllm: StandIn, capsys: pyte
     whole_modules["modules_to_save"] = ["multi_modal_projector"]
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(whole_modules))
-    assert cli.main(arguments(folder, tmp_path / "c.jsonl", *adapter[:2], "--adapter", str(tmp_path / "adapter"))) == 1
+    assert cli.main(arguments(folder, tmp_path / "c.jsonl", *adapter[:2], "--adapter", str(tmp_path / "adapter"))) == 2
     assert "multi_modal_projector" in capsys.readouterr().err
 
 
@@ -566,10 +566,10 @@ def test_reasoning_tasks(folder: Path, sentiment: Path, tmp_path: Path, capsys: 
     text = sentiment.read_text()
     sentiment.write_text("\n".join(line.replace("\t0\t", "\t1\t").replace("\t2\t", "\t1\t") for line in text.splitlines()))
     assert run(folder, tmp_path / "label.jsonl", *more) == read(tmp_path / "label.jsonl")
-    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more, "--prompt", "chain")) == 1
+    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more, "--prompt", "chain")) == 2
     assert "task was {'name': 'masc', 'prompt': 'label'" in capsys.readouterr().err
     sentiment.write_text(text.replace("\tfish", "\tdog"))
-    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more)) == 1
+    assert cli.main(arguments(folder, tmp_path / "label.jsonl", *more)) == 2
     assert "posts was '6 posts" in capsys.readouterr().err
     # The two files are what `dynkp evaluate` takes.
     sentiment.write_text(text)
@@ -593,7 +593,7 @@ def test_posts_without_aspect_are_named(
 ) -> None:
     sentiment.write_text(sentiment.read_text() + "6\t1\t\tno aspect $T$\t \n")
     more = ["--posts", str(sentiment), "--task", "masc"]
-    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 1
+    assert cli.main(arguments(folder, tmp_path / "p.jsonl", *more)) == 2
     assert "post 'test-6': no_aspect" in capsys.readouterr().err
     assert len(run(folder, tmp_path / "p.jsonl", *more, "--on-invalid", "skip")) == 6
     assert len(run(folder, tmp_path / "m.jsonl", "--posts", str(sentiment), "--task", "msc")) == 7

@@ -24,6 +24,7 @@ import pytest
 
 from dynkp import cli
 from dynkp.cli import rationales
+from dynkp.cli.errors import DONE, INTERRUPTED, RUN_FAILED, USER_ERROR
 from dynkp.rationales.filters import DEFAULT_FILTERS, FILTERS
 from dynkp.rationales.prompts import TASKS
 from tests.conftest import REPOSITORY
@@ -98,10 +99,10 @@ def test_each_ending_has_its_status(tmp_path: Path, capsys: pytest.CaptureFixtur
         said = capsys.readouterr()
         assert "19 with a rationale, 1 failed" in said.out and "--retry-failed asks them again" in said.err
         server.cursed = ""
-        assert cli.main(arguments(tmp_path, "--base-url", url, "--retry-failed", "--preview", "3")) == rationales.DONE
+        assert cli.main(arguments(tmp_path, "--base-url", url, "--retry-failed", "--preview", "3")) == DONE
         assert "20 with a rationale; 1 requests" in capsys.readouterr().out
         assert (tmp_path / "r.preview.html").read_text().count("<article>") == 3
-    assert cli.main(arguments(tmp_path, "--base-url", url, "--max-tokens", "9")) == rationales.ERROR
+    assert cli.main(arguments(tmp_path, "--base-url", url, "--max-tokens", "9")) == RUN_FAILED
     said = capsys.readouterr()
     assert "10 posts in a row failed, the last: 2 attempts, the last: connection failed" in said.err
 
@@ -115,7 +116,7 @@ def test_ctrl_c_and_on(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == rationales.INTERRUPTED and "the same command goes on" in said
+        assert process.returncode == INTERRUPTED and "the same command goes on" in said
         assert answered(tmp_path) == len(server.bodies) < 60
         assert cli.main(arguments(tmp_path, "--base-url", url, "--concurrency", "32")) == 0
         assert len(server.bodies) == 60
@@ -156,10 +157,10 @@ def test_the_key_is_nowhere(tmp_path: Path, status: int) -> None:
             env=environment,
         )
         assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
-    assert result.returncode == (rationales.SOME_FAILED if status == 200 else rationales.ERROR), result.stderr
+    assert result.returncode == (rationales.SOME_FAILED if status == 200 else RUN_FAILED), result.stderr
     assert KEY not in result.stdout + result.stderr
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    written = {"r.jsonl", "r.errors.jsonl", "r.report.json", "r.preview.html", "answers-00001.jsonl", "answers.index"}
+    written = {"r.jsonl", "r.errors.jsonl", "r.report.json", "r.preview.html", "answers-00001.jsonl", "index.sqlite"}
     assert written <= {file.name for file in files}
     assert [file.name for file in files if KEY.encode() in file.read_bytes()] == []
 
@@ -174,7 +175,7 @@ def test_a_key_on_the_command_line_is_refused(
     said = capsys.readouterr()
     assert "an argument holds the API key" in said.err and KEY not in said.err + said.out
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert cli.main(arguments(tmp_path, "--base-url", f"http://user:{KEY}@127.0.0.1:9/v1")) == rationales.ERROR
+    assert cli.main(arguments(tmp_path, "--base-url", f"http://user:{KEY}@127.0.0.1:9/v1")) == USER_ERROR
     said = capsys.readouterr()
     assert "base_url must have no user" in said.err and KEY not in said.err + said.out
 
@@ -209,7 +210,7 @@ def test_shards_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["rationales", "merge", "--output", str(tmp_path / "r.jsonl"), "--no-progress"]) == 0
     assert "7 posts: 7 with a rationale" in capsys.readouterr().out
     assert [row["id"] for row in read(tmp_path / "r.jsonl")] == [f"p{n}" for n in range(7)]
-    assert cli.main(["rationales", "merge", "--output", str(tmp_path / "other.jsonl")]) == rationales.ERROR
+    assert cli.main(["rationales", "merge", "--output", str(tmp_path / "other.jsonl")]) == USER_ERROR
     assert "there is no finished shard" in capsys.readouterr().err
 
 
@@ -244,5 +245,6 @@ def test_command_lines_that_cannot_be_understood(words: list[str], error: str, c
 
 
 def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments(tmp_path, "--base-url", "http://127.0.0.1:9/v1")) == rationales.ERROR
-    assert "dynkp rationales: error: there is no file" in capsys.readouterr().err
+    assert cli.main(arguments(tmp_path, "--base-url", "http://127.0.0.1:9/v1")) == USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("dynkp rationales: error: --posts=") and error.endswith("there is no such file\n")

@@ -65,7 +65,7 @@ def test_pictures_inside_the_source_become_files(shared, tmp_path):
     for name, part in (("train", rows[:40]), ("test", rows[40:])):
         convert_posts(part, tmp_path / f"{name}.parquet", image_dir=images)
     sources = tmp_path / "train.parquet", tmp_path / "test.parquet"
-    assert run(tmp_path / "out", *sources, "1") == 1  # nowhere to put them
+    assert run(tmp_path / "out", *sources, "1") == 2  # nowhere to put them
     assert not list((tmp_path / "out").iterdir())
     assert run(tmp_path / "out", *sources, "1", "--output-image-dir", str(tmp_path / "images")) == 0
     written = read(tmp_path / "out/train.jsonl") | read(tmp_path / "out/test.jsonl")
@@ -87,7 +87,7 @@ def test_pictures_inside_the_source_become_files(shared, tmp_path):
 def test_errors(tmp_path, capsys, train, test, target, message):
     for name, row in (("train", {"id": "x", **train}), ("test", {"id": "y", **test})):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "t", **row}))
-    assert run(tmp_path / "out", tmp_path / "train.jsonl", tmp_path / "test.jsonl", target) == 1
+    assert run(tmp_path / "out", tmp_path / "train.jsonl", tmp_path / "test.jsonl", target) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -96,7 +96,7 @@ def test_sources_are_not_replaced(tmp_path, capsys):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": "t", "keyphrases": ["a"]}))
     before = (tmp_path / "test.jsonl").read_bytes()
-    assert run(tmp_path, tmp_path / "train.jsonl", tmp_path / "test.jsonl", "1") == 1
+    assert run(tmp_path, tmp_path / "train.jsonl", tmp_path / "test.jsonl", "1") == 2
     assert "test.jsonl would be replaced, and its posts are read" in capsys.readouterr().err
     assert (tmp_path / "test.jsonl").read_bytes() == before and len(os.listdir(tmp_path)) == 2
 

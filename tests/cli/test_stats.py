@@ -78,7 +78,7 @@ def test_several_sets(tmp_path: Path, shared: Path) -> None:
 )
 def test_files_that_cannot_be_read(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "posts.jsonl").write_bytes(content.encode("latin-1"))
-    assert cli.main(["stats", "--test", str(tmp_path / "posts.jsonl")]) == 1
+    assert cli.main(["stats", "--test", str(tmp_path / "posts.jsonl")]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-from dynkp import MulCoTRDConfig, cli  # noqa: E402
-from dynkp.cli import rationales  # noqa: E402
-from dynkp.data.reasoning_tasks import REASONING_TASKS  # noqa: E402
-from dynkp.models.fingerprints import weights_fingerprint  # noqa: E402
-from dynkp.synthetic.tiny_model import build_tiny_vlm  # noqa: E402
-from dynkp.training import reasoning_posts
-from dynkp.training import run as train
+from dynkp import MulCoTRDConfig, cli
+from dynkp.cli import rationales, train
+from dynkp.data.reasoning_tasks import REASONING_TASKS
+from dynkp.models.fingerprints import weights_fingerprint
+from dynkp.synthetic.tiny_model import build_tiny_vlm
+from dynkp.training import mulcot_rd
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples/mulcot_rd.sh"
@@ -74,8 +73,8 @@ def pipeline(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     for name, (start, end) in {"TRAIN": (0, 348), "DEV": (348, 408), "TEST": (408, 468)}.items():
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows[start:end]), encoding="utf-8")
     args = MulCoTRDConfig(output_dir=str(folder), use_cpu=True, bf16=False, task="masc", disable_tqdm=True)
-    posts = reasoning_posts.load(str(files["TRAIN"]), args, str(masc / "images"))
-    texts = reasoning_posts.texts(posts, args)
+    posts = mulcot_rd.load(str(files["TRAIN"]), args, str(masc / "images"))
+    texts = mulcot_rd.texts(posts, args)
     for name, layers, seed in (("ASSISTANT", 2, 0), ("STUDENT", 1, 1)):
         model, processor = build_tiny_vlm(
             texts, word_level=False, vocab_size=2048, hidden_size=64, layers=layers, heads=2, image_size=32, seed=seed

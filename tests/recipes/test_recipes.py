@@ -1,38 +1,41 @@
-"""Every recipe parses into the options of its paper, and the command line overrides it."""
+"""Every recipe parses into the options of its paper, for modules that its family has, and the command line overrides it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import get_peft_model
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from dynkp import AimKPConfig, DynamicAimKPConfig, DynamicCoTConfig, MulCoTRDConfig
-from dynkp.training.run import METHODS, DataArguments, PredictionArguments, TinyModelArguments, method_of  # noqa: E402
-from tests.conftest import REPOSITORY
+from dynkp import AimKPConfig, DynamicAimKPConfig, MulCoTRDConfig
+from dynkp.recipes.catalog import Recipe, find_recipe, recipes
+from dynkp.training.options import METHODS, DataArguments, PredictionArguments, TinyModelArguments
 from tests.support.tiny_models import build
 
-RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("mmkp_dynamic_cot_*.yaml"))
+RECIPES = [recipe for recipe in recipes("training") if recipe.name.startswith("mmkp_dynamic_cot_")]
 
 
-def parse(recipe: Path, *overrides: str) -> tuple[DynamicCoTConfig, ModelConfig]:
-    parser = TrlParser((DataArguments, DynamicCoTConfig, ModelConfig, PredictionArguments, TinyModelArguments))
+def parse(recipe: Recipe, *overrides: str) -> tuple[Any, ModelConfig]:
+    """Read a recipe as TRL does, without looking for its model."""
+    config_class = METHODS[recipe.method][1]
+    parser = TrlParser((DataArguments, config_class, ModelConfig, PredictionArguments, TinyModelArguments))
     # The GPU options of the recipe are the one thing a test without GPU must set otherwise.
-    arguments = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false", *overrides]
-    _, args, model_args, *_ = parser.parse_args_and_config(arguments)
+    arguments = ["--config", str(recipe.path), "--use_cpu", "true", "--bf16", "false", *overrides]
+    data, args, model_args, *_ = parser.parse_args_and_config(arguments)
+    assert data.method == recipe.method
     return args, model_args
 
 
 def test_there_is_a_recipe_for_each_of_the_papers_models() -> None:
-    names = {recipe.stem.removeprefix("mmkp_dynamic_cot_") for recipe in RECIPES}
+    names = {recipe.name.removeprefix("mmkp_dynamic_cot_") for recipe in RECIPES}
     assert names >= {"qwen2_5_vl_3b", "qwen2_5_vl_7b", "internvl3_2b", "internvl3_8b", "qwen2_5_3b_text", "qwen2_5_7b_text"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipe_has_the_papers_settings(recipe: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_recipe_has_the_papers_settings(recipe: Recipe) -> None:
     args, model_args = parse(recipe)
-    small = any(size in recipe.stem for size in ("_2b", "_3b"))
+    small = any(size in recipe.name for size in ("_2b", "_3b"))
     assert (args.strategy, args.gamma, args.loss_normalization) == ("dynamic", "0.4", "sample")
     assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs) == (5e-5, "cosine", 5 if small else 3)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 1)
@@ -41,11 +44,7 @@ def test_recipe_has_the_papers_settings(recipe: Path) -> None:
 
 
 def parse_masking(name: str) -> tuple[AimKPConfig, ModelConfig]:
-    arguments = ["--config", str(REPOSITORY / "examples" / "recipes" / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
-    config_class = METHODS[method_of(arguments)][1]
-    parser = TrlParser((DataArguments, config_class, ModelConfig, PredictionArguments, TinyModelArguments))
-    _, args, model_args, *_ = parser.parse_args_and_config(arguments)
-    return args, model_args
+    return parse(find_recipe(name))
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("cmkp_aimkp_llava_1_5_7b", 4), ("cmkp_aimkp_qwen2_vl_7b", 6)])
@@ -63,7 +62,7 @@ def test_aimkp_recipe_has_the_papers_settings(name: str, epochs: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["cmkp_aimkp_llava_1_5_7b", "cmkp_aimkp_qwen2_vl_7b", "mmkp_dynamic_aimkp_qwen2_5_vl_3b"])
-def test_recipes_of_aimkp_train_the_language_model_and_the_projector(recipe: str, tmp_path: Path) -> None:
+def test_recipes_of_aimkp_train_the_language_model_and_the_projector(recipe: str) -> None:
     """What the recipe names must exist in the family: adapters in the language model alone, the projector in full."""
     _, model_args = parse_masking(recipe)
     model, _ = build("llava" if "llava" in recipe else "qwen2_vl" if "qwen2_vl" in recipe else "qwen2_5_vl")
@@ -89,10 +88,8 @@ def test_the_combined_recipe_has_both_methods_settings() -> None:
     [("masc_mulcot_rd_assistant_qwen2_5_vl_7b", 0.2), ("masc_mulcot_rd_student_qwen2_5_vl_3b", 0.05)],
 )
 def test_mulcot_rd_recipes_have_the_papers_settings(name: str, dropout: float) -> None:
-    parser = TrlParser((DataArguments, MulCoTRDConfig, ModelConfig, PredictionArguments, TinyModelArguments))
-    given = ["--config", str(REPOSITORY / f"examples/recipes/{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
-    data, args, model_args, *_ = parser.parse_args_and_config(given)
-    assert data.method == "mulcot_rd" and args.task == "masc" and args.parsed_task_weights == {"label": 1.0, "chain": 1.0}
+    args, model_args = parse(find_recipe(name))
+    assert isinstance(args, MulCoTRDConfig) and args.task == "masc" and args.parsed_task_weights == {"label": 1.0, "chain": 1.0}
     assert (args.distillation_weight, args.temperature, args.kd_positions) == (0.3, 2.0, "answer")
     assert (args.assistant, args.soft_labels) == (None, None), "the student's recipe says where they go; λ is 0 until then"
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, dropout)

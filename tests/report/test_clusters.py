@@ -171,7 +171,7 @@ def test_the_command(shared, tmp_path, capsys, clip_folder):
     assert figures["modalities"] == ["text", "image"] and len(figures["keyphrases"]) == 3
     assert capsys.readouterr().out.startswith(f"{len(figures['posts'])} posts of the 3 most frequent keyphrases")
     assert (tmp_path / "c.html").read_text().count("<h1>Twitter</h1>") == 1 and (tmp_path / "c.png").stat().st_size > 5000
-    assert cli.main([*arguments, "--top", "0", "--png", str(tmp_path / "d.png")]) == 1
+    assert cli.main([*arguments, "--top", "0", "--png", str(tmp_path / "d.png")]) == 2
     assert "dynkp clusters: error: top=0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)

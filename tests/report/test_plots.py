@@ -151,15 +151,15 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 def test_what_is_no_log_is_refused(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "visits.jsonl"
     file.write_text(content, encoding="utf-8")
-    assert cli.main(["plot", "--visits", str(file), "--figure7", str(tmp_path / "steps.png")]) == 1
+    assert cli.main(["plot", "--visits", str(file), "--figure7", str(tmp_path / "steps.png")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "steps.png").exists()
 
 
 def test_missing_files_and_other_suffixes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plot", "--visits", str(tmp_path), "--figure7", "steps.png"]) == 1
+    assert cli.main(["plot", "--visits", str(tmp_path), "--figure7", "steps.png"]) == 2
     assert "visits.jsonl" in capsys.readouterr().err
     file = write(tmp_path, SMALL)
-    assert cli.main(["plot", "--visits", str(file), "--figure3", str(tmp_path / "figure.jpg")]) == 1
+    assert cli.main(["plot", "--visits", str(file), "--figure3", str(tmp_path / "figure.jpg")]) == 2
     assert ".png, .svg, .pdf" in capsys.readouterr().err
     for arguments in ([], ["--figure3", "a.png", "--figure7", "a.svg"], ["--figure7", "a.png", "--windows", "0"]):
         with pytest.raises(SystemExit):
@@ -170,5 +170,5 @@ def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert cli.main(["plot", "--visits", str(write(tmp_path, SMALL)), "--figure7", str(tmp_path / "steps.png")]) == 1
+    assert cli.main(["plot", "--visits", str(write(tmp_path, SMALL)), "--figure7", str(tmp_path / "steps.png")]) == 2
     assert "dynkp[plots]" in capsys.readouterr().err

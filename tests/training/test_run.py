@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dynkp.cli import train
 from dynkp.data.sources import load_posts
 from dynkp.training import drawn_posts
-from dynkp.training import run as train
+from dynkp.training.posts import only
 from tests.conftest import REPOSITORY
 
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_new_tokens", "24", "--logging_steps", "1"]
@@ -92,7 +93,9 @@ def test_real_photographs_masked(method: str, shared: Path, tmp_path: Path, caps
     assert {method, f"{method}, text only", f"{method}, image only"} <= systems.keys()
     for name, modality in (("", "both"), (".text", "text"), (".image", "image")):
         assert {row["modality"] for row in read_jsonl(tmp_path / f"out/predictions{name}.jsonl")} == {modality}
-    assert "| image only" in capsys.readouterr().out
+    table = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in table if line.startswith(f"{method}, image only") and len(line.split()) == 7]
+    assert all(float(cell) >= 0 for cell in row[3:])
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
@@ -104,13 +107,13 @@ def test_a_specialist_sees_one_modality(modality: str, shared: Path, tmp_path: P
     train.main([*arguments, *QUICK, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "out")])
     assert {row["modality"] for row in read_jsonl(tmp_path / "out/predictions.jsonl")} == {modality}
     posts = load_posts(tmp_path / "masc.jsonl", image_dir=masc / "images")
-    kept = train.only(posts, modality)
+    kept = only(posts, modality)
     if modality == "text":
         assert len(kept) == len(posts) and "images" not in kept.column_names
     else:
         assert 0 < len(kept) < len(posts) and set(kept["text"]) == {""} and all(kept["images"])
     with pytest.raises(ValueError, match="smell"):
-        train.only(posts, "smell")
+        only(posts, "smell")
 
 
 def test_drawn_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +123,7 @@ def test_drawn_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     train.main([*QUICK, "--max_steps", "3", "--output_dir", str(tmp_path), "--per_device_train_batch_size", "8"])
     systems = json.loads((tmp_path / "metrics.json").read_text())["systems"]
     for strategy in ("direct", "dynamic"):
-        assert {strategy, f"{strategy}, no picture", f"{strategy}, no text"} <= systems.keys()
+        assert {strategy, f"{strategy}, no image", f"{strategy}, no text"} <= systems.keys()
         assert len(read_jsonl(tmp_path / f"predictions.{strategy}.jsonl")) == 20
     assert "unseen" in capsys.readouterr().out
 

@@ -1,9 +1,10 @@
-"""What train.py does for MulCoT-RD in place of keyphrases: posts with labels, and their evaluation by label and chain."""
+"""What a training run does otherwise for MulCoT-RD: posts with labels, and an evaluation of labels and response chains."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
@@ -12,13 +13,29 @@ from dynkp.batches.reasoning_renderer import PromptKind
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.files.json_files import write_json
-from dynkp.report.scores import comparison_table, score_predictions
+from dynkp.prediction.empty_outputs import advice_on_empty_outputs
+from dynkp.report.scores import score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
-from dynkp.report.tables import markdown_table
+from dynkp.training.closing import aligned, closing_table, wrapped
+
+if TYPE_CHECKING:
+    from dynkp.training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 
 def load(source: Any, args: MulCoTRDConfig, image_dir: str | None, split: str = "train") -> Dataset:
-    """The posts of the options' task; pictures are checked by the trainer."""
+    """Load the posts of the options' task.
+
+    Args:
+        source: file, folder or Hub id.
+        args: `task`, `on_invalid`, `disable_tqdm`.
+        image_dir: folder that image names are relative to.
+        split: of a folder or Hub dataset.
+
+    Returns:
+        The posts; images are checked later, by the trainer.
+    """
     if isinstance(resolve_reasoning_task(args.task), KeyphraseReasoningTask):
         return load_posts(source, image_dir=image_dir, split=split)
     posts, _ = load_sentiment_posts(
@@ -34,7 +51,7 @@ def load(source: Any, args: MulCoTRDConfig, image_dir: str | None, split: str = 
 
 
 def texts(posts: Dataset, args: MulCoTRDConfig) -> list[str]:
-    """What a tokenizer made for these posts must know: their prompts and targets."""
+    """Collect the texts that a tokenizer built for these posts must know: their prompts and targets."""
     task = resolve_reasoning_task(args.task)
     known = []
     for row in posts.remove_columns("images"):
@@ -43,19 +60,23 @@ def texts(posts: Dataset, args: MulCoTRDConfig) -> list[str]:
     return known
 
 
-def evaluate(
-    trainer: KeyphraseTrainer, eval_posts: Dataset, max_new_tokens: int | None, batch_size: int, modality: Any = "both"
-) -> None:
-    """Answer both prompts on all ranks, from one modality or both; score, print and write on the first.
+def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOptions) -> None:
+    """Answer both prompts on all processes, from the run's modality; score, print and write on the first.
 
-    Leaves `predictions.jsonl` (the label prompt, by which systems are compared), `chains.jsonl` and `metrics.json`.
+    Leaves `predictions.jsonl` (of the label prompt, by which systems are compared), `chains.jsonl` (of the prompt that asks
+    for a response chain) and `metrics.json` in `output_dir`.
+
+    Args:
+        trainer: the trainer, when its training is over.
+        eval_posts: posts with labels, or with keyphrases for task `keyphrases`.
+        options: the run's options.
     """
     state, task = trainer.accelerator, trainer.task
     assert isinstance(task, ReasoningTask)
     order = {post_id: index for index, post_id in enumerate(eval_posts["id"])}
     answers: dict[str, list[Any]] = {}
-    kinds: tuple[PromptKind, ...] = ("label", "chain")
-    for kind in kinds:
+    limits: dict[PromptKind, int] = {kind: options.prediction.max_new_tokens or default for kind, default in _LONGEST.items()}
+    for kind, limit in limits.items():
         rows: list[Any] = list(
             generate_reasoning(
                 state.unwrap_model(trainer.model),
@@ -63,9 +84,9 @@ def evaluate(
                 eval_posts.select(range(state.process_index, len(eval_posts), state.num_processes)),
                 task=task,
                 prompt=kind,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens or (512 if kind == "chain" else 32),
-                modality=modality,
+                batch_size=options.prediction.predict_batch_size,
+                max_new_tokens=limit,
+                modality=options.data.modality,
                 progress=state.is_main_process and not trainer.args.disable_tqdm,
             )
         )
@@ -76,16 +97,27 @@ def evaluate(
     write_predictions(output_dir / "predictions.jsonl", answers["label"])
     write_predictions(output_dir / "chains.jsonl", answers["chain"])
     scores: dict[str, Any]
+    advice = None
     if isinstance(task, KeyphraseReasoningTask):
         train_keyphrases = {phrase for phrases in trainer.train_dataset["keyphrases"] for phrase in phrases}
-        scores = {"systems": {"mulcot_rd": score_predictions(answers["label"], eval_posts, train_keyphrases)}}
-        print(f"\n{comparison_table(scores['systems'])}\n\nPercent, convention cmkp.")
+        convention = trainer.args.eval_convention
+        scores = {
+            "systems": {"mulcot_rd": score_predictions(answers["label"], eval_posts, train_keyphrases, convention=convention)}
+        }
+        print(f"\n{closing_table(scores['systems'])}")
+        advice = advice_on_empty_outputs(answers["label"], limits["label"], str(output_dir / "predictions.jsonl"))
     else:
         evaluation = SentimentEvaluation(labelled_posts(eval_posts, task.labels), task=task)
         evaluation.add("mulcot_rd", answers["label"], answers["chain"])
         scores = evaluation.report()
         for rows_of_cells in evaluation.tables():
-            print(f"\n{markdown_table(rows_of_cells)}")
-        print(f"\n{evaluation.caption()}")
+            print(f"\n{aligned(rows_of_cells)}")
+        print(f"\n{wrapped(evaluation.caption())}")
     write_json(output_dir / "metrics.json", {"method": "mulcot_rd", **scores, "log": trainer.state.log_history})
-    print(f"Written: predictions.jsonl, chains.jsonl, metrics.json in {output_dir}")
+    print(f"\n{wrapped(f'Written: predictions.jsonl, chains.jsonl, metrics.json and the model in {output_dir}')}")
+    if advice:
+        logger.warning("%s", wrapped(advice))
+
+
+# Prompt -> longest output in tokens, where none is given.
+_LONGEST: dict[PromptKind, int] = {"label": 32, "chain": 512}
