@@ -80,7 +80,7 @@ def undocumented_arguments(source: str) -> list[str]:
                     found += [
                         f"{node.name}.{argument.arg}"
                         for argument in arguments[1:]
-                        if not re.search(rf"^ +(\w+, )*{argument.arg}\b[^:\n]*:", text, re.MULTILINE)
+                        if not re.search(rf"^ +(\w+, )*{argument.arg}(, \w+)*( \([^:]*\))?:", text, re.MULTILINE)
                     ]
     return found
 

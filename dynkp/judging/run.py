@@ -248,7 +248,7 @@ class JudgeRun(PostRun[JudgeSettings]):
         candidates = self.candidates[source.id]
         order = [candidate.systems for candidate in candidates]
         if len(candidates) == 1:
-            return Judgement(source.id, order, dict.fromkeys(CRITERIA, [1]), self.settings.model)
+            return Judgement(source.id, order, {name: [1] for name in CRITERIA}, self.settings.model)
         try:
             return Judgement(source.id, order, read_ranks(row["text"], len(candidates)), self.settings.model)
         except ValueError as error:
