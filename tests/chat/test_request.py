@@ -109,7 +109,7 @@ def test_a_turned_picture_is_sent_upright(tmp_path: Path) -> None:
 
 def test_a_broken_picture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match="a format that is read"):
+    with pytest.raises(ImageError, match="in a supported format"):
         request(image=RequestImage.load(str(tmp_path / "a.png"), 64)).body()
     with pytest.raises(ImageError, match="cannot be read"):
         RequestImage.load(str(tmp_path / "missing.png"), 64)

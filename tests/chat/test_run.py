@@ -36,22 +36,7 @@ from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from tests.conftest import REPOSITORY
 from tests.support.chat_server import ChatServer, last_text, serve, serve_in_process
-
-
-def question(text: str, stage: str = "") -> ChatRequest:
-    return ChatRequest([{"role": "user", "content": text}], {"model": "m"}, stage)
-
-
-def once(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    if not post["text"]:
-        raise ValueError("the post is empty")
-    yield question(post["text"])
-
-
-def twice(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    answer = yield question(post["text"], "first")
-    if "even" in post["text"]:
-        yield question(f"{post['text']} again: {answer.text}", "second")
+from tests.support.conversations import once, question, twice
 
 
 def write_posts(folder: Path, texts: list[str]) -> Path:
@@ -360,7 +345,7 @@ from dynkp.chat.client import ChatClient
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.post_stream import PostStream
 from dynkp.chat.run import RequestRun
-from tests.chat.test_run import once
+from tests.support.conversations import once
 began = []
 class Client(ChatClient):
     async def ask(self, *given):

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dynkp.data.images import IMAGE_FORMATS, MAX_IMAGE_PIXELS, ImageError, check_image, locate_image, open_image
+from tests.support.images import png_claiming
 
 
 def encoded(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> bytes:
@@ -27,16 +26,6 @@ def encoded(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = 
     noise = Image.effect_noise(size, 60).convert(mode)
     noise.save(data, format, **options)
     return data.getvalue()
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises any size."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def refused(value, code: str) -> str:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from dynkp.data.posts import Finding, InvalidPostsError, PostReport, normalise_posts, open_image, validate_posts
 from dynkp.data.rows import LOAD_FINDINGS, clean_keyphrase
+from tests.support.images import png_claiming
 
 GOOD = {"id": "good", "text": "my dog", "keyphrases": ["beagles", "dogs"]}
 
@@ -317,8 +318,6 @@ def test_each_kind_of_invalid_post_is_found(row, code, image_dir):
 
 
 def test_a_bomb_is_found_by_its_header():
-    from tests.data.test_images import png_claiming
-
     assert codes([{**GOOD, "id": "b", "image": png_claiming(60_000, 60_000)}]) == ["decompression_bomb"]
 
 
