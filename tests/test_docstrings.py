@@ -18,9 +18,6 @@ from tests.conftest import REPOSITORY
 
 # Modules with examples that fail today.
 NOT_YET = {
-    "dynkp.chat.client",
-    "dynkp.chat.post_stream",
-    "dynkp.chat.run",
     "dynkp.mechanics.gradient_order",
     "dynkp.mechanics.modality_masking",
     "dynkp.mechanics.stride_schedule",

@@ -284,7 +284,8 @@ class PlainViews(MaskedViews):
         self.masks = []
         for index, single in enumerate(singles):
             own = {modality: [of_posts[index]] for modality, of_posts in strides.items()}
-            self.masks.append(masking.masks(single["layouts"], own, single["prompt"]["input_ids"].shape[1], single["id"]))
+            width, post_ids = single["prompt"]["input_ids"].shape[1], [batch["id"][index]]
+            self.masks.append(masking.masks(single["layouts"], own, width, post_ids))
 
     def log_probs(self, view: str, targets: Targets, indices: Sequence[int]) -> torch.Tensor:
         """Compute the log-probabilities of the targets' tokens; see [`MaskedViews.log_probs`]."""

@@ -67,6 +67,7 @@ class AimKPTrainer(KeyphraseTrainer):
     """
 
     _name = "AimKP"
+    method = "aimkp"
     target_kinds: Sequence[str] = ("direct",)
     collator_class = MaskingCollator
     args: AimKPConfig

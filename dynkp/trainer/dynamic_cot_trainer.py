@@ -53,6 +53,7 @@ class DynamicCoTTrainer(KeyphraseTrainer):
     """
 
     _name = "Dynamic CoT"
+    method = "dynamic_cot"
     args: DynamicCoTConfig
 
     def __init__(self, model: Any, args: DynamicCoTConfig, **kwargs: Any):

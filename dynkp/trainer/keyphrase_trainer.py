@@ -45,6 +45,7 @@ from dynkp.mechanics.shared_prompt import (
     why_prompts_cannot_be_shared,
 )
 from dynkp.models.checkpoints import load_processor_by_name, pad_images_to_squares
+from dynkp.models.saved_task import Modality, SavedTask
 from dynkp.objectives.token_loss import PostLosses, TargetLoss
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
@@ -75,6 +76,10 @@ class KeyphraseTrainer(SFTTrainer):
     _tag_names = ["dynkp"]
     # Losses are normalised here over the whole optimizer step; Trainer must not divide them again.
     loss_is_scaled_for_ga = True
+    # What is saved with the model, for its predictions (dynkp.models.saved_task): the method, as `dynkp train --method` calls
+    # it, and what of the posts the training shows.
+    method = "direct"
+    modality: Modality = "both"
     # Target kinds the method trains on; the collator builds no others.
     target_kinds: Sequence[str] = ("direct", "reasoning")
 
@@ -399,6 +404,9 @@ class KeyphraseTrainer(SFTTrainer):
             backend.no_padding()
             backend.no_truncation()
         super()._save(output_dir, state_dict)
+        strategy = getattr(self.args, "strategy", None)
+        saved = SavedTask(self.task, self.modality, self.method, strategy, self.args.max_length)
+        saved.write(output_dir or self.args.output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -70,6 +70,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     """
 
     _name = "MulCoT-RD"
+    method = "mulcot_rd"
     target_kinds = ("label", "chain")
     args: MulCoTRDConfig
     task: ReasoningTask  # type: ignore[assignment]

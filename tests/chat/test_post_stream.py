@@ -58,8 +58,8 @@ def test_shards_divide_the_posts(tmp_path: Path, count: int, limit: int | None) 
     assert [len(shard) for shard in shards] == [len(one) for one in indices]
     assert sorted(sum(indices, [])) == list(range(11 if limit is None else min(limit, 11)))
     for shard, one in zip(shards, indices, strict=True):
-        assert [shard.index_of(place) for place in range(len(one))] == one
-        assert [shard.place_of(index) for index in one] == list(range(len(one)))
+        assert [shard.index_in_file(place) for place in range(len(one))] == one
+        assert [shard.index_in_shard(index) for index in one] == list(range(len(one)))
 
 
 def test_a_file_without_a_last_line_break_and_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -41,16 +41,16 @@ def test_the_key_is_that_of_what_the_answer_depends_on(tmp_path: Path) -> None:
     shutil.copy(one, tmp_path / "same.png")
     other = str(tmp_path / "other.png")
     picture(4).save(other)
-    image = RequestImage.of(one, 64)
+    image = RequestImage.load(one, 64)
     base = request(image=image)
-    assert base.key == request(image=RequestImage.of(str(tmp_path / "same.png"), 64)).key
+    assert base.key == request(image=RequestImage.load(str(tmp_path / "same.png"), 64)).key
     assert base.key == request(image=image, stage="predict").key
     different = [
         request("Why not?", image),
         request(),
-        request(image=RequestImage.of(other, 64)),
-        request(image=RequestImage.of(one, 32)),
-        request(image=RequestImage.at("http://somewhere/one.png")),
+        request(image=RequestImage.load(other, 64)),
+        request(image=RequestImage.load(one, 32)),
+        request(image=RequestImage.from_url("http://somewhere/one.png")),
         request(image=image, model="n"),
         request(image=image, max_tokens=10),
         request(image=image, temperature=0.5),
@@ -67,7 +67,7 @@ def test_half_a_surrogate_pair_has_a_key() -> None:
 
 def test_the_body_has_pictures_as_data_urls(tmp_path: Path) -> None:
     name = saved(tmp_path, "one.png")
-    body = request(image=RequestImage.of(name, 64)).body()
+    body = request(image=RequestImage.load(name, 64)).body()
     assert body["model"] == "m" and body["max_tokens"] == 9 and "stage" not in body
     first, second = body["messages"][0]["content"]
     head, _, data = first["image_url"]["url"].partition(",")
@@ -77,7 +77,7 @@ def test_the_body_has_pictures_as_data_urls(tmp_path: Path) -> None:
 
 
 def test_an_address_is_handed_on() -> None:
-    part = request(image=RequestImage.at("https://somewhere/a.jpg")).body()["messages"][0]["content"][0]
+    part = request(image=RequestImage.from_url("https://somewhere/a.jpg")).body()["messages"][0]["content"][0]
     assert part["image_url"]["url"] == "https://somewhere/a.jpg"
 
 
@@ -109,10 +109,10 @@ def test_a_turned_picture_is_sent_upright(tmp_path: Path) -> None:
 
 def test_a_broken_picture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match="a format that is read"):
-        request(image=RequestImage.of(str(tmp_path / "a.png"), 64)).body()
+    with pytest.raises(ImageError, match="in a supported format"):
+        request(image=RequestImage.load(str(tmp_path / "a.png"), 64)).body()
     with pytest.raises(ImageError, match="cannot be read"):
-        RequestImage.of(str(tmp_path / "missing.png"), 64)
+        RequestImage.load(str(tmp_path / "missing.png"), 64)
 
 
 @pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
@@ -125,7 +125,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")  # to open it would take until someone writes
     for name in ("pipe.png", "."):
         with pytest.raises(ImageError, match="is not a regular file"):
-            RequestImage.of(str(tmp_path / name), 64)
+            RequestImage.load(str(tmp_path / name), 64)
     with pytest.raises(ImageError, match="cannot be read"):  # as if deleted since its digest was made
         encode_image(str(tmp_path / "missing.png"), 64)
 

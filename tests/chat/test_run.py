@@ -36,22 +36,7 @@ from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from tests.conftest import REPOSITORY
 from tests.support.chat_server import ChatServer, last_text, serve, serve_in_process
-
-
-def question(text: str, stage: str = "") -> ChatRequest:
-    return ChatRequest([{"role": "user", "content": text}], {"model": "m"}, stage)
-
-
-def once(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    if not post["text"]:
-        raise ValueError("the post is empty")
-    yield question(post["text"])
-
-
-def twice(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    answer = yield question(post["text"], "first")
-    if "even" in post["text"]:
-        yield question(f"{post['text']} again: {answer.text}", "second")
+from tests.support.conversations import once, question, twice
 
 
 def write_posts(folder: Path, texts: list[str]) -> Path:
@@ -78,7 +63,7 @@ def ask(
             lambda: ChatClient(url, concurrency=concurrency, max_attempts=attempts, first_pause=0.01, timeout=20),
             concurrency=concurrency,
         )
-        keys = [run.keys.get(place) for place in range(len(stream))]
+        keys = [run.last_key(place) for place in range(len(stream))]
         return outcome, [None if key is None else journal.read(key) for key in keys]
 
 
@@ -142,7 +127,7 @@ def test_a_run_goes_on_wherever_the_last_one_was_reading(tmp_path: Path, cursor:
             run = RequestRun(stream, once, journal, settings="s", progress=False)
             run.ask(lambda: ChatClient(url, concurrency=4), concurrency=4)
             # As if five answers had been lost on the way.
-            lost = [run.keys.get(place) for place in range(3, 8)]
+            lost = [run.last_key(place) for place in range(3, 8)]
             for key in lost:
                 assert key is not None
             whole = PostStream(path)
@@ -326,12 +311,12 @@ def test_without_a_server_answers_are_taken_stock_of(tmp_path: Path) -> None:
     with AnswerJournal(tmp_path / "journal") as journal:
         run = RequestRun(PostStream(path), twice, journal, settings="s", progress=False)
         assert run.replay() == Outcome(settled=0, failed=0, open=7)
-        first = list(run.unanswered())
+        first = list(run.next_requests())
         assert [request.stage for request in first] == ["first"] * 7
         for request in first:
             journal.append(request.key, {"model": "m", "stage": "first", **vars(ChatAnswer("so"))})
         run = RequestRun(PostStream(path), twice, journal, settings="s", progress=False)
-        second = list(run.unanswered())
+        second = list(run.next_requests())
         assert [request.messages[0]["content"] for request in second] == [f"even {n} again: so" for n in (0, 2, 4)]
         assert run.replay().settled == 4
 
@@ -360,7 +345,7 @@ from dynkp.chat.client import ChatClient
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.post_stream import PostStream
 from dynkp.chat.run import RequestRun
-from tests.chat.test_run import once
+from tests.support.conversations import once
 began = []
 class Client(ChatClient):
     async def ask(self, *given):
