@@ -52,13 +52,14 @@ def address(site: Path) -> Iterator[str]:
 
 
 def address_of(page: Path) -> str:
-    return "" if page.as_posix() == "index.md" else page.with_suffix("").as_posix().removesuffix("index") + "/"
+    folder = page.parent if page.name == "index.md" else page.with_suffix("")
+    return "" if folder == Path() else f"{folder.as_posix()}/"
 
 
 def test_no_page_is_wider_than_the_window(address: str, open_page: Callable[..., Page]) -> None:
     page = open_page(address)
     for name in PAGES:
-        response = page.goto(address + address_of(name).replace("//", "/"))
+        response = page.goto(address + address_of(name))
         assert response is not None and response.ok, name
         assert page.locator("h1").count() == 1, name
         for width in (1400, 400):
