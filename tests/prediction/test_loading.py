@@ -1,4 +1,4 @@
-"""What a run's outputs depend on is recorded, with the names that earlier runs have; sampling has no traces where there is none.
+"""What a run's outputs depend on is recorded, with the names that earlier runs have.
 
 How engines generate is tested through `dynkp predict` (tests/cli/test_predict.py).
 """

@@ -1,4 +1,4 @@
-"""The closing table fits 80 columns, whatever the systems' names; names are cut, or rows become columns, and no figure is lost."""
+"""The closing table fits 80 columns: long names are cut, or rows become columns, and no figure is lost."""
 
 from __future__ import annotations
 

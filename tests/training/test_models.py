@@ -1,4 +1,4 @@
-"""A named model is loaded by the trainer, with the options of TRL; without a name, a small one is built for the posts' texts."""
+"""A named model is loaded by the trainer, with TRL's options; without a name, a small one is built for the posts' texts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_model_from_scratch(method: str, dropout: float) -> None:
     assert isinstance(model, LlavaForConditionalGeneration) and model.config.text_config.hidden_size == 32
     assert model.config.text_config.attention_dropout == dropout
     for text in ("a red fish", "It swims.", "night"):
-        assert processor.tokenizer.decode(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+        assert processor.tokenizer.decode(processor.tokenizer(text, add_special_tokens=False)["input_ids"]).strip() == text
     plain = [{**post, "rationale": None} for post in POSTS]
     model, _ = load_model(options("--tiny_hidden_size", "32"), load_posts(plain))
     assert model.config.text_config.attention_dropout == 0.6, "posts without rationales are memorised less"
@@ -46,8 +46,7 @@ def test_what_no_model_can_be_built_for(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter(POSTS))
     with pytest.raises(ValueError, match="A model from scratch reads all training texts first"):
         load_model(options(), stream)
-    rows = load_posts(
-        [{"id": "0", "prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
-    )
+    prompt, completion = ([{"role": role, "content": "a"}] for role in ("user", "assistant"))
+    rows = load_posts([{"id": "0", "prompt": prompt, "completion": completion}])
     with pytest.raises(ValueError, match="A model from scratch needs posts"):
         texts_of(rows, options().args)
