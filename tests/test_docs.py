@@ -7,6 +7,7 @@ them. The built site itself is tested in tests/browser/test_site.py.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -20,6 +21,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from mkdocs.exceptions import PluginError
 
+from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
@@ -83,6 +85,45 @@ def option_exists(option: str) -> bool:
     return option.lstrip("-").replace("-", "_") in fields or any(named.search(path.read_text()) for path in sources)
 
 
+INDEXED = {"Dynamic CoT": DynamicCoTConfig, "AimKP": AimKPConfig, "MulCoT-RD": MulCoTRDConfig}
+
+
+@pytest.mark.parametrize("method", INDEXED)
+def test_the_paper_index_has_the_defaults_of_the_code(method: str) -> None:
+    """A row whose option is a field of the method's config states its default; every own option is on the page."""
+    fields = {field.name: field for field in dataclasses.fields(INDEXED[method])}
+    section = (DOCS / "paper_index.md").read_text().partition(f"\n## {method}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert all(len(row) == 6 for row in rows)
+    checked = 0
+    for row in rows:
+        option, default = row[2].strip("`"), row[3].strip("`")
+        if option in fields:
+            assert default == str(fields[option].default), (
+                f"{option}: {default} on the page, {fields[option].default} in the code"
+            )
+            checked += 1
+    assert checked >= 8
+    missing = [name for name in INDEXED[method].__annotations__ if name in fields and f"`{name}`" not in section]
+    assert set(missing) <= NOT_OF_A_PAPER, missing
+
+
+# Where weights are put or read from, and how a schedule's arguments are passed on.
+NOT_OF_A_PAPER = {"assistant", "assistant_dtype", "assistant_device", "lr_scheduler_kwargs"}
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    layout = (DOCS / "contributing.md").read_text().partition("\n## Layout\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)/` \|", layout, re.MULTILINE)
+    tree = ast.parse((REPOSITORY / "tests" / "test_architecture.py").read_text())
+    [rooms] = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "ROOMS"
+    ]
+    assert listed == [room for room in rooms if room != "examples"]
+
+
 def test_equations_become_mathml() -> None:
     html = r'<p><span class="arithmatex">\(a &lt; b\)</span></p><div class="arithmatex">\n\[\frac{1}{N}\]\n</div>'
     content = hook("equations").on_page_content(html.replace("\\n", "\n"))
@@ -111,11 +152,12 @@ class Settings:
 
 
 def score(losses, weights=None):
-    """Score losses with [`Settings`] and [`Unknown`].
+    """Score losses with [`~sample.Settings`] and [`Unknown`].
 
     Args:
         losses (`torch.Tensor` of shape `(B, T)`): nats per token.
-        weights ([`Settings`]): as above: not a type.
+        weights ([`Settings`] or [`~other.package.Weights`] or
+            `None`, *optional*): as above: not a type.
 
     Returns:
         `torch.Tensor`: one per post,
@@ -127,6 +169,16 @@ def score(losses, weights=None):
     >>> score([1])
     1
     ```
+    """
+'''
+
+SOURCE += '''
+
+def count(losses) -> int:
+    """Count losses.
+
+    Returns:
+        The number of losses: at least 0.
     """
 '''
 
@@ -143,12 +195,14 @@ def test_docstrings_as_the_reference_reads_them(tmp_path: Path, caplog: pytest.L
     assert text.value == "Score losses with [`Settings`][sample.Settings] and `Unknown`."
     assert [(argument.name, str(argument.annotation)) for argument in arguments.value] == [
         ("losses", "torch.Tensor of shape (B, T)"),
-        ("weights", "Settings"),
+        ("weights", "Settings or Weights or None"),
     ]
     assert arguments.value[1].description == "as above: not a type."
     assert str(returns.value[0].annotation) == "torch.Tensor"
     assert returns.value[0].description == "one per post,\non two lines."
     assert examples.value == [(griffe.DocstringSectionKind.examples, ">>> score([1])\n1")]
+    count = package["count"].docstring.parsed[1].value[0]
+    assert (str(count.annotation), count.description) == ("int", "The number of losses: at least 0.")
     rate = package["Settings.rate"]
     assert rate.docstring.value == "Learning rate, 5 % of the other." and str(rate.value) == "5e-05"
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]

@@ -3,7 +3,8 @@
 - The `help` of a config field becomes the documentation of that option, its `default` the value shown.
 - `Example:` becomes `Examples:`, the only spelling for which griffe's Google parser formats doctests.
 - A type written as `` `torch.Tensor` of shape `(B,)` `` loses its backticks, since the reference prints types as code.
-- ``[`Name`]`` becomes a link to the class or function of that name, or plain code where the reference has no such object.
+- ``[`Name`]`` and ``[`~package.Name`]`` become links to the class or function of that name, or plain code where the reference
+  has no such object.
 """
 
 from __future__ import annotations
@@ -17,10 +18,23 @@ import griffe
 
 EXAMPLE = re.compile(r"^Example:[ ]*$", re.MULTILINE)
 FENCED_EXAMPLE = re.compile(r"^Examples:\n\n?[ ]*```python\n([ ]*>>>.*?)\n[ ]*```[ ]*$", re.MULTILINE | re.DOTALL)
-TYPED_ARGUMENT = re.compile(r"^([ ]+\*{0,2}\w+(?:, \*{0,2}\w+)* )\((.*`.*)\):(?= |$)", re.MULTILINE)
-TYPED_RESULT = re.compile(r"^((?:Returns|Yields):\n[ ]+)(\[?`[^:\n]+`\]?):(?= |$)", re.MULTILINE)
-PLAIN = re.compile(r"\[?`\]?")
-REFERENCE = re.compile(r"\[`([\w.]+)`\](?![\[(])")
+# A name, and its type in parentheses, which may contain parentheses and break lines.
+TYPED_ARGUMENT = re.compile(
+    r"^([ ]+\*{0,2}\w+(?:, \*{0,2}\w+)* )\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\):(?=\s)", re.MULTILINE
+)
+# A list right below a line of text, which Markdown would take for its continuation.
+LIST = re.compile(r"^([ ]*)((?!- )\S.*)\n(?=\1- )", re.MULTILINE)
+CALLED = re.compile(r"^Returns \(.*\):$", re.MULTILINE)  # what an object returns when it is called
+RESULT = re.compile(r"^((?:Returns|Yields):\n[ ]+)(.*)$", re.MULTILINE)
+TYPED_RESULT = re.compile(r"(\[?`[^:]+`\]?|[\w.]+(?:\[.*\])?(?: \| [\w.\[\]]+)*):(?= |$)")
+MARKUP = re.compile(r"(?:\[`|`\]|`)(?:~(?:\w+\.)+)?|\*(?=\w)|(?<=\w)\*")
+OPTIONAL = re.compile(r", optional(, defaults to .*)?$")  # the signature shows the default
+REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
+
+
+def plain(markup: str) -> str:
+    """A type without the marks of Markdown and references, on one line."""
+    return OPTIONAL.sub("", " ".join(MARKUP.sub("", markup).split()))
 
 
 def field_default_and_help(value: str) -> tuple[str | None, str | None]:
@@ -67,10 +81,20 @@ class DocstringExtension(griffe.Extension):
         text = EXAMPLE.sub("Examples:", text)
         text = FENCED_EXAMPLE.sub(lambda match: f"Examples:\n{textwrap.indent(textwrap.dedent(match[1]), '    ')}", text)
         # The space: griffe strips closing parentheses from the types of attributes.
-        text = TYPED_ARGUMENT.sub(lambda match: f"{match[1]}({PLAIN.sub('', match[2])} ):", text)
-        text = TYPED_RESULT.sub(lambda match: f"{match[1]}{PLAIN.sub('', match[2])}:", text)
+        text = TYPED_ARGUMENT.sub(lambda match: f"{match[1]}({plain(match[2])} ):", text)
+        text = CALLED.sub("Returns:", text)
+        text = RESULT.sub(self._result, text)
+        text = LIST.sub(r"\1\2\n\n", text)
         return REFERENCE.sub(self._link, text)
 
+    @staticmethod
+    def _result(match: re.Match[str]) -> str:
+        if typed := TYPED_RESULT.match(match[2]):
+            return f"{match[1]}{plain(typed[1])}:{match[2][typed.end() :]}"
+        return f"{match[1]}: {match[2]}"  # an empty type: else griffe takes the text before a colon for one
+
     def _link(self, match: re.Match[str]) -> str:
-        path = self._paths.get(match[1].rpartition(".")[2])
-        return f"[`{match[1]}`][{path}]" if path else f"`{match[1]}`"
+        name = match[2].rpartition(".")[2]
+        shown = name if match[1] else match[2]
+        path = self._paths.get(name)
+        return f"[`{shown}`][{path}]" if path else f"`{shown}`"

@@ -15,10 +15,10 @@ class Branches(TypedDict):
         shared: number of leading columns that both branches share.
         ends: per branch the columns behind the shared ones, `input_ids` (B, W) and `attention_mask` (B, W), padded on the
             left; empty if the branches are computed separately.
-        apart: per branch its whole prompts, if the branches cannot share their beginning; else empty.
+        separate: per branch its whole prompts, if the branches cannot share their beginning; else empty.
     """
 
     prompt: dict[str, Any]
     shared: int
     ends: dict[str, dict[str, torch.Tensor]]
-    apart: dict[str, dict[str, Any]]
+    separate: dict[str, dict[str, Any]]

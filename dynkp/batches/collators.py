@@ -129,9 +129,8 @@ class PairedTargetCollator(ChatCollator):
     """Collates posts into prompts and paired targets: each post's direct target and its reasoning target.
 
     Args:
-        processor ([`~transformers.ProcessorMixin`], [`~transformers.PreTrainedTokenizerBase`] or
-            [`~dynkp.batches.keyphrase_renderer.KeyphraseRenderer`]): processor of a vision-language model or tokenizer of a
-            text model, from which a renderer for `task` is built; or that renderer itself.
+        processor (`Processor` or [`~dynkp.batches.keyphrase_renderer.KeyphraseRenderer`]): processor of a vision-language
+            model or tokenizer of a text model, from which a renderer for `task` is built; or that renderer itself.
         task ([`~dynkp.data.tasks.KeyphraseTask`] or `str`, *optional*): instruction, targets and separator; by default
             `"dynamic_cot"`, or the task of the given renderer.
         kinds (`Sequence[str]`, *optional*, defaults to `("direct", "reasoning")`): the kinds of targets to build; in the

@@ -87,14 +87,15 @@ class TwoTaskCollator:
         }
         behind = max(len(label) - _common_prefix(label, chain) for label, chain in zip(*tokens.values(), strict=True))
         if not self._can_share(prompt, tokens["label"], behind):
-            apart = {"label": prompt, "chain": self._collators["chain"].collate_prompts(rows, images)}
-            return Branches(prompt=prompt, shared=0, ends={}, apart=apart)
+            separate = {"label": prompt, "chain": self._collators["chain"].collate_prompts(rows, images)}
+            return Branches(prompt=prompt, shared=0, ends={}, separate=separate)
         ends = {
             kind: [own[len(label) - behind :] for label, own in zip(tokens["label"], tokens[kind], strict=True)]
             for kind in tokens
         }
         shared = prompt["input_ids"].shape[1] - behind
-        return Branches(prompt=prompt, shared=shared, ends={kind: self._padded(rest) for kind, rest in ends.items()}, apart={})
+        padded: dict[str, dict[str, torch.Tensor]] = {kind: self._padded(rest) for kind, rest in ends.items()}
+        return Branches(prompt=prompt, shared=shared, ends=padded, separate={})
 
     def _collate_targets(
         self,
@@ -138,7 +139,7 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _prompt_lengths(branches: Branches, kind: str) -> list[int]:
     """Return the number of tokens of each post's prompt of one kind."""
-    if kind in branches["apart"]:
-        return branches["apart"][kind]["attention_mask"].sum(dim=1).tolist()
+    if kind in branches["separate"]:
+        return branches["separate"][kind]["attention_mask"].sum(dim=1).tolist()
     beginning = branches["prompt"]["attention_mask"][:, : branches["shared"]]
     return (beginning.sum(dim=1) + branches["ends"][kind]["attention_mask"].sum(dim=1)).tolist()

@@ -132,8 +132,8 @@ def _cache(arguments: argparse.Namespace) -> None:
     from dynkp.distillation.soft_labels import (
         SoftLabelWriter,
         assistant_fingerprint,
-        left_out,
         task_fingerprint,
+        truncated_probability,
         truncation_effect,
         write_soft_labels,
     )
@@ -190,10 +190,10 @@ def _cache(arguments: argparse.Namespace) -> None:
     finally:
         writer.close()
     size = sum(file.stat().st_size for file in Path(arguments.output).glob("labels-*.safetensors"))
-    print(f"{arguments.output}: {written:,} answers written, {len(writer.places):,} in all, {size / 1e6:,.1f} MB")
+    print(f"{arguments.output}: {written:,} answers written, {len(writer.locations):,} in all, {size / 1e6:,.1f} MB")
     if rank:
         return
-    shares = left_out(arguments.output)
+    shares = truncated_probability(arguments.output)
     report: dict[str, Any] = {"left_out": shares}
     print(f"probability left out by the likeliest k tokens: {_listed(shares, '.2%')}")
     if arguments.student is not None and arguments.compare:

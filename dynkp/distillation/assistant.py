@@ -1,9 +1,7 @@
-"""The assistant of MulCoT-RD: a trained model whose soft labels a student learns from.
+"""The assistant of MulCoT-RD: a frozen model whose logits are the soft labels of a student's training.
 
-Given   a model and batches as the student gets them.
-Gives   its logits at the tokens of each task's answers.
-Holds   it is in evaluation mode, has no gradient and its weights do not move; it keeps its own dtype and device; its
-        tokens are the student's, or it is refused.
+Guarantees: the assistant is in evaluation mode, has no gradients, and its weights do not change; it keeps its own dtype and
+device; an assistant whose token ids differ from the student's is refused.
 """
 
 from __future__ import annotations
@@ -22,17 +20,28 @@ from dynkp.models.checkpoints import find_checkpoint, load_model, load_processor
 
 
 class Assistant:
-    """A frozen model that says how likely it finds each token of an answer.
+    """A frozen model that computes logits at the tokens of both tasks' targets.
 
     Args:
-        model: a causal (vision-)language model or a PEFT model around one; put into evaluation mode, gradients off.
+        model: a causal (vision-)language model or a PEFT model around one; it is put into evaluation mode, without
+            gradients.
         tokenizer: its tokenizer; None if it is the student's.
-        shares_prompt: whether the beginning of both tasks' prompts is computed once, where the model can.
+        shares_prompt: whether the common beginning of both tasks' prompts is computed once, if the model supports it.
+
+    Attributes:
+        model: the model.
+        tokenizer: the tokenizer, or None.
+        shares_prompt: whether the common beginning of both tasks' prompts is computed once.
 
     Example:
-        >>> assistant = Assistant.load("runs/assistant", device="cuda")
-        >>> assistant.logits(batch["prompts"], {"label": batch["label"]})["label"].shape
-        torch.Size([12, 152064])
+        >>> from dynkp.batches.two_task_collator import TwoTaskCollator
+        >>> from dynkp.synthetic.tiny_model import build_tiny_vlm
+        >>> model, processor = build_tiny_vlm(["goal", "Prediction positive"])
+        >>> batch = TwoTaskCollator(processor, "msc")([{"id": "1", "text": "goal", "images": [], "label": "positive"}])
+        >>> assistant = Assistant(model)
+        >>> logits = assistant.logits(batch["prompts"], {"label": batch["label"]})["label"]
+        >>> logits.shape == (batch["label"]["lengths"][0], assistant.vocabulary)
+        True
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, shares_prompt: bool = True):
@@ -42,7 +51,17 @@ class Assistant:
 
     @classmethod
     def load(cls, name: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Assistant:
-        """Load a saved model, or an adapter with its base model, and its tokenizer."""
+        """Load a saved model, or an adapter with its base model, and its tokenizer.
+
+        Args:
+            name: folder or Hub id, as for `find_checkpoint`.
+            dtype: as for `load_model`.
+            device: where to put the model.
+
+        Raises:
+            FileNotFoundError: as for `find_checkpoint`.
+            ValueError: as for `find_checkpoint`.
+        """
         checkpoint = find_checkpoint(name)
         processor = load_processor(checkpoint)
         model = load_model(checkpoint, dtype=dtype, device=device)
@@ -50,29 +69,30 @@ class Assistant:
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids its probabilities are spread over."""
+        """Number of token ids in the model's output, V."""
         return causal_lm_of(self.model).get_output_embeddings().weight.shape[0]
 
     @torch.no_grad()
     def logits(self, branches: Branches, targets: Mapping[str, Targets], everywhere: bool = False) -> dict[str, torch.Tensor]:
-        """z_A at the tokens of each task's answers.
+        """Compute the logits z_A at the tokens of each task's targets.
 
         Args:
-            branches ([`Branches`]): the prompts.
-            targets: per task its [`Targets`].
-            everywhere: also at the prompts' own tokens, as [`PlainBranches`] orders them.
+            branches: the prompts of B posts.
+            targets: the targets of each task.
+            everywhere: whether to compute them at the prompts' own tokens too, in the order of `PlainBranches`.
 
         Returns:
-            Per task (N, V), on the targets' device; a task that no post of the batch has is left out.
+            Per task the logits, (N, V) with N the number of tokens of all B posts, on the targets' device. A task without
+            tokens in this batch is omitted.
         """
-        with torch.autocast(self.model.device.type, enabled=False):  # its own type, whatever the student's
+        with torch.autocast(self.model.device.type, enabled=False):  # the assistant's own type, whatever the student's
             own = self._placed(branches)
-            plain = everywhere or branches["apart"] or not self.shares_prompt
+            plain = everywhere or branches["separate"] or not self.shares_prompt
             prompts = PlainBranches(self.model, own, everywhere) if plain else SharedBranches(self.model, own)
             return {
-                task: prompts.logits(task, self._placed(answers)).to(answers["input_ids"].device)
-                for task, answers in targets.items()
-                if any(answers["lengths"])
+                task: prompts.logits(task, self._placed(of_task)).to(of_task["input_ids"].device)
+                for task, of_task in targets.items()
+                if any(of_task["lengths"])
             }
 
     def _placed(self, value: Any) -> Any:
@@ -80,17 +100,21 @@ class Assistant:
             return {key: self._placed(item) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        # Pictures come in the student's type, or in float32.
+        # Images have the student's type, or float32.
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, assistant: PreTrainedTokenizerBase) -> None:
-    """Refuse an assistant whose tokens are not the student's.
+    """Check that the token ids of student and assistant stand for the same tokens.
 
-    An id that only one of them knows is allowed: sizes differ by ids that stand for nothing, and by added tokens.
+    An id that only one of them has is allowed: vocabularies differ in size by unused ids and by added tokens.
+
+    Args:
+        student: the student's tokenizer.
+        assistant: the assistant's tokenizer.
 
     Raises:
-        ValueError: with the first ids that mean two different tokens, and how many there are.
+        ValueError: with the first ids that stand for different tokens, and their number.
     """
     theirs = {index: token for token, index in assistant.get_vocab().items()}
     ours = {index: token for token, index in student.get_vocab().items()}
@@ -100,6 +124,6 @@ def check_vocabularies(student: PreTrainedTokenizerBase, assistant: PreTrainedTo
         shown = ", ".join(f"{index} is {ours[index]!r} and {theirs[index]!r}" for index in differing[:3])
         raise ValueError(
             f"`assistant`: student and assistant disagree on {len(differing)} of {len(shared)} shared token ids ({shown}), so "
-            "their probabilities cannot be compared. Take an assistant with the student's tokenizer: another size of the "
+            "their probabilities cannot be compared. Use an assistant with the student's tokenizer: another size of the "
             "same family."
         )

@@ -1,11 +1,13 @@
-"""The assistant's soft labels on disk, so that a student trains without the assistant in memory.
+"""Soft labels on disk: the assistant's token distributions, stored so that a student trains without the assistant.
 
-Given   posts' answers in tokens, and the assistant's likeliest tokens at each of them.
-Gives   a folder: `meta.json` (who wrote the labels and how), `tokenizer/` (what their ids mean), `labels-*.safetensors`
-        (many posts each, memory-mapped when read).
-Holds   labels are found by a post's id and its answer's tokens: those of another answer are never used; a file appears when
-        it is complete, so a killed run loses the posts since the last file and goes on behind it; labels of different
-        assistants, temperatures or tasks never meet in one folder.
+A folder of soft labels contains `meta.json` (the settings), `tokenizer/` (the tokenizer of the token ids) and
+`labels-*.safetensors` (many posts each, memory-mapped when read).
+
+Guarantees:
+
+- Labels are found by a post's id and checked against its target's tokens: those of another target are never used.
+- Files are written atomically: a killed run loses the posts since the last complete file, and continues after it.
+- A folder has labels of one assistant, temperature and task only.
 """
 
 from __future__ import annotations
@@ -41,12 +43,18 @@ logger = logging.getLogger(__name__)
 
 _META = "meta.json"
 _TOKENIZER = "tokenizer"
-# Posts' answers per file: what a killed run computes again, at most.
-_ANSWERS_PER_FILE = 256
+# Number of targets per file, which is the greatest number that a killed run computes again.
+_TARGETS_PER_FILE = 256
 
 
-class Place(NamedTuple):
-    """Where a post's labels are: file, first row, number of rows."""
+class LabelLocation(NamedTuple):
+    """Where the soft labels of a target are stored.
+
+    Attributes:
+        file: name of the file.
+        start: first row in it.
+        length: number of rows, one per token.
+    """
 
     file: str
     start: int
@@ -54,34 +62,51 @@ class Place(NamedTuple):
 
 
 def assistant_fingerprint(name: str) -> str:
-    """What tells an assistant from another one: its weights', and its adapter's, wherever its folder lies."""
+    """Return the fingerprint of an assistant: of its weights and of its adapter's, wherever they are stored.
+
+    Args:
+        name: folder or Hub id, as for `find_checkpoint`.
+    """
     checkpoint = find_checkpoint(name)
     parts = [weights_fingerprint(part) for part in (checkpoint.model, checkpoint.adapter) if part is not None]
     return " + ".join(parts)
 
 
 def task_fingerprint(task: ReasoningTask) -> str:
-    """The task's name, and a checksum of all that its prompts are made of."""
+    """Return the fingerprint of a task: its name, and a checksum of everything that its prompts are made of.
+
+    Args:
+        task: the task.
+    """
     return f"{task.name} {hashlib.sha256(repr(task).encode()).hexdigest()[:16]}"
 
 
 class SoftLabelWriter:
-    """Fills a folder with soft labels; goes on where another one stopped.
+    """Writes soft labels to a folder, and continues a run that was interrupted.
 
     Args:
-        folder: made if it does not exist.
-        settings: what the labels depend on besides the answers: `assistant`, `task`, `temperature`, `top_k`, `vocabulary`, ...
-        tokenizer: what the ids mean; a student is trained from labels that tell.
-        rank: of this process among those that write to the folder.
+        folder: the folder; created if it does not exist.
+        settings: what the labels depend on besides the targets: `assistant`, `task`, `temperature`, `top_k`, `vocabulary`,
+            ... JSON values.
+        tokenizer: the tokenizer of the token ids; the training of a student needs it.
+        rank: rank of this process among those that write to the folder.
+
+    Attributes:
+        folder: the folder.
+        locations: per post id and task, where its labels are.
 
     Raises:
         BlockingIOError: if another run is writing to the folder.
-        ValueError: if the folder was begun with other settings, saying which.
+        ValueError: naming the settings that differ, if the folder was written with other settings.
 
     Example:
-        >>> writer = SoftLabelWriter("labels", {"assistant": "...", "top_k": 64, ...}, tokenizer)
-        >>> if not writer.has("7", "chain"): writer.add("7", "chain", token_ids, labels)
+        >>> import tempfile
+        >>> writer = SoftLabelWriter(tempfile.mkdtemp(), {"top_k": 2, "vocabulary": 5})
+        >>> labels = truncate(torch.tensor([[0.0, 3.0, 1.0, 2.0, 0.0]]), k=2, temperature=1.0)
+        >>> writer.add("7", "label", torch.tensor([1]), labels)
         >>> writer.close()
+        >>> writer.has("7", "label"), writer.has("7", "chain")
+        (True, False)
     """
 
     def __init__(
@@ -102,21 +127,33 @@ class SoftLabelWriter:
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder / _TOKENIZER)
             write_json(self.folder / _META, {"settings": settings})
-        self.places = _places(self.folder)
+        self.locations = _locations(self.folder)
         self._pending: list[tuple[str, str, torch.Tensor, SoftLabels]] = []
 
     def has(self, post_id: str, task: str) -> bool:
-        """Whether the labels of a post's answer are on the disk."""
-        return (post_id, task) in self.places
+        """Return whether the labels of a post's target are stored.
+
+        Args:
+            post_id: the post's id.
+            task: `"label"` or `"chain"`.
+        """
+        return (post_id, task) in self.locations
 
     def add(self, post_id: str, task: str, token_ids: torch.Tensor, labels: SoftLabels) -> None:
-        """Take in one answer: its tokens, (N,), and what the assistant says about them."""
+        """Add the labels of one target; they are written with those of other targets.
+
+        Args:
+            post_id: the post's id.
+            task: `"label"` or `"chain"`.
+            token_ids: the target's tokens, (N,).
+            labels: the assistant's soft labels at these tokens.
+        """
         self._pending.append((post_id, task, token_ids, labels))
-        if len(self._pending) >= _ANSWERS_PER_FILE:
+        if len(self._pending) >= _TARGETS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been taken in, in one step."""
+        """Write the labels added so far, atomically."""
         if not self._pending:
             return
         entries: list[tuple[str, str, int, int]] = []
@@ -135,56 +172,71 @@ class SoftLabelWriter:
         placed = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_files(path) as (partial,):
             save_file(placed, partial, metadata={"entries": json.dumps(entries)})
-        self.places |= {(post_id, task): Place(path.name, first, length) for post_id, task, first, length in entries}
+        self.locations |= {(post_id, task): LabelLocation(path.name, first, length) for post_id, task, first, length in entries}
         self._pending.clear()
 
     def close(self) -> None:
-        """Write what is left, and let other runs have the folder."""
+        """Write the remaining labels, and release the folder's lock."""
         self.flush()
         self._lock.close()
 
 
 class SoftLabelCache:
-    """Reads what [`SoftLabelWriter`] wrote.
+    """Reads the soft labels that [`SoftLabelWriter`] wrote.
 
     Args:
         folder: the folder.
 
+    Attributes:
+        folder: the folder.
+        settings: the settings that the labels were written with.
+        locations: per post id and task, where its labels are.
+
     Raises:
-        FileNotFoundError: if there is no such folder, or nothing was written to it.
+        FileNotFoundError: if there is no such folder, or it has no soft labels.
+        ValueError: if the settings in the folder cannot be read.
 
     Example:
-        >>> cache = SoftLabelCache("labels")
-        >>> cache.of_batch(["7"], {"label": batch["label"]})["label"]["log_probs"].shape
-        torch.Size([9, 64])
+        >>> import tempfile
+        >>> writer = SoftLabelWriter(tempfile.mkdtemp(), {"top_k": 2, "vocabulary": 5})
+        >>> labels = truncate(torch.tensor([[0.0, 3.0, 1.0, 2.0, 0.0]]), k=2, temperature=1.0)
+        >>> writer.add("7", "label", torch.tensor([1]), labels)
+        >>> writer.close()
+        >>> targets = Targets(
+        ...     input_ids=torch.tensor([[1]]), mask=torch.tensor([[True]]), weights=torch.ones(1, 1), lengths=[1]
+        ... )
+        >>> SoftLabelCache(writer.folder).of_batch(["7"], {"label": targets})["label"]["ids"]
+        tensor([[1, 3]], dtype=torch.int32)
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         if not (self.folder / _META).is_file():
-            raise FileNotFoundError(f"`soft_labels` {str(folder)!r} holds none; write them with `dynkp distill cache`.")
+            raise FileNotFoundError(
+                f"`soft_labels` is {str(folder)!r}, which has no soft labels; write them with `dynkp distill cache`."
+            )
         self.settings = _settings(self.folder)
-        self.places = _places(self.folder)
+        self.locations = _locations(self.folder)
         self._files: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # an open file does not travel to a data loader's worker
+        return {**self.__dict__, "_files": {}}  # an open file cannot be sent to a data loader's worker
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What the ids mean."""
+        """Load the tokenizer of the labels' token ids."""
         return AutoTokenizer.from_pretrained(self.folder / _TOKENIZER)
 
     def check(self, task: ReasoningTask, temperature: float, vocabulary: int, assistant: str | None = None) -> None:
-        """Refuse labels that are not for this training.
+        """Check that the labels are suitable for a training.
 
         Args:
-            task: of the training.
-            temperature: T of the training; probabilities are kept as they are at T.
-            vocabulary: number of the student's ids.
-            assistant: folder or Hub id of who must have written the labels; anybody, if None.
+            task: the task of the training.
+            temperature: T of the training; probabilities are stored at T.
+            vocabulary: number of token ids in the student's output.
+            assistant: folder or Hub id of the assistant that must have written the labels; None for any assistant.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: naming the settings that differ.
         """
         wanted: dict[str, Any] = {"task": task_fingerprint(task), "temperature": temperature}
         if assistant is not None:
@@ -192,74 +244,75 @@ class SoftLabelCache:
         _compare(self.folder, {name: self.settings.get(name) for name in wanted}, wanted)
         if self.settings["vocabulary"] > vocabulary:
             raise ValueError(
-                f"`soft_labels` {str(self.folder)!r} spread over {self.settings['vocabulary']} token ids, and the student has "
-                f"{vocabulary}. Write them again with `dynkp distill cache --student`, which cuts to the ids both have."
+                f"`soft_labels` {str(self.folder)!r} are distributions over {self.settings['vocabulary']} token ids, but the "
+                f"student has {vocabulary}. Write them again with `dynkp distill cache --student`, which uses only the ids of "
+                "both."
             )
 
     def check_posts(self, posts: Any) -> None:
-        """Refuse a training set with posts that have no labels.
+        """Check that there are labels for all posts of a training set.
 
         Args:
-            posts: rows with `id` and, for the chain, `rationale`.
+            posts: a dataset with `id` and, for the response chain, `rationale`.
 
         Raises:
-            ValueError: with the first ids and the remedy.
+            ValueError: with the first ids without labels, and the remedy.
         """
         rationales = posts["rationale"] if "rationale" in posts.column_names else [None] * len(posts)
         missing = [
             (post_id, task)
             for post_id, rationale in zip(posts["id"], rationales, strict=True)
             for task in ("label", "chain")
-            if (task == "label" or (rationale or "").strip()) and (post_id, task) not in self.places
+            if (task == "label" or (rationale or "").strip()) and (post_id, task) not in self.locations
         ]
         if missing:
             raise ValueError(self._missing(missing))
 
-    def of_batch(self, ids: Sequence[str], answers: Mapping[str, Targets]) -> dict[str, dict[str, Any]]:
-        """The soft labels of a batch's answers.
+    def of_batch(self, ids: Sequence[str], targets: Mapping[str, Targets]) -> dict[str, dict[str, Any]]:
+        """Return the soft labels of a batch's targets.
 
         Args:
-            ids: the B posts'.
-            answers: per task their [`Targets`], which may be cut at their end.
+            ids: ids of the B posts.
+            targets: per task the posts' targets, which may be cut at their end.
 
         Returns:
-            Per task the parts of [`~dynkp.objectives.distillation.SoftLabels`], in the order of the answers' tokens; a task
-            that no post has is left out.
+            Per task the fields of [`~dynkp.objectives.distillation.SoftLabels`], in the order of the targets' tokens. A task
+            without tokens in this batch is omitted.
 
         Raises:
-            ValueError: naming the post, if it has no labels, or those of another answer.
+            ValueError: naming the post, if it has no labels, or those of another target.
         """
         batch = {}
-        for task, targets in answers.items():
-            rows = [
-                self._of_answer(post_id, task, targets["input_ids"][row, :length])
-                for row, (post_id, length) in enumerate(zip(ids, targets["lengths"], strict=True))
+        for task, of_task in targets.items():
+            labels = [
+                self._of_target(post_id, task, of_task["input_ids"][index, :length])
+                for index, (post_id, length) in enumerate(zip(ids, of_task["lengths"], strict=True))
                 if length
             ]
-            if rows:
-                parts = {name: torch.cat([row[name] for row in rows]) for name in ("ids", "log_probs", "rest")}
+            if labels:
+                parts = {name: torch.cat([part[name] for part in labels]) for name in ("ids", "log_probs", "rest")}
                 batch[task] = {**parts, "vocabulary": self.settings["vocabulary"]}
         return batch
 
-    def _of_answer(self, post_id: str, task: str, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if (place := self.places.get((post_id, task))) is None:
+    def _of_target(self, post_id: str, task: str, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if (location := self.locations.get((post_id, task))) is None:
             raise ValueError(self._missing([(post_id, task)]))
-        file = self._files.get(place.file)
+        file = self._files.get(location.file)
         if file is None:
-            file = self._files[place.file] = safe_open(self.folder / place.file, framework="pt")
-        rows = slice(place.start, place.start + min(len(token_ids), place.length))
-        if len(token_ids) > place.length or not torch.equal(file.get_slice("tokens")[rows], token_ids.int()):
+            file = self._files[location.file] = safe_open(self.folder / location.file, framework="pt")
+        rows = slice(location.start, location.start + min(len(token_ids), location.length))
+        if len(token_ids) > location.length or not torch.equal(file.get_slice("tokens")[rows], token_ids.int()):
             raise ValueError(
-                f"post {post_id!r}: `soft_labels` {str(self.folder)!r} has those of another {task} than the post's. Write the "
-                "labels of these posts to another folder with `dynkp distill cache`."
+                f"post {post_id!r}: `soft_labels` {str(self.folder)!r} has the labels of another {task} target than the "
+                "post's. Write the labels of these posts to another folder with `dynkp distill cache`."
             )
         return {name: file.get_slice(name)[rows] for name in ("ids", "log_probs", "rest")}
 
     def _missing(self, missing: Sequence[tuple[str, str]]) -> str:
         shown = ", ".join(f"{post_id!r} ({task})" for post_id, task in missing[:5])
         return (
-            f"`soft_labels` {str(self.folder)!r} has nothing for {len(missing)} answers: {shown}. Run `dynkp distill cache` on "
-            "these posts; it goes on where it stopped."
+            f"`soft_labels` {str(self.folder)!r} has no labels for {len(missing)} targets: {shown}. Run `dynkp distill cache` "
+            "on these posts; it writes the missing labels only."
         )
 
 
@@ -275,21 +328,21 @@ def write_soft_labels(
     batch_size: int = 8,
     progress: bool = True,
 ) -> int:
-    """Have the assistant say what it thinks of the posts' answers; those already in the folder are passed over.
+    """Compute and store the soft labels of posts; targets whose labels are stored already are skipped.
 
     Args:
-        writer: where to.
-        assistant: on its device.
-        collator: of the assistant's own processor.
-        posts: rows of the collator's task; a sequence.
-        top_k: K, tokens kept of each distribution.
+        writer: writes the labels.
+        assistant: the assistant, on its device.
+        collator: collates posts with the assistant's own processor.
+        posts: a dataset of posts of the collator's task.
+        top_k: K, the number of likeliest tokens stored of each distribution.
         temperature: T.
-        vocabulary: number of ids that student and assistant share; the assistant's, if None.
-        batch_size: posts at a time.
+        vocabulary: number of token ids that student and assistant share; None for all of the assistant's.
+        batch_size: number of posts per batch.
         progress: whether to show a progress bar.
 
     Returns:
-        The number of answers written.
+        The number of targets whose labels were written.
     """
     todo = [
         index
@@ -300,16 +353,16 @@ def write_soft_labels(
     sizes = [prompt_size(row) for row in posts.select_columns(["text", "images"]).select(todo)]
     with tqdm(total=len(todo), desc="Soft labels", unit="post", disable=not progress) as bar:
         for batch in plan_batches(sizes, batch_size):
-            rows = collator([posts[todo[index]] for index in batch])
-            answers = {task: rows[task] for task in ("label", "chain")}
-            for task, logits in assistant.logits(rows["prompts"], answers).items():
+            inputs = collator([posts[todo[index]] for index in batch])
+            targets = {task: inputs[task] for task in ("label", "chain")}
+            for task, logits in assistant.logits(inputs["prompts"], targets).items():
                 labels = truncate(logits[:, :vocabulary].float(), top_k, temperature)
-                lengths = answers[task]["lengths"]
+                lengths = targets[task]["lengths"]
                 parts = [part.split(lengths) for part in (labels.ids, labels.log_probs, labels.rest)]
-                for row, (post_id, length) in enumerate(zip(rows["id"], lengths, strict=True)):
+                for index, (post_id, length) in enumerate(zip(inputs["id"], lengths, strict=True)):
                     if length and not writer.has(post_id, task):
-                        token_ids = answers[task]["input_ids"][row, :length]
-                        ids, log_probs, rest = (part[row] for part in parts)
+                        token_ids = targets[task]["input_ids"][index, :length]
+                        ids, log_probs, rest = (part[index] for part in parts)
                         writer.add(post_id, task, token_ids, SoftLabels(ids, log_probs, rest, labels.vocabulary))
                         written += 1
             bar.update(len(batch))
@@ -317,18 +370,25 @@ def write_soft_labels(
     return written
 
 
-def left_out(folder: str | os.PathLike[str]) -> dict[int, float]:
-    """How much of the assistant's probability its likeliest k tokens leave out, the mean over all tokens, for some k."""
+def truncated_probability(folder: str | os.PathLike[str]) -> dict[int, float]:
+    """Return the assistant's probability outside its likeliest k tokens, as the mean over all tokens.
+
+    Args:
+        folder: a folder of soft labels.
+
+    Returns:
+        The probability, in [0, 1], for k = 1, 4, 16, ... and K.
+    """
     sums: dict[int, float] = {}
     tokens = 0
     for path in sorted(Path(folder).glob("labels-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             rest = file.get_tensor("rest").double().exp()
             top = file.get_tensor("log_probs").double().exp()
-        behind = top.sum(dim=1, keepdim=True) - top.cumsum(dim=1) + rest[:, None]  # outside the first 1, 2, ... tokens
+        outside = top.sum(dim=1, keepdim=True) - top.cumsum(dim=1) + rest[:, None]  # of the likeliest 1, 2, ... tokens
         tokens += len(rest)
-        for k in _some(top.shape[1]):
-            sums[k] = sums.get(k, 0.0) + float(behind[:, k - 1].clamp(min=0).sum())
+        for k in _truncations(top.shape[1]):
+            sums[k] = sums.get(k, 0.0) + float(outside[:, k - 1].clamp(min=0).sum())
     return {k: total / tokens for k, total in sums.items()}
 
 
@@ -336,25 +396,37 @@ def left_out(folder: str | os.PathLike[str]) -> dict[int, float]:
 def truncation_effect(
     student: Assistant, assistant: Assistant, collator: TwoTaskCollator, posts: Any, *, top_k: int, temperature: float
 ) -> dict[int, float]:
-    """KL between assistant and student with k tokens kept, as a share of the whole KL, over the posts' answers."""
+    """Return the KL divergence of student and assistant with only k tokens, as a share of the full divergence.
+
+    Args:
+        student: the student, before its training.
+        assistant: the assistant.
+        collator: collates the posts.
+        posts: posts of the collator's task.
+        top_k: K.
+        temperature: T.
+
+    Returns:
+        The share, over all targets of the posts, for k = 1, 4, 16, ... and K; empty if the full divergence is 0.
+    """
     sums: dict[int, float] = {}
     whole = 0.0
-    for row in posts:
-        rows = collator([row])
-        answers = {task: rows[task] for task in ("label", "chain")}
-        ours, theirs = (model.logits(rows["prompts"], answers) for model in (student, assistant))
+    for post in posts:
+        inputs = collator([post])
+        targets = {task: inputs[task] for task in ("label", "chain")}
+        ours, theirs = (model.logits(inputs["prompts"], targets) for model in (student, assistant))
         for task in ours:
             shared = min(ours[task].shape[1], theirs[task].shape[1])
             z_s, z_a = ours[task][:, :shared].float(), theirs[task][:, :shared].float()
             whole += float(soft_label_divergence(z_s, z_a, temperature).sum())
-            for k in _some(min(top_k, shared)):
+            for k in _truncations(min(top_k, shared)):
                 labels = truncate(z_a, k, temperature)
                 sums[k] = sums.get(k, 0.0) + float(soft_label_divergence(z_s, labels, temperature).sum())
     return {k: total / whole for k, total in sums.items()} if whole > 0 else {}
 
 
-def _some(top_k: int) -> list[int]:
-    """1, 4, 16, ... and K."""
+def _truncations(top_k: int) -> list[int]:
+    """Return 1, 4, 16, ... and K."""
     return [*takewhile(lambda k: k < top_k, (4**power for power in range(16))), top_k]
 
 
@@ -374,17 +446,17 @@ def _compare(folder: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any
     if differing:
         raise ValueError(
             f"the soft labels in {str(folder)!r} were written with other settings: {'; '.join(differing)}. Choose another "
-            "folder, or the settings they were written with."
+            "folder, or the settings that they were written with."
         )
 
 
-def _places(folder: Path) -> dict[tuple[str, str], Place]:
-    return {(post_id, task): place for post_id, task, place in _entries(folder)}
+def _locations(folder: Path) -> dict[tuple[str, str], LabelLocation]:
+    return {(post_id, task): location for post_id, task, location in _entries(folder)}
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, str, Place]]:
+def _entries(folder: Path) -> Iterator[tuple[str, str, LabelLocation]]:
     for path in sorted(folder.glob("labels-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             entries = json.loads(file.metadata()["entries"])
         for post_id, task, start, length in entries:
-            yield post_id, task, Place(path.name, start, length)
+            yield post_id, task, LabelLocation(path.name, start, length)

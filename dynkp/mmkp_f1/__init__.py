@@ -1,1 +1,1 @@
-"""The keyphrase metric. Nothing here imports torch or the rest of the package."""
+"""The keyphrase metric, independent of torch and of the rest of the package."""

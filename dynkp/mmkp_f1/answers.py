@@ -1,7 +1,9 @@
-"""The answer parser: how a model's output is read.
+"""The parser of a model's outputs.
 
-Given a model's output, gives its keyphrases and whether it reasoned. Holds: any string is taken, in time linear in its
-length; the targets that `dynkp.data.tasks` writes are read back as they were written.
+Given   a model's output.
+Gives   its keyphrases, and whether it contains reasoning.
+Holds   every string is accepted, in time linear in its length; the targets that `dynkp.data.tasks` writes are parsed to what
+        they were written from.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ ANSWER, END_ANSWER = "<answer>", "</answer>"
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 TAG = re.compile("</?(?:think|answer)>")
 
-# Every blank of Unicode (none lies beyond U+3000) and "#": what the parser strips from a keyphrase's ends.
+# All whitespace of Unicode (none beyond U+3000) and "#": what the parser strips from both ends of a keyphrase.
 STRIPPED = "".join(character for character in map(chr, range(0x3001)) if character.isspace()) + "#"
 
 
 class Answer(NamedTuple):
-    """A model's output, read.
+    """A parsed output.
 
     Attributes:
-        keyphrases: in the order given, without exact repeats; may be empty.
-        reasoned: whether the output holds reasoning (a `<think>` or `</think>`).
+        keyphrases: The keyphrases in their order, without exact repeats; may be empty.
+        reasoned: Whether the output contains reasoning (a `<think>` or `</think>`).
     """
 
     keyphrases: list[str]
@@ -31,26 +33,26 @@ class Answer(NamedTuple):
 
 
 def parse_answer(output: str, separator: str = ";") -> Answer:
-    """Read the keyphrases in a model's output.
+    """Parse the keyphrases in a model's output.
 
-    The answer is the first `<answer>…</answer>` if there is one, else the whole output. From it any `<think>…</think>`
-    is removed; what is left is split on the separator, "#" and blanks are stripped from both ends of each piece, and
-    empty pieces and repeats are dropped. Where methods leave it open:
+    The answer is the first `<answer>…</answer>` if there is one, else the whole output. Every `<think>…</think>` is removed
+    from it; the rest is split at the separator, "#" and whitespace are stripped from both ends of each piece, and empty
+    pieces and repeats are dropped. In cases that the methods do not define:
 
-    - an unclosed `<think>` (the output was cut off) leaves nothing after it: it is all reasoning, not an answer;
+    - after an unclosed `<think>` (the output was cut off) everything is reasoning, not an answer;
     - a `</think>` before any `<think>` closes reasoning that the chat template had opened in the prompt;
-    - tags left over (an unclosed `<answer>`) are markup, never part of a keyphrase, and separate;
-    - repeats are exact, after stripping: the metric folds case and word forms itself.
+    - a remaining tag (an unclosed `<answer>`) is markup, never part of a keyphrase, and acts as a separator;
+    - repeats are exact, after stripping: the metric ignores case and inflection itself.
 
     Args:
-        output: what the model wrote, special tokens removed but for the four tags.
-        separator: what joins keyphrases; blanks around it do not matter. AimKP-style checkpoints use ",".
+        output: The output, with special tokens removed except for the four tags.
+        separator: The separator of keyphrases; whitespace around it is ignored. AimKP-style checkpoints use ",".
 
     Returns:
-        The keyphrases and whether the output reasoned.
+        The keyphrases, and whether the output contains reasoning.
 
     Raises:
-        TypeError: if `output` is not a string.
+        TypeError: If `output` is not a string.
 
     Example:
         >>> parse_answer("<think>A dog.</think><answer>#beagles; dogs; beagles</answer>")
@@ -63,7 +65,17 @@ def parse_answer(output: str, separator: str = ";") -> Answer:
 
 
 def answer_phrases(output: str, separator: str = ";") -> list[str]:
-    """What `parse_answer` reads, with the repeats.
+    """Parse the keyphrases in a model's output as `parse_answer` does, but keep repeats.
+
+    Args:
+        output: The output.
+        separator: The separator of keyphrases.
+
+    Returns:
+        The keyphrases in their order, with repeats.
+
+    Raises:
+        TypeError: If `output` is not a string.
 
     Example:
         >>> answer_phrases("dogs; cats; dogs")
@@ -72,13 +84,13 @@ def answer_phrases(output: str, separator: str = ";") -> list[str]:
     if not isinstance(output, str):
         raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
     answer = output
-    # find, not a regular expression: "<answer>" a million times over must not cost a million scans.
+    # find, not a regular expression: "<answer>" repeated a million times must not cost a million scans.
     start = output.find(ANSWER)
     end = output.find(END_ANSWER, start) if start >= 0 else -1
     if end >= 0:
         answer = output[start + len(ANSWER) : end]
     mark = separator.strip() or separator
-    # Tags left over become separators: merely removed, their surroundings could close up to a new tag.
+    # Remaining tags become separators: if they were removed, the text around them could form a new tag.
     pieces = TAG.sub(lambda tag: mark, _without_reasoning(answer)).split(mark)
     return [phrase for piece in pieces if (phrase := piece.strip(STRIPPED))]
 
@@ -97,7 +109,10 @@ def _without_reasoning(text: str) -> str:
 
 
 def count_words(output: str) -> int:
-    """Count the blank-separated words of a model's output, reasoning and answer together, tags aside.
+    """Count the whitespace-separated words of a model's output, of reasoning and answer together, without tags.
+
+    Args:
+        output: The output.
 
     Example:
         >>> count_words("<think>A dog.</think><answer>beagles</answer>")

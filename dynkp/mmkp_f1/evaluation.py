@@ -1,7 +1,8 @@
-"""Everything the metric says about one system, in one dictionary with the convention at its head.
+"""All scores of one system, in one dictionary.
 
-Given predictions (lists or raw outputs) and gold keyphrases. Gives scores per subset, intervals, what the outputs are
-like, semantic scores. It is what the `evaluate` module and the reports call.
+Given   predictions (lists of keyphrases or raw outputs) and gold keyphrases.
+Gives   the convention, scores per subset, intervals, statistics of the outputs, semantic scores.
+Holds   the module of the `evaluate` library returns the same dictionary.
 """
 
 from __future__ import annotations
@@ -33,31 +34,32 @@ def evaluate_keyphrases(
     count_tokens: Callable[[str], int] | None = None,
     semantic_model: Any = None,
 ) -> dict[str, Any]:
-    """Score a system and describe its outputs.
+    """Score a system and compute statistics of its outputs.
 
     Args:
-        predictions: per post its keyphrases, best first; with `parse` the model's raw output.
-        references: per post its gold keyphrases, at least one.
-        texts: per post its text, for the subsets present and absent.
-        train_keyphrases: for the subsets seen and unseen.
-        convention: `cmkp`, `aimkp`, `padded` or `unpadded`; see `score_keyphrases`.
-        ks: the cut-offs.
-        subsets: those wanted; `None` is `all` and the single kinds that texts and training keyphrases allow.
-        confidence: such as 0.95, for bootstrap intervals; `None` for none.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        parse: whether predictions are raw outputs, to be read by `parse_answer`.
-        separator: what joins keyphrases in raw outputs.
-        count_tokens: raw output -> its number of tokens.
-        semantic_model: a sentence-transformers model for semantic scores; `None` for none.
+        predictions: Per post the predicted keyphrases, best first; with `parse` the model's raw output.
+        references: Per post the gold keyphrases, at least one.
+        texts: Per post the text, for the subsets present and absent; `None` leaves these subsets out.
+        train_keyphrases: The training set's keyphrases, for the subsets seen and unseen; `None` leaves these subsets out.
+        convention: The scoring convention, `cmkp`, `aimkp`, `padded` or `unpadded`; see `score_keyphrases`.
+        ks: The cut-offs.
+        subsets: The subsets to score; `None` for `all` and the single kinds that texts and training keyphrases allow.
+        confidence: The confidence of bootstrap intervals, such as 0.95; `None` for no intervals.
+        resamples: The number of bootstrap resamples.
+        seed: The seed of the bootstrap.
+        parse: Whether predictions are raw outputs, to be parsed by `parse_answer`.
+        separator: The separator of keyphrases in raw outputs.
+        count_tokens: A function that returns the number of tokens of a raw output; `None` to count no tokens.
+        semantic_model: A sentence-transformers model for semantic scores; `None` for none.
 
     Returns:
-        `convention`, `posts`, `subsets` (as `score_keyphrases` gives them), what `list_statistics` or, with `parse`,
-        `output_statistics` gives, with a confidence `intervals` (`confidence`, `resamples`, `seed`, and under `subsets`
-        per subset and measure its two bounds, `None` without posts), and with a model the scores of `semantic_scores`.
+        `convention`, `posts`, `subsets` (as `score_keyphrases` returns them); the statistics of `list_statistics` or, with
+        `parse`, `output_statistics`; with a confidence `intervals` (`confidence`, `resamples`, `seed`, and under `subsets`
+        per subset and measure two bounds, `None` without posts); and with a model the scores of `semantic_scores`.
 
     Raises:
-        TypeError, ValueError: as in `score_keyphrases`.
+        TypeError: As in `score_keyphrases`.
+        ValueError: As in `score_keyphrases`, or if `confidence` is not between 0 and 1.
 
     Example:
         >>> outputs = ["<think>A dog.</think><answer>dogs; cats</answer>", "sun"]
@@ -98,6 +100,15 @@ def evaluate_keyphrases(
 
 
 def allowed_subsets(texts: bool, train_keyphrases: bool) -> list[str]:
-    """`all` and the single kinds for which there is what they need."""
+    """Return the subsets that can be scored: `all`, and the single kinds whose inputs are given.
+
+    Args:
+        texts: Whether the posts' texts are given.
+        train_keyphrases: Whether the training keyphrases are given.
+
+    Example:
+        >>> allowed_subsets(texts=False, train_keyphrases=True)
+        ['all', 'seen', 'unseen']
+    """
     given = {"present": texts, "absent": texts, "seen": train_keyphrases, "unseen": train_keyphrases}
     return [subset for subset in SUBSETS if given.get(subset, True)]

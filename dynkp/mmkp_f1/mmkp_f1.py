@@ -1,7 +1,7 @@
-"""The metric as a module of the `evaluate` library: its contract, nothing else.
+"""The metric as a module of the `evaluate` library.
 
-`evaluate.load` copies this file and those it imports with a dot, one import a line, so all files of the folder that are
-used are imported here.
+`evaluate.load` copies this file and the files that it imports relatively, one import per line, so all files of the folder
+that are used are imported here.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ keyphrases, with bootstrap confidence intervals.
 
 INPUTS = """
 Args:
-    predictions: per post its keyphrases, best first; with `parse=True` the model's raw output.
-    references: per post its gold keyphrases, at least one.
-    texts: per post its text; gives the subsets present and absent.
-    train_keyphrases: the training set's keyphrases; gives the subsets seen and unseen.
+    predictions: Per post the predicted keyphrases, best first; with `parse=True` the model's raw output.
+    references: Per post the gold keyphrases, at least one.
+    texts: Per post the text, for the subsets present and absent.
+    train_keyphrases: The training set's keyphrases, for the subsets seen and unseen.
     convention: "cmkp" (default), "aimkp", "padded" or "unpadded".
-    k: the cut-offs, (1, 3, 5) by default.
-    subsets: those wanted, crossings such as "present&unseen" among them; all that the inputs allow by default.
-    confidence: such as 0.95, for bootstrap confidence intervals; None (default) for none.
-    resamples, seed: of the bootstrap; 10,000 and 0 by default.
-    parse: whether predictions are raw outputs, `k1; k2` or `<think>...</think><answer>k1; k2</answer>`.
-    separator: what joins keyphrases in raw outputs, ";" by default.
-    count_tokens: function of a raw output that gives its number of tokens.
-    semantic_model: a sentence-transformers model (name, folder or object), for semantic P, R and F1.
+    k: The cut-offs, (1, 3, 5) by default.
+    subsets: The subsets to score, including intersections such as "present&unseen"; by default `all` and the single kinds
+        that the inputs allow.
+    confidence: The confidence of bootstrap intervals, such as 0.95; None (default) for no intervals.
+    resamples: The number of bootstrap resamples, 10,000 by default.
+    seed: The seed of the bootstrap, 0 by default.
+    parse: Whether predictions are raw outputs, `k1; k2` or `<think>...</think><answer>k1; k2</answer>`.
+    separator: The separator of keyphrases in raw outputs, ";" by default.
+    count_tokens: A function that returns the number of tokens of a raw output.
+    semantic_model: A sentence-transformers model (name, folder or object), for semantic P, R and F1.
 Returns:
-    convention, posts, subsets (per subset posts, phrases and p@k, r@k, f1@k, map@k, ndcg@k as fractions), shares and
-    lengths that describe the outputs, intervals.
+    `convention`, `posts`, `subsets` (per subset `posts`, `phrases` and `p@k`, `r@k`, `f1@k`, `map@k`, `ndcg@k` as
+    fractions), shares and lengths of the outputs, and `intervals`.
 Examples:
     >>> metric = evaluate.load("dynkp/mmkp_f1")
     >>> results = metric.compute(predictions=[["dogs", "cats"], ["sun"]], references=[["dog"], ["rain"]])
@@ -71,12 +73,19 @@ _RAW = datasets.Features({**_LISTS, "predictions": datasets.Value("large_string"
 
 
 class MmkpF1(evaluate.Metric):
-    """Keyphrase scores; see README.md beside this file.
+    """Keyphrase scores; README.md beside this file is the metric card.
 
-    Batches are kept on disk until `compute`, as `evaluate` does, whose options may then be chosen.
+    Batches are stored on disk until `compute` is called, as `evaluate` does; options are given to `compute`.
+
+    Example:
+        >>> metric = load_metric()
+        >>> metric.add_batch(predictions=[["dogs"]], references=[["dog"]])
+        >>> metric.add_batch(predictions=[["sun"]], references=[["rain"]])
+        >>> metric.compute(k=[1])["subsets"]["all"]["f1@1"]
+        0.5
     """
 
-    # Whether the batches so far came with texts; None before the first.
+    # Whether the batches added so far have texts; None before the first batch.
     _with_texts: bool | None = None
 
     def _info(self) -> evaluate.MetricInfo:
@@ -96,11 +105,22 @@ class MmkpF1(evaluate.Metric):
         texts: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Add some posts; all of them, or none if one cannot be scored."""
+        """Add posts: all of them, or none if one cannot be scored.
+
+        Args:
+            predictions: Per post the predicted keyphrases, or the model's raw output.
+            references: Per post the gold keyphrases.
+            texts: Per post the text; given with all batches or with none.
+            **kwargs: Nothing else is accepted: options are given to `compute`.
+
+        Raises:
+            TypeError: If something other than strings is given for keyphrases or texts, or options are given.
+            ValueError: If numbers of posts differ, or a post has no gold keyphrase.
+        """
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: add_batch takes predictions, references and texts; options go to compute")
         predictions = _listed(predictions)
-        # Checked here: `datasets` would write a NaN as the string "nan".
+        # Checked here, because `datasets` would write a NaN as the string "nan".
         raw = _is_raw(predictions)
         check = checked_strings if raw else checked_phrase_lists
         predicted: Any = check("predictions", predictions)
@@ -118,7 +138,18 @@ class MmkpF1(evaluate.Metric):
         evaluate.Metric.add_batch(self, predictions=predicted, references=gold, texts=listed or [""] * len(gold))
 
     def add(self, *, prediction: Any = None, reference: Any = None, text: str | None = None, **kwargs: Any) -> None:
-        """Add one post."""
+        """Add one post.
+
+        Args:
+            prediction: The predicted keyphrases, or the model's raw output.
+            reference: The gold keyphrases.
+            text: The text.
+            **kwargs: Nothing else is accepted.
+
+        Raises:
+            TypeError: As in `add_batch`.
+            ValueError: As in `add_batch`.
+        """
         texts = None if text is None else [text]
         self.add_batch(predictions=[prediction], references=[reference], texts=texts, **kwargs)
 
@@ -130,12 +161,27 @@ class MmkpF1(evaluate.Metric):
         texts: Any = None,
         **options: Any,
     ) -> dict[str, Any] | None:
-        """Score the posts given here and those added before."""
+        """Score the posts given here and those added before.
+
+        Args:
+            predictions: Per post the predicted keyphrases; with `parse=True` the model's raw output.
+            references: Per post the gold keyphrases.
+            texts: Per post the text.
+            **options: The other inputs: `train_keyphrases`, `convention`, `k`, `subsets`, `confidence`, `resamples`, `seed`,
+                `parse`, `separator`, `count_tokens`, `semantic_model`; see `evaluate_keyphrases`.
+
+        Returns:
+            The scores, as `evaluate_keyphrases` returns them; `None` on all processes but the first.
+
+        Raises:
+            TypeError: If an input or option has the wrong type; the posts added before are kept.
+            ValueError: If an input or option has a wrong value; the posts added before are kept.
+        """
         if options.get("train_keyphrases") is not None:
             options["train_keyphrases"] = checked_strings("train_keyphrases", options["train_keyphrases"])
         given = predictions is not None or references is not None
         predictions = _listed(predictions)
-        # Tried on one post first: refused after the posts are read, the options would cost those added before.
+        # Options are tried on one post first: an error after the posts are read would lose those added before.
         raw = _is_raw(predictions) if given else self.selected_feature_format == _RAW
         if raw and not options.get("parse"):
             found = f"predictions[0]={predictions[0]!r:.80}" if given else "a prediction of the batches added"
@@ -169,7 +215,7 @@ class MmkpF1(evaluate.Metric):
 
 
 def _listed(predictions: Any) -> Any:
-    """A column of a dataset, an array or a generator as a list; what is no list of anything is refused further on."""
+    """A column of a dataset, an array or a generator as a list; other values unchanged, for the checks that follow."""
     listable = isinstance(predictions, Iterable) and not isinstance(predictions, (str, bytes, Mapping))
     return list(predictions) if listable else predictions
 
@@ -179,10 +225,13 @@ def _is_raw(predictions: Any) -> bool:
 
 
 def load_metric(**settings: Any) -> MmkpF1:
-    """The metric as `evaluate.load("dynkp/mmkp_f1")` gives it, from the installed package: offline, from any folder.
+    """Load the metric from the installed package: as `evaluate.load("dynkp/mmkp_f1")`, but offline and from any folder.
 
     Args:
-        **settings: as of `evaluate.load`: `experiment_id`, `num_process`, `process_id`, `cache_dir`, `keep_in_memory`.
+        **settings: Arguments of `evaluate.load`: `experiment_id`, `num_process`, `process_id`, `cache_dir`, `keep_in_memory`.
+
+    Returns:
+        The metric.
 
     Example:
         >>> metric = load_metric()

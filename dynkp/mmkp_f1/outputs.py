@@ -1,7 +1,7 @@
-"""What scores do not say about outputs: how many, how long, how often repeated, how often unusable.
+"""Statistics of outputs: number of keyphrases, length, repeats, and outputs that cannot be parsed.
 
-Given lists of predicted keyphrases, or a model's raw outputs. Gives shares and means, `None` where there is nothing to
-take them of.
+Given   lists of predicted keyphrases, or a model's raw outputs.
+Gives   shares in [0, 1] and means, `None` if the denominator is zero.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from .scoring import stem_phrase
 
 
 def list_statistics(predictions: Sequence[Sequence[str]]) -> dict[str, float | None]:
-    """Describe lists of keyphrases.
+    """Compute statistics of lists of keyphrases.
 
     Args:
-        predictions: per post its keyphrases.
+        predictions: Per post the predicted keyphrases.
 
     Returns:
-        `empty_share`, of posts without a keyphrase; `keyphrases_per_post`, blank ones left out; `repeat_share`, of
-        keyphrases whose stems repeat an earlier one of their post.
+        `empty_share`, the share of posts without a keyphrase; `keyphrases_per_post`, the mean number of keyphrases that are
+        not empty; `repeat_share`, the share of keyphrases whose stems repeat an earlier one of their post.
 
     Example:
         >>> list_statistics([["dogs", "dog", "cat", "sun"], []])
@@ -30,26 +30,26 @@ def list_statistics(predictions: Sequence[Sequence[str]]) -> dict[str, float | N
     listed = sum(map(len, stems))
     distinct = sum(len(set(phrases)) for phrases in stems)
     return {
-        "empty_share": _share(sum(not phrases for phrases in stems), len(stems)),
-        "keyphrases_per_post": _share(listed, len(stems)),
-        "repeat_share": _share(listed - distinct, listed),
+        "empty_share": _ratio_or_none(sum(not phrases for phrases in stems), len(stems)),
+        "keyphrases_per_post": _ratio_or_none(listed, len(stems)),
+        "repeat_share": _ratio_or_none(listed - distinct, listed),
     }
 
 
 def output_statistics(
     outputs: Sequence[str], separator: str = ";", count_tokens: Callable[[str], int] | None = None
 ) -> dict[str, float | None]:
-    """Describe a model's raw outputs.
+    """Compute statistics of a model's raw outputs.
 
     Args:
-        outputs: per post what the model wrote.
-        separator: what joins keyphrases in them.
-        count_tokens: output -> its number of tokens; without it tokens are not counted.
+        outputs: Per post the model's output.
+        separator: The separator of keyphrases.
+        count_tokens: A function that returns the number of tokens of an output; `None` to count no tokens.
 
     Returns:
-        What `list_statistics` says of the keyphrases, repeats not removed; `unparsable_share`, of outputs that hold
-        something but no keyphrase (reasoning that was cut off, for one); `reasoning_share`; `output_words`, the mean
-        number of words, reasoning included; and `output_tokens`.
+        The statistics of `list_statistics` of the keyphrases, with repeats; `unparsable_share`, the share of outputs that
+        contain text but no keyphrase (such as reasoning that was cut off); `reasoning_share`, the share of outputs with
+        reasoning; `output_words`, the mean number of words, reasoning included; and, with `count_tokens`, `output_tokens`.
 
     Example:
         >>> statistics = output_statistics(["<think>A dog.</think><answer>dog; dog</answer>", "<think>A", ""])
@@ -60,14 +60,14 @@ def output_statistics(
     unparsable = sum(bool(output.strip()) and not found for output, found in zip(outputs, phrases, strict=True))
     reasoning = sum(THINK in output or END_THINK in output for output in outputs)
     statistics = list_statistics(phrases) | {
-        "unparsable_share": _share(unparsable, len(outputs)),
-        "reasoning_share": _share(reasoning, len(outputs)),
-        "output_words": _share(sum(map(count_words, outputs)), len(outputs)),
+        "unparsable_share": _ratio_or_none(unparsable, len(outputs)),
+        "reasoning_share": _ratio_or_none(reasoning, len(outputs)),
+        "output_words": _ratio_or_none(sum(map(count_words, outputs)), len(outputs)),
     }
     if count_tokens is not None:
-        statistics["output_tokens"] = _share(sum(map(count_tokens, outputs)), len(outputs))
+        statistics["output_tokens"] = _ratio_or_none(sum(map(count_tokens, outputs)), len(outputs))
     return statistics
 
 
-def _share(part: float, whole: int) -> float | None:
-    return part / whole if whole else None
+def _ratio_or_none(numerator: float, denominator: int) -> float | None:
+    return numerator / denominator if denominator else None

@@ -1,8 +1,10 @@
-"""The Porter stemmer as NLTK has it in its default mode (`PorterStemmer(mode="NLTK_EXTENSIONS")`), word for word.
+"""NLTK's Porter stemmer in its default mode (`PorterStemmer(mode="NLTK_EXTENSIONS")`).
 
-Given a word, gives its stem in lower case. Holds: what NLTK gives, for every string (tests/mmkp_f1/test_porter.py
-compares them), in time linear in the word's length. NLTK itself is not used because importing it costs 1.5 s of CPU,
-several times what scoring the CMKP test set costs, and its stemmer is four times slower.
+Given   a word.
+Gives   its stem in lower case.
+Holds   the result equals NLTK's for every string (tests/mmkp_f1/test_porter.py compares them), in time linear in the word's
+        length. NLTK itself is not used because importing it takes 1.5 s of CPU time, several times the time of scoring the
+        CMKP test set, and its stemmer is four times slower.
 """
 
 from __future__ import annotations
@@ -62,6 +64,12 @@ _STEP_2_SUFFIXES, _STEP_3_SUFFIXES = tuple(_STEP_2), tuple(_STEP_3)
 def porter_stem(word: str) -> str:
     """Stem one word.
 
+    Args:
+        word: The word, in any case.
+
+    Returns:
+        The stem, in lower case.
+
     Example:
         >>> [porter_stem(word) for word in ("Wildflowers", "relational", "dying")]
         ['wildflow', 'relat', 'die']
@@ -69,7 +77,7 @@ def porter_stem(word: str) -> str:
     stem = word.lower()
     if stem in _IRREGULAR:
         return _IRREGULAR[stem]
-    if len(word) <= 2:  # of the word as written, as in NLTK: lower case can be longer
+    if len(word) <= 2:  # the length before lower-casing, as in NLTK: lower-casing can add characters
         return stem
     stem = _step_1b(_step_1a(stem))
     if stem.endswith("y") and len(stem) > 2 and _is_consonant(stem, len(stem) - 2):
@@ -95,7 +103,7 @@ def porter_stem(word: str) -> str:
 
 
 def _step_1a(word: str) -> str:
-    if not word.endswith("s") or word.endswith("ss") and not word.endswith("sses"):
+    if not word.endswith("s") or (word.endswith("ss") and not word.endswith("sses")):
         return word
     if word.endswith("ies"):
         return word[:-1] if len(word) == 4 else word[:-2]
@@ -117,26 +125,26 @@ def _step_1b(word: str) -> str:
         return rest + "e"
     if len(rest) >= 2 and rest[-1] == rest[-2] and _is_consonant(rest, len(rest) - 1):
         return rest if rest[-1] in "lsz" else rest[:-1]
-    if rest.endswith("*d"):  # NLTK writes the rule above "*d" and matches the two characters as well
+    if rest.endswith("*d"):  # NLTK names the rule above "*d", and also matches these two characters literally
         return rest[:-2] + "d"
     return rest + "e" if _measure(rest) == 1 and _ends_cvc(rest) else rest
 
 
 def _step_2(word: str) -> str:
     while word.endswith("alli") and _measure(word[:-4]) > 0:
-        word = word[:-2]  # "al", to which the step is applied again
+        word = word[:-2]  # ends in "al", to which the step is applied again
     suffix = next((suffix for suffix in _STEP_2 if word.endswith(suffix)), None)
     if suffix is None:
         return word
     rest = word[: -len(suffix)]
-    # The l of "logi" counts with the stem, so that "geologi" is one as well.
+    # The l of "logi" belongs to the stem, so that "geologi" is stemmed too.
     if _measure(word[:-3] if suffix == "logi" else rest) > 0:
         return rest + _STEP_2[suffix]
     return word
 
 
 def _is_consonant(word: str, position: int) -> bool:
-    """Every letter but a, e, i, o, u is one, but a y after a consonant; so in a run of y they alternate."""
+    """Whether a letter is a consonant: not a, e, i, o, u, nor a y after a consonant; in a run of y they alternate."""
     start = position
     while start > 0 and word[start] == "y":
         start -= 1
@@ -144,7 +152,7 @@ def _is_consonant(word: str, position: int) -> bool:
 
 
 def _measure(stem: str) -> int:
-    """How often a vowel is followed by a consonant."""
+    """The number of times that a vowel is followed by a consonant (m in Porter's paper)."""
     count = 0
     vowel = None
     for letter in stem:
@@ -156,7 +164,7 @@ def _measure(stem: str) -> int:
 
 
 def _contains_vowel(stem: str) -> bool:
-    # A y is a vowel after a consonant, so everywhere but in front and after a vowel, which would count itself.
+    # A y is a vowel unless it is the first letter or follows a vowel, which then counts itself.
     return any(letter in "aeiou" for letter in stem) or "y" in stem[1:]
 
 

@@ -1,12 +1,13 @@
-"""Keyphrase scores in four conventions, each to the last digit, over subsets of the phrases.
+"""Keyphrase scores in four conventions, over subsets of the keyphrases.
 
 Given   ranked predictions and gold keyphrases per post; texts and training keyphrases for the subsets.
-Gives   P, R, F1, MAP and NDCG at k per subset, per post if wanted, with the numbers of posts and phrases behind them.
-Holds   the figures of the 2020 script (`cmkp`) and of AimKP's (`aimkp`), in a tenth of their time; memory does not grow
-        with the number of posts unless per-post scores are kept. No torch, nothing of this package outside this folder.
+Gives   P, R, F1, MAP and NDCG at k per subset, and optionally per post, with the numbers of posts and gold phrases.
+Holds   the figures equal those of the 2020 script (`cmkp`) and of AimKP's script (`aimkp`) in every digit, in a tenth of their
+        time; memory does not grow with the number of posts unless per-post scores are kept. Neither torch nor any part of the
+        package outside this folder is imported.
 
-A phrase is compared as its words' Porter stems (NLTK's default mode, which lower-cases), joined by one blank. Phrases are
-numbered, and all counting is done on arrays of numbers, for some thousand posts at a time. README.md has the formulas.
+Phrases are compared as their words' Porter stems (NLTK's default mode, which lower-cases), joined by one space. Phrases are
+numbered, and counted in arrays of numbers, several thousand posts at a time. README.md has the formulas.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SUBSETS = ("all", "present", "absent", "seen", "unseen")
 Scores = dict[str, dict[str, Any]]
 _Array = np.ndarray[Any, Any]
 
-# A prediction with one of these among its words is dropped before the cut at k, as the 2020 script does.
+# A prediction that contains one of these words is dropped before the cut at k, as in the 2020 script.
 _DROPPED_TOKENS = frozenset(("<unk>", ",", "."))
 _OPPOSITES = ({"present", "absent"}, {"seen", "unseen"})
 _POSTS_AT_A_TIME = 8192
@@ -42,40 +43,42 @@ def score_keyphrases(
     convention: str = "cmkp",
     subsets: Sequence[str] | None = None,
 ) -> Scores:
-    """Score ranked keyphrases against the gold ones.
+    """Score ranked keyphrases against the gold keyphrases.
 
-    The conventions do not agree with each other; name the one used beside every figure. With G a post's distinct gold
-    phrases, Q its predictions and h the hits among the first k:
+    The conventions give different figures: name the convention beside every figure. With G a post's distinct gold phrases, Q
+    its predictions and h the hits among the first k:
 
-    - `cmkp` (Wang et al. 2020): Q without repeats; P = h/min(k, |Q|), R = h/|G|, F1@k is the **harmonic mean of the
-      means** of P and R; NDCG is measured against the best order of what was predicted.
-    - `aimkp` (AimKP's tables): P = h/k, R = h/(gold phrases as listed), F1@k is the mean of the posts' F1; "MAP@k" is the
-      mean of the precisions at 1, ..., min(k, |Q|), which is not mean average precision.
-    - `padded`, `unpadded` (the keyphrase field): Q without repeats and blanks; P = h/k or h/min(k, |Q|), R = h/|G|, F1@k
-      is the mean of the posts' F1; also F1@M (all predictions), F1@O (as many as gold) and R-precision.
+    - `cmkp` (Wang et al. 2020): Q without repeats; P = h/min(k, |Q|), R = h/|G|; F1@k is the **harmonic mean of the means**
+      of P and R; the ideal order of NDCG is that of the predictions.
+    - `aimkp` (AimKP's tables): P = h/k, R = h/(number of gold phrases as listed); F1@k is the mean of the posts' F1; "MAP@k"
+      is the mean of the precisions at 1, ..., min(k, |Q|), which is not mean average precision.
+    - `padded`, `unpadded` (the keyphrase generation literature): Q without repeats and empty phrases; P = h/k or
+      h/min(k, |Q|), R = h/|G|; F1@k is the mean of the posts' F1; also F1@M (all predictions), F1@O (as many as gold
+      phrases) and R-precision.
 
-    A subset keeps, of gold **and** predictions, the phrases of one kind, cuts at k inside it, and averages over the posts
-    with at least one such gold phrase. Present: the stemmed phrase is a run of the stemmed text's words. Seen: it is
-    among the training keyphrases. Kinds joined by "&", as in `present&unseen`, must all hold.
+    A subset restricts both gold phrases **and** predictions to one kind, cuts at k within it, and averages over the posts
+    with at least one such gold phrase. Present: the stemmed phrase is a run of words of the stemmed text. Seen: it is among
+    the training keyphrases. Kinds joined by "&", as in `present&unseen`, are intersected.
 
     Args:
-        predictions: per post its keyphrases, best first; an empty list scores 0.
-        references: per post its gold keyphrases, at least one; the same order and number of posts.
-        texts: per post its text (with its OCR, if that counts as text), words apart by blanks; for present and absent.
-        train_keyphrases: the training set's keyphrases; for seen and unseen.
-        ks: the cut-offs, at least 1 each.
-        convention: one of `CONVENTIONS`.
-        subsets: those wanted; `None` is `all` and the single kinds that texts and training keyphrases allow.
+        predictions: Per post the predicted keyphrases, best first; an empty list scores 0.
+        references: Per post the gold keyphrases, at least one; the same posts in the same order.
+        texts: Per post the text (with its OCR, if that counts as text), words separated by whitespace; for present and
+            absent.
+        train_keyphrases: The training set's keyphrases; for seen and unseen.
+        ks: The cut-offs, each at least 1.
+        convention: One of `CONVENTIONS`.
+        subsets: The subsets to score; `None` for `all` and the single kinds that texts and training keyphrases allow.
 
     Returns:
-        Per subset `posts`, the number averaged over, `phrases`, the number of gold phrases, and for every k `p@k`,
-        `r@k`, `f1@k`, `map@k`, `ndcg@k` as fractions in [0, 1], `None` where a subset has no post. Convention `cmkp` adds
+        Per subset `posts`, the number averaged over, `phrases`, the number of gold phrases, and for every k `p@k`, `r@k`,
+        `f1@k`, `map@k`, `ndcg@k` as fractions in [0, 1], `None` if a subset has no post. Convention `cmkp` adds
         `micro_f1@k`; `padded` and `unpadded` add `p@m`, `r@m`, `f1@m`, `f1@o`, `r_precision`.
 
     Raises:
-        TypeError: if something other than strings stands where keyphrases or texts belong.
-        ValueError: if numbers of posts differ, a post has no gold keyphrase, one is blank, a cut-off is below 1, or a
-            subset is asked for without what it needs.
+        TypeError: If keyphrases or texts are not strings.
+        ValueError: If numbers of posts differ; if a post has no gold keyphrase, or an empty one; if a cut-off is below 1; or
+            if a subset needs an input that is not given.
 
     Example:
         >>> scores = score_keyphrases([["dogs", "cats"], ["sun"]], [["dog"], ["rain"]], ks=[1])
@@ -91,19 +94,20 @@ def score_keyphrases(
 
 
 class KeyphraseScorer:
-    """Scores of posts that arrive in batches; `score_keyphrases` explains arguments and results.
+    """Scores of posts that are added in batches; `score_keyphrases` defines them.
 
-    Memory does not depend on the number of posts, but for some 100 bytes per post, subset and cut-off with `keep_posts`.
+    Memory does not grow with the number of posts, except by about 100 bytes per post, subset and cut-off with `keep_posts`.
 
     Args:
-        convention: one of `CONVENTIONS`.
-        ks: the cut-offs.
-        subsets: those wanted.
-        train_keyphrases: for seen and unseen.
-        keep_posts: whether to keep every post's scores for `post_scores`, which intervals and tests need.
+        convention: One of `CONVENTIONS`.
+        ks: The cut-offs, each at least 1.
+        subsets: The subsets to score.
+        train_keyphrases: The training set's keyphrases; for seen and unseen.
+        keep_posts: Whether to keep the scores of every post for `post_scores`, as intervals and tests need them.
 
     Raises:
-        TypeError, ValueError: as in `score_keyphrases`.
+        TypeError: As in `score_keyphrases`.
+        ValueError: As in `score_keyphrases`.
 
     Example:
         >>> scorer = KeyphraseScorer(ks=[1])
@@ -144,15 +148,16 @@ class KeyphraseScorer:
     def add_batch(
         self, predictions: Iterable[Sequence[str]], references: Iterable[Sequence[str]], texts: Iterable[str] | None = None
     ) -> None:
-        """Take some posts in; all of them, or none if one cannot be scored.
+        """Add posts: all of them, or none if one cannot be scored.
 
         Args:
-            predictions: per post its keyphrases, best first.
-            references: per post its gold keyphrases, at least one.
-            texts: per post its text; needed if a subset is present or absent.
+            predictions: Per post the predicted keyphrases, best first.
+            references: Per post the gold keyphrases, at least one.
+            texts: Per post the text; needed if a subset is present or absent.
 
         Raises:
-            TypeError, ValueError: as in `score_keyphrases`.
+            TypeError: As in `score_keyphrases`.
+            ValueError: As in `score_keyphrases`.
         """
         predicted = checked_phrase_lists("predictions", predictions)
         gold = checked_phrase_lists("references", references)
@@ -208,21 +213,21 @@ class KeyphraseScorer:
         self._posts += rows
 
     def totals(self) -> dict[str, Any]:
-        """What the posts so far add up to: small, and fit to be sent to another process's scorer."""
+        """Return the sums over the posts added so far, small enough to be sent to another process's scorer."""
         return self._totals
 
     def add_totals(self, totals: Mapping[str, Any]) -> None:
-        """Take in the posts of another scorer with the same options.
+        """Add the posts of another scorer with the same options.
 
         Args:
-            totals: the other's `totals()`.
+            totals: The other scorer's `totals()`.
 
         Raises:
-            ValueError: if the totals show that the other's options differ, or if this scorer keeps the posts' scores, which
-                totals do not hold.
+            ValueError: If the other scorer has different options, or if this scorer keeps the scores of every post, which
+                totals do not contain.
         """
         if self._kept is not None:
-            raise ValueError("keep_posts=True: another scorer's totals do not hold its posts' scores")
+            raise ValueError("keep_posts=True: another scorer's totals do not contain the scores of its posts")
         if totals.keys() != self._totals.keys():
             raise ValueError(f"totals of the subsets {list(totals)} do not fit those of this scorer, {list(self.subsets)}")
         for name, total in totals.items():
@@ -231,20 +236,20 @@ class KeyphraseScorer:
     def _is_dropped(self, phrase: str) -> bool:
         if self.convention == "cmkp":
             return not _DROPPED_TOKENS.isdisjoint(phrase.split())
-        return not phrase  # no prediction in the keyphrase field; in the two scripts it takes a place
+        return not phrase  # an empty phrase is no prediction here; in the two scripts it takes a rank
 
     def compute(self) -> Scores:
-        """The scores of all posts so far; more may be added afterwards."""
+        """Return the scores of all posts added so far, as `score_keyphrases` does; more posts may be added afterwards."""
         return {name: total.scores(measures(self.convention, self.ks), self.convention) for name, total in self._totals.items()}
 
     def post_scores(self) -> dict[str, PostScores]:
-        """Every post's scores, per subset.
+        """Return the scores of every post, per subset.
 
         Raises:
-            ValueError: without `keep_posts=True`.
+            ValueError: If the scorer was created without `keep_posts=True`.
         """
         if self._kept is None:
-            raise ValueError("the posts' scores were not kept: make the scorer with keep_posts=True")
+            raise ValueError("the scores of single posts were not kept: create the scorer with keep_posts=True")
         names = _column_names(self.convention, self.ks)
         return {
             subset: PostScores(
@@ -261,10 +266,10 @@ class PostScores:
     """The scores of each post of a subset.
 
     Attributes:
-        convention: by which they were computed.
-        positions: (posts,) which of the posts scored, counted from 0, belong to the subset; rising.
-        columns: name -> (posts,) values: `p@k`, `r@k`, `map@k`, `ndcg@k`, `phrases` (gold), and what the convention adds:
-            `hits@k` and `predicted@k` (`cmkp`), or the posts' `f1@k`.
+        convention: The scoring convention.
+        positions: The indices of the subset's posts among all posts scored, (posts,), ascending.
+        columns: Name -> values, (posts,): `p@k`, `r@k`, `map@k`, `ndcg@k`, `phrases` (gold phrases), and depending on the
+            convention `hits@k` and `predicted@k` (`cmkp`), or the posts' `f1@k`.
     """
 
     convention: str
@@ -272,17 +277,33 @@ class PostScores:
     columns: Mapping[str, _Array]
 
     def score(self, measure: str) -> float | None:
-        """One measure over all posts, as `score_keyphrases` gives it; `None` without posts."""
+        """Compute one measure over all posts, as `score_keyphrases` does.
+
+        Args:
+            measure: The measure, such as `f1@1`.
+
+        Returns:
+            The score, `None` without posts.
+
+        Raises:
+            ValueError: If the measure is not known.
+        """
         inputs, combine = self.recipe(measure)
         if not len(self.positions):
             return None
         return float(combine(*(self.columns[name].mean() for name in inputs)))
 
     def recipe(self, measure: str) -> tuple[tuple[str, ...], Callable[..., Any]]:
-        """Which columns' means a measure is made of, and how; works on arrays of means as well.
+        """Return how a measure is computed from the columns' means.
+
+        Args:
+            measure: The measure, such as `f1@1`.
+
+        Returns:
+            The names of the columns, and a function of their means, which also accepts arrays of means.
 
         Raises:
-            ValueError: if the measure is not known.
+            ValueError: If the measure is not known.
         """
         name, _, cut = measure.partition("@")
         if self.convention == "cmkp" and name == "f1" and f"p@{cut}" in self.columns:
@@ -296,13 +317,22 @@ class PostScores:
         return (measure,), _itself
 
     def measures(self) -> list[str]:
-        """The names of all measures."""
+        """Return the names of all measures."""
         cuts = (name.partition("@")[2] for name in self.columns if name.startswith("map@"))
         return measures(self.convention, [int(cut) for cut in cuts])
 
 
 def measures(convention: str, ks: Sequence[int]) -> list[str]:
-    """The names of a convention's measures, in the order of the results."""
+    """Return the names of a convention's measures, in the order of the results.
+
+    Args:
+        convention: One of `CONVENTIONS`.
+        ks: The cut-offs.
+
+    Example:
+        >>> measures("cmkp", [1])
+        ['p@1', 'r@1', 'f1@1', 'map@1', 'ndcg@1', 'micro_f1@1']
+    """
     names = [f"{name}@{k}" for k in ks for name in ("p", "r", "f1", "map", "ndcg")]
     if convention == "cmkp":
         return names + [f"micro_f1@{k}" for k in ks]
@@ -335,12 +365,14 @@ class _Totals:
     def add(self, posts: int, columns: Mapping[str, _Array]) -> None:
         self.posts += posts
         for name, values in columns.items():
-            # One after the other, as the scripts add: so batches change nothing, not even the last digit.
+            # Added one after the other, as the scripts do, so that batches do not change the result in any digit.
             self.sums[name] = float(np.add.accumulate(np.concatenate([[self.sums.get(name, 0.0)], values]))[-1])
 
     def merge(self, other: _Totals) -> None:
         if self.sums and other.sums and self.sums.keys() != other.sums.keys():
-            raise ValueError("totals are of another convention or of other cut-offs: give both scorers the same options")
+            raise ValueError(
+                "the totals are of another convention or of other cut-offs: create both scorers with the same options"
+            )
         self.posts += other.posts
         for name, total in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
@@ -355,7 +387,7 @@ class _Totals:
 
 
 class _Phrases(NamedTuple):
-    """Phrases of several posts, one after the other: their numbers, and the rows (posts) they belong to, rising."""
+    """Phrases of several posts, concatenated: their numbers, and the indices (rows) of their posts, ascending."""
 
     ids: _Array
     row: _Array
@@ -368,42 +400,45 @@ class _Phrases(NamedTuple):
         return np.bincount(self.row, minlength=self.rows)
 
     def ranks(self) -> _Array:
-        """The place of each phrase in its post, from 0."""
+        """The rank of each phrase in its post, from 0."""
         counts = self.counts()
         return np.arange(len(self.ids)) - (np.cumsum(counts) - counts)[self.row]
 
     def is_first(self, vocabulary: int) -> _Array:
-        """Which phrases do not repeat an earlier one of the same post."""
+        """The mask of phrases that do not repeat an earlier one of the same post."""
         mask = np.zeros(len(self.ids), bool)
         mask[np.unique(self.row * vocabulary + self.ids, return_index=True)[1]] = True
         return mask
 
     def isin(self, others: _Phrases, vocabulary: int) -> _Array:
-        """Which phrases are among the same post's phrases in `others`."""
+        """The mask of phrases that are among the same post's phrases in `others`."""
         return np.isin(self.row * vocabulary + self.ids, others.row * vocabulary + others.ids)
 
 
 def _post_columns(
     convention: str, ks: Sequence[int], ranked: _Phrases, hit: _Array, gold: _Array, distinct: _Array
 ) -> dict[str, _Array]:
-    """The scores of every row.
+    """Compute the scores of every post.
 
     Args:
-        convention: which.
-        ks: the cut-offs.
-        ranked: the predictions.
-        hit: which of them are hits; of repeats the first only.
-        gold: (rows,) number of gold phrases, what recall is divided by; rows without any come out as 0.
-        distinct: (rows,) number of distinct ones, what can be hit.
+        convention: One of `CONVENTIONS`.
+        ks: The cut-offs.
+        ranked: The predictions.
+        hit: The mask of predictions that are hits, of repeats the first only.
+        gold: The number of gold phrases, by which recall is divided, (rows,); posts without any score 0.
+        distinct: The number of distinct gold phrases, which can be hit, (rows,).
+
+    Returns:
+        The columns of `PostScores`, (rows,).
     """
     rows = ranked.rows
     rank, listed = ranked.ranks(), ranked.counts()
     total_hits = _sums(ranked.row, hit, rows)
-    so_far = np.cumsum(hit) - (np.cumsum(total_hits) - total_hits)[ranked.row]  # hits up to and including this place
+    so_far = np.cumsum(hit) - (np.cumsum(total_hits) - total_hits)[ranked.row]  # hits up to and including this rank
     precision_here = so_far / (rank + 1)
     gain = hit / np.log2(rank + 2)
     widest = int(max(distinct.max(initial=0), total_hits.max(initial=0)))
-    ideal_gain = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(widest) + 2))])  # of the first 0, 1, 2, ... places
+    ideal_gain = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(widest) + 2))])  # of the first 0, 1, 2, ... ranks
 
     columns: dict[str, _Array] = {"phrases": gold.astype(float)}
     for k in ks:
@@ -422,7 +457,7 @@ def _post_columns(
             columns[f"map@{k}"] = _ratio(_sums(row, precision_here[within], rows), predicted)
         else:
             columns[f"map@{k}"] = _ratio(_sums(row, (precision_here * hit)[within], rows), gold)
-        # The 2020 script takes the best order of the predictions as the ideal, others that of the gold phrases.
+        # In the 2020 script the ideal is the best order of the predictions, otherwise that of the gold phrases.
         best = ideal_gain[np.minimum(k, total_hits.astype(int) if convention == "cmkp" else distinct)]
         columns[f"ndcg@{k}"] = _ratio(_sums(row, gain[within], rows), best)
     if convention in ("padded", "unpadded"):
@@ -441,15 +476,15 @@ def _sums(row: _Array, values: _Array, rows: int) -> _Array:
 
 
 def _ratio(numerator: _Array, denominator: Any) -> _Array:
-    # Where the denominator is 0 so is the numerator.
+    # Wherever the denominator is 0, the numerator is 0 too.
     return numerator / np.where(np.equal(denominator, 0), 1, denominator)
 
 
-# Phrases and their numbers
+# --- phrases and their numbers ---
 
 
 class _StemCache(dict[str, str]):
-    """Word -> stem. Bounded: emptied when full, and degenerate words of model outputs are not kept at all."""
+    """Word -> stem; bounded: emptied when it is full, and long words (degenerate outputs) are not kept."""
 
     def __missing__(self, word: str) -> str:
         stem = porter_stem(word)
@@ -465,7 +500,10 @@ _stem_word = _stems.__getitem__
 
 
 def stem_phrase(phrase: str) -> str:
-    """Stem every blank-separated word of a phrase (or text) and join the stems by one blank.
+    """Stem every whitespace-separated word of a phrase or text, and join the stems by one space.
+
+    Args:
+        phrase: The phrase or text.
 
     Example:
         >>> stem_phrase("Wildflower  Hours")
@@ -475,7 +513,7 @@ def stem_phrase(phrase: str) -> str:
 
 
 class _PhraseNumbers(dict[str, int]):
-    """Phrase as written -> number; phrases with the same stems have the same one. `numbers`: stems -> number."""
+    """Phrase as written -> number, equal for phrases with equal stems; `numbers` maps stems to numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -494,7 +532,7 @@ def _owners(lists: list[list[str]]) -> _Array:
 
 
 def _marked(stems: list[str], ids: _Array, holds: Callable[[str], bool]) -> _Array:
-    """For which phrases a property of their stems holds."""
+    """The mask of phrases whose stems have a property."""
     return np.fromiter(map(holds, stems), bool, len(stems))[ids] if len(ids) else np.zeros(0, bool)
 
 
@@ -503,33 +541,42 @@ def _stemmed_text(text: str) -> str:
 
 
 def _in_texts(stems: list[str], phrases: _Phrases, texts: list[str]) -> _Array:
-    # Blanks around text and phrase make a substring a run of whole words. A blank phrase is in no text.
+    # With spaces around text and phrase, a substring is a run of whole words. An empty phrase is in no text.
     runs = [f" {stem} " if stem else "\n" for stem in stems]
     pairs = zip(map(runs.__getitem__, phrases.ids.tolist()), map(texts.__getitem__, phrases.row.tolist()), strict=True)
     return np.fromiter((run in text for run, text in pairs), bool, len(phrases.ids))
 
 
-# Checks
+# --- checks ---
 
 
 def checked_cuts(ks: Sequence[int]) -> tuple[int, ...]:
-    """The cut-offs without repeats.
+    """Check the cut-offs and remove repeats.
+
+    Args:
+        ks: The cut-offs.
+
+    Returns:
+        The cut-offs, in their order.
 
     Raises:
-        TypeError, ValueError: if they are not a list of whole numbers of at least 1.
+        TypeError: If they are not a list.
+        ValueError: If one is not an integer of at least 1.
     """
     if isinstance(ks, (int, str)) or not isinstance(ks, Iterable):
         raise TypeError(f"ks={ks!r} must be a list of cut-offs, such as [1, 3, 5]")
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k:
-            raise ValueError(f"ks={list(ks)!r}: every cut-off must be a whole number of at least 1")
+            raise ValueError(f"ks={list(ks)!r}: every cut-off must be an integer of at least 1")
     return tuple(dict.fromkeys(map(int, ks)))
 
 
 def _kinds(subset: str) -> frozenset[str]:
     kinds = frozenset(subset.split("&")) if isinstance(subset, str) else frozenset()
     if not kinds or not kinds <= set(SUBSETS):
-        raise ValueError(f"subsets: {subset!r} is not known: use {', '.join(SUBSETS)}, or crossings such as 'present&unseen'")
+        raise ValueError(
+            f"subsets: {subset!r} is not known: use {', '.join(SUBSETS)}, or intersections such as 'present&unseen'"
+        )
     for pair in _OPPOSITES:
         if pair <= kinds:
             raise ValueError(f"subsets: {subset!r} is empty, no phrase is both {' and '.join(sorted(pair))}")
@@ -537,40 +584,54 @@ def _kinds(subset: str) -> frozenset[str]:
 
 
 def check_lengths(gold: list[list[str]], **others: Sequence[Any] | None) -> None:
-    """Refuse lists that do not have one entry per post.
+    """Check that lists have one entry per post.
+
+    Args:
+        gold: The posts' gold keyphrases.
+        **others: Name -> list, or `None` if it is not given.
 
     Raises:
-        ValueError: naming the list.
+        ValueError: If a list has another length; the error names it.
     """
     for name, rows in others.items():
         if rows is not None and len(rows) != len(gold):
-            raise ValueError(f"{name} has {len(rows)} posts and references has {len(gold)}: give one each per post")
+            raise ValueError(f"{name} has {len(rows)} posts and references has {len(gold)}: give one entry per post")
 
 
 def check_gold(gold: list[list[str]]) -> None:
-    """Refuse posts without gold keyphrases, and blank ones.
+    """Check that every post has gold keyphrases, and none of them is empty.
+
+    Args:
+        gold: The posts' gold keyphrases.
 
     Raises:
-        ValueError: naming the first post.
+        ValueError: If a post has none, or an empty one; the error names the first such post.
     """
     for index, phrases in enumerate(gold):
         if not phrases or not all(map(str.strip, phrases)):
             raise ValueError(
-                f"references[{index}]={phrases!r:.200} must hold at least one keyphrase and no blank one: "
-                "leave posts without gold keyphrases out"
+                f"references[{index}]={phrases!r:.200} must contain at least one keyphrase and no empty one: "
+                "remove posts without gold keyphrases"
             )
 
 
 def checked_phrase_lists(name: str, rows: Iterable[Sequence[str]]) -> list[list[str]]:
-    """A list of lists of strings.
+    """Check that an argument is a list of lists of strings.
+
+    Args:
+        name: The argument's name, for errors.
+        rows: The argument.
+
+    Returns:
+        The lists.
 
     Raises:
-        TypeError: naming what is none.
+        TypeError: If the argument or an entry has another type; the error names it.
     """
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise TypeError(f"{name} must be a list with a list of keyphrases per post, got {type(rows).__name__}")
     listed: list[Any] = list(rows)
-    # Two passes in C over what is nearly always right; on anything else the slow one, which says what is wrong.
+    # Two fast passes in C, which almost always succeed; otherwise a slow one, which finds the wrong entry.
     if set(map(type, listed)) <= {list} and set(map(type, chain.from_iterable(listed))) <= {str}:
         return listed
     return [_checked_row(name, index, row) for index, row in enumerate(listed)]
@@ -583,10 +644,17 @@ def _checked_row(name: str, index: int, row: Any) -> list[str]:
 
 
 def checked_strings(name: str, values: Iterable[str]) -> list[str]:
-    """A list of strings.
+    """Check that an argument is a list of strings.
+
+    Args:
+        name: The argument's name, for errors.
+        values: The argument.
+
+    Returns:
+        The list.
 
     Raises:
-        TypeError: naming what is none.
+        TypeError: If the argument or an entry has another type; the error names it.
     """
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of strings, got {type(values).__name__}: {values!r:.80}")

@@ -1,8 +1,8 @@
-"""Semantic F1: keyphrases that mean the same count, however they are written.
+"""Semantic P, R and F1: keyphrases are compared by the similarity of their embeddings.
 
 Given   ranked predictions, gold keyphrases and a sentence-transformers model (extra `semantic`).
-Gives   soft P, R and F1 at k, as KPEval's SemP, SemR and SemF1 (Wu et al. 2024) cut at k.
-Holds   each phrase is embedded once; predictions that equal the gold phrases score 1.
+Gives   soft P, R and F1 at k: KPEval's SemP, SemR and SemF1 (Wu et al. 2024) of the first k predictions.
+Holds   each phrase is embedded once; predictions equal to the gold phrases score 1.
 """
 
 from __future__ import annotations
@@ -26,29 +26,35 @@ def semantic_scores(
     ks: Sequence[int] = (1, 3, 5),
     batch_size: int = 256,
 ) -> dict[str, float | None]:
-    """Score keyphrases by what they mean.
+    """Score keyphrases by the similarity of their embeddings.
 
-    With cos the cosine of two phrases' embeddings, negative ones counted as 0: P of a post is the mean over its first k
-    predictions (repeats and blanks dropped) of the largest cos with a gold phrase, R the mean over its gold phrases of
-    the largest cos with one of those predictions, 0 without predictions; F1 = 2PR/(P+R). Reported are means over posts.
-    Phrases are embedded as they are written, blanks aside; unrelated phrases have cos well above 0 with most models, so
-    compare systems, with the same model, and nothing else.
+    With cos the cosine of two phrases' embeddings, negative values replaced by 0: P of a post is the mean over its first k
+    predictions (repeats and empty ones dropped) of the largest cos with a gold phrase; R is the mean over its gold phrases of
+    the largest cos with one of those predictions; both are 0 without predictions; F1 = 2PR/(P+R). Means over posts are
+    reported. Phrases are embedded as written, with whitespace normalised. With most models, unrelated phrases have cos well
+    above 0, so scores are meaningful only in comparisons of systems by the same model.
 
     Args:
-        predictions: per post its keyphrases, best first.
-        references: per post its gold keyphrases, at least one.
-        model: the name or folder of a sentence-transformers model, or anything with its `encode`.
-        ks: the cut-offs.
-        batch_size: phrases embedded at a time.
+        predictions: Per post the predicted keyphrases, best first.
+        references: Per post the gold keyphrases, at least one.
+        model: Name or folder of a sentence-transformers model, or an object with its `encode`.
+        ks: The cut-offs.
+        batch_size: The number of phrases embedded at a time.
 
     Returns:
         `semantic_p@k`, `semantic_r@k`, `semantic_f1@k` for every k, in [0, 1]; `None` without posts.
 
     Raises:
-        ImportError: if a name is given and sentence-transformers is not installed.
-        TypeError, ValueError: as in `score_keyphrases`.
+        ImportError: If a name is given and sentence-transformers is not installed.
+        TypeError: As in `score_keyphrases`.
+        ValueError: As in `score_keyphrases`.
 
-    Example: `semantic_scores([["puppy"]], [["dog"]], "sentence-transformers/all-MiniLM-L6-v2")`
+    Example:
+        >>> class Axes:
+        ...     def encode(self, phrases, **_):
+        ...         return [[1.0, phrase != "dog"] for phrase in phrases]
+        >>> round(semantic_scores([["puppy"]], [["dog"]], Axes(), ks=[1])["semantic_f1@1"], 3)
+        0.707
     """
     cuts = checked_cuts(ks)
     predicted = [_distinct(row) for row in checked_phrase_lists("predictions", predictions)]
@@ -84,18 +90,18 @@ def _distinct(phrases: Sequence[str]) -> list[str]:
 
 
 def embed_texts(texts: Sequence[str], model: Any, batch_size: int = 256) -> _Array:
-    """The embeddings of texts, scaled to length 1.
+    """Embed texts.
 
     Args:
-        texts: what to embed; a model cuts long ones off (all-MiniLM-L6-v2 at 256 tokens).
-        model: as in `semantic_scores`.
-        batch_size: texts embedded at a time.
+        texts: The texts; a model truncates long ones (all-MiniLM-L6-v2 at 256 tokens).
+        model: Name or folder of a sentence-transformers model, or an object with its `encode`.
+        batch_size: The number of texts embedded at a time.
 
     Returns:
-        (N, D), one row per text; zeros where the model gives zeros.
+        The embeddings, (texts, dimensions), scaled to length 1; zeros if the model returns zeros.
 
     Raises:
-        ImportError: if a name is given and sentence-transformers is not installed.
+        ImportError: If a name is given and sentence-transformers is not installed.
     """
     if isinstance(model, (str, os.PathLike)):
         try:

@@ -1,9 +1,9 @@
-"""How sure a score is: bootstrap intervals, and two paired tests between systems.
+"""Bootstrap confidence intervals, and two paired tests between systems.
 
-Given   every post's scores of one system, or of two on the same posts (`KeyphraseScorer.post_scores`).
+Given   the scores of every post of one system, or of two systems on the same posts (`KeyphraseScorer.post_scores`).
 Gives   an interval of a measure, or the difference of two systems with an interval or a p-value.
-Holds   what is resampled is posts, and a measure is computed anew from each resample's means: the F1 of convention `cmkp`
-        from its P and R, not as a mean of anything. Seeded; memory does not grow with the number of resamples.
+Holds   posts are resampled, and a measure is computed from each resample's means: the F1 of convention `cmkp` from its P and
+        R, not as a mean over posts. Results depend on the seed only; memory does not grow with the number of resamples.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from .scoring import PostScores
 
 _Array = np.ndarray[Any, Any]
 
-# Entries of the posts-by-resamples table at a time: its counts stay in the processor's cache.
+# Entries of the posts-by-resamples table computed at a time: small enough for the processor's cache.
 _ENTRIES = 1 << 19
 
 
 class Interval(NamedTuple):
-    """A score with its confidence interval."""
+    """A score with its confidence interval.
+
+    Attributes:
+        score: The score.
+        low: The lower bound.
+        high: The upper bound.
+    """
 
     score: float
     low: float
@@ -30,7 +36,14 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The second system's score less the first's, its confidence interval, and a two-sided p-value."""
+    """The difference of two systems' scores, with its confidence interval and p-value.
+
+    Attributes:
+        difference: The second system's score less the first's.
+        low: The lower bound.
+        high: The upper bound.
+        p_value: The two-sided p-value.
+    """
 
     difference: float
     low: float
@@ -39,7 +52,12 @@ class Difference(NamedTuple):
 
 
 class PermutationTest(NamedTuple):
-    """The second system's score less the first's, and a two-sided p-value."""
+    """The difference of two systems' scores, with its p-value.
+
+    Attributes:
+        difference: The second system's score less the first's.
+        p_value: The two-sided p-value.
+    """
 
     difference: float
     p_value: float
@@ -48,17 +66,20 @@ class PermutationTest(NamedTuple):
 def bootstrap_interval(
     scores: PostScores, measure: str = "f1@1", *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """The percentile interval of a measure, posts drawn with replacement.
+    """Compute the percentile interval of a measure by resampling posts with replacement.
 
     Args:
-        scores: every post's scores.
-        measure: such as `f1@1`.
-        confidence: between 0 and 1, as 0.95.
-        resamples: how many times to draw as many posts as there are.
-        seed: of the draws.
+        scores: The scores of every post.
+        measure: The measure, such as `f1@1`.
+        confidence: The confidence, between 0 and 1, such as 0.95.
+        resamples: The number of resamples, each of as many posts as there are.
+        seed: The seed of the resamples.
+
+    Returns:
+        The score and its interval.
 
     Raises:
-        ValueError: if there is no post, a number is out of range, or the measure is not known.
+        ValueError: If there is no post, a number is out of range, or the measure is not known.
 
     Example:
         >>> from dynkp.mmkp_f1.scoring import KeyphraseScorer
@@ -79,7 +100,21 @@ def bootstrap_intervals(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """`bootstrap_interval` of several measures (all, if `None`) from the same resamples."""
+    """Compute the percentile intervals of several measures from the same resamples.
+
+    Args:
+        scores: The scores of every post.
+        measures: The measures; `None` for all.
+        confidence: The confidence, between 0 and 1, such as 0.95.
+        resamples: The number of resamples, each of as many posts as there are.
+        seed: The seed of the resamples.
+
+    Returns:
+        Measure -> score and interval.
+
+    Raises:
+        ValueError: If there is no post, a number is out of range, or a measure is not known.
+    """
     _check(scores, confidence, resamples)
     names = scores.measures() if measures is None else list(measures)
     columns = sorted({column for name in names for column in scores.recipe(name)[0]})
@@ -103,17 +138,23 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """The difference of two systems on the same resampled posts.
+    """Compare two systems on the same resampled posts.
 
-    The p-value is twice the share of resamples on the other side of zero, counting the sample itself.
+    The p-value is twice the share of resamples on the other side of zero, with the sample itself counted as one.
 
     Args:
-        first: every post's scores of one system.
-        second: those of the other, for the same posts.
-        measure, confidence, resamples, seed: as in `bootstrap_interval`.
+        first: The scores of every post of the first system.
+        second: Those of the second system, for the same posts.
+        measure: The measure, such as `f1@1`.
+        confidence: The confidence, between 0 and 1, such as 0.95.
+        resamples: The number of resamples, each of as many posts as there are.
+        seed: The seed of the resamples.
+
+    Returns:
+        The difference, its interval and its p-value.
 
     Raises:
-        ValueError: as in `bootstrap_interval`, or if posts or conventions differ.
+        ValueError: If there is no post, a number is out of range, the measure is not known, or posts or conventions differ.
     """
     inputs, combine = _paired(first, second, measure)
     _check(first, confidence, resamples)
@@ -121,7 +162,7 @@ def paired_bootstrap(
     means = resampled_means(table, resamples, seed).T
     differences = combine(*means[len(inputs) :]) - combine(*means[: len(inputs)])
     low, high = quantiles(differences, confidence)
-    # Rounding makes equal systems differ in the last digits.
+    # The scores of equal systems may differ in the last digits by rounding.
     tail = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
     return Difference(_difference(first, second, measure), low, high, min(1.0, 2 * (1 + int(tail)) / (1 + resamples)))
 
@@ -129,30 +170,33 @@ def paired_bootstrap(
 def paired_permutation(
     first: PostScores, second: PostScores, measure: str = "f1@1", *, permutations: int = 10_000, seed: int = 0
 ) -> PermutationTest:
-    """Test whether it matters which of two systems predicted a post: at random, their scores of a post change places.
+    """Test the hypothesis that two systems are interchangeable, by exchanging their scores of randomly chosen posts.
 
-    The p-value is the share of such exchanges with a difference at least as large as the systems', counting the
-    systems' own, which is exact for the hypothesis that the two are interchangeable.
+    The p-value is the share of such exchanges whose difference is at least as large as the observed one, with the observed
+    assignment counted as one; the test is exact.
 
     Args:
-        first: every post's scores of one system.
-        second: those of the other, for the same posts.
-        measure: such as `f1@1`.
-        permutations: how many exchanges to draw.
-        seed: of the draws.
+        first: The scores of every post of the first system.
+        second: Those of the second system, for the same posts.
+        measure: The measure, such as `f1@1`.
+        permutations: The number of random exchanges.
+        seed: The seed of the exchanges.
+
+    Returns:
+        The difference and its p-value.
 
     Raises:
-        ValueError: if there is no post, posts or conventions differ, or the measure is not known.
+        ValueError: If there is no post, posts or conventions differ, or the measure is not known.
     """
     inputs, combine = _paired(first, second, measure)
     _check(first, 0.5, permutations)
     one, other = _table(first, inputs), _table(second, inputs)
-    exchanged = (other - one)[(one != other).any(axis=1)]  # posts scored alike may as well stay
+    exchanged = (other - one)[(one != other).any(axis=1)]  # exchanging equal scores has no effect
     posts = len(one)
     observed = _difference(first, second, measure)
     extreme = 0
     generator = np.random.default_rng(seed)
-    width = 8 * -(-len(exchanged) // 64)  # bytes per row; whole draws of the generator, wherever the work is cut
+    width = 8 * -(-len(exchanged) // 64)  # bytes per row: whole draws of the generator, so that parts do not change the result
     for rows in _parts(permutations, len(exchanged)):
         drawn = np.frombuffer(generator.bytes(rows * width), np.uint8).reshape(rows, width)
         bits = np.unpackbits(drawn, axis=1)
@@ -163,15 +207,15 @@ def paired_permutation(
 
 
 def resampled_means(table: _Array, resamples: int, seed: int) -> _Array:
-    """The columns' means over posts drawn with replacement.
+    """Compute the columns' means over posts drawn with replacement.
 
     Args:
-        table: (posts, columns), a value of each post.
-        resamples: how many times to draw as many posts as there are.
-        seed: of the draws.
+        table: A row of values per post, (posts, columns).
+        resamples: The number of resamples, each of as many posts as there are.
+        seed: The seed of the resamples.
 
     Returns:
-        (resamples, columns).
+        The means, (resamples, columns).
     """
     posts = len(table)
     generator = np.random.default_rng(seed)
@@ -194,7 +238,19 @@ def _table(scores: PostScores, columns: Sequence[str]) -> _Array:
 
 
 def quantiles(values: _Array, confidence: float) -> tuple[float, float]:
-    """The ends of the percentile interval of resampled values."""
+    """Compute the bounds of the percentile interval of resampled values.
+
+    Args:
+        values: The values, (resamples,).
+        confidence: The confidence, between 0 and 1.
+
+    Returns:
+        The lower and the upper bound.
+
+    Example:
+        >>> quantiles(np.arange(101), 0.5)
+        (25.0, 75.0)
+    """
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -207,10 +263,12 @@ def _difference(first: PostScores, second: PostScores, measure: str) -> float:
 
 def _paired(first: PostScores, second: PostScores, measure: str) -> tuple[tuple[str, ...], Callable[..., Any]]:
     if first.convention != second.convention:
-        raise ValueError(f"first is scored by convention {first.convention!r} and second by {second.convention!r}: use one")
+        raise ValueError(
+            f"first is scored by convention {first.convention!r} and second by {second.convention!r}: use one convention"
+        )
     if not np.array_equal(first.positions, second.positions):
         raise ValueError(
-            f"first has {len(first.positions)} posts and second {len(second.positions)}, or not the same ones: "
+            f"first has {len(first.positions)} posts and second {len(second.positions)}, or they are different posts: "
             "paired tests need both systems' scores of the same posts in the same order, in the same subset"
         )
     second.recipe(measure)
@@ -219,8 +277,8 @@ def _paired(first: PostScores, second: PostScores, measure: str) -> tuple[tuple[
 
 def _check(scores: PostScores, confidence: float, resamples: int) -> None:
     if not len(scores.positions):
-        raise ValueError("scores has no post: nothing can be said about it")
+        raise ValueError("scores has no post, so that neither interval nor test can be computed")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r} must be between 0 and 1, such as 0.95")
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise ValueError(f"the number of resamples, {resamples!r}, must be a whole number of at least 1")
+        raise ValueError(f"the number of resamples, {resamples!r}, must be an integer of at least 1")

@@ -1,4 +1,4 @@
-"""Prediction files: JSON Lines with `id`, `keyphrases` (or another answer) and `raw`, written, read and matched with posts."""
+"""Prediction files: JSON Lines with `id`, `keyphrases` (or another answer) and `raw`; writing, reading, matching with posts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def read_predictions(path: str | os.PathLike[str], answer: str = "keyphrases") -
     """Read a predictions file, as `dynkp predict` writes it.
 
     Args:
-        path: JSONL rows with `id` and the answer; more columns are welcome.
-        answer: the column that must be there: `keyphrases`, lists of strings, or one of strings and nulls (`prediction`,
-            `raw`).
+        path: a JSON Lines file of rows with `id`, the answer, and any other columns.
+        answer: the required column: `keyphrases`, lists of strings, or a column of strings and nulls (`prediction`, `raw`).
+
+    Returns:
+        The rows, with ids as strings.
 
     Raises:
         ValueError: naming file and line, if a line is not a prediction.
@@ -47,15 +49,15 @@ def _checked(row: Any, where: str, answer: str) -> dict[str, Any]:
 def match_predictions(
     rows: Iterable[Mapping[str, Any]], gold: Sequence[Any], *, allow_missing: bool = False
 ) -> tuple[list[list[Mapping[str, Any]]], int]:
-    """Bring a system's rows into the posts' order, one list for each decode.
+    """Sort a system's predictions into the posts' order, one list for each decode.
 
     Args:
-        rows: predictions; with several decodes of a post, told apart by a column `decode`.
-        gold: the posts, each with an `id`.
+        rows: predictions; several decodes of a post are distinguished by the column `decode`.
+        gold: the posts, each with an attribute `id`.
         allow_missing: whether a post without prediction gets one without keyphrases.
 
     Returns:
-        Per decode the rows in the posts' order, and the number of missing rows that were filled in.
+        Per decode the rows in the posts' order, and the number of missing rows that were added.
 
     Raises:
         ValueError: listing the ids that are unknown, repeated or missing.
@@ -79,34 +81,43 @@ def match_predictions(
         matched.append([decode.get(post.id) or {"id": post.id, "keyphrases": []} for post in gold])
     if any(problems.values()):
         found = "; ".join(f"{name} ids: {listed(dict.fromkeys(ids))}" for name, ids in problems.items() if ids)
-        remedy = "; allow_missing=True (--allow-missing) scores the missing as empty" if problems["missing"] else ""
+        remedy = "; allow_missing=True (--allow-missing) scores missing predictions as empty" if problems["missing"] else ""
         raise ValueError(f"predictions and posts do not match: {found}{remedy}")
     return matched, missing
 
 
 def listed(ids: Iterable[str]) -> str:
-    """Ids for an error: the first ones, and how many there are."""
+    """Return ids for an error message: the first ones, and their number.
+
+    Args:
+        ids: the ids.
+
+    Example:
+        >>> listed(["1", "2"])
+        "'1', '2'"
+    """
     ids = list(ids)
     more = f", ... ({len(ids):,} in all)" if len(ids) > _SHOWN else ""
     return ", ".join(map(repr, ids[:_SHOWN])) + more
 
 
 def write_predictions(path: str | os.PathLike[str], predictions: Iterable[Mapping[str, Any]]) -> int:
-    """Write predictions as JSONL, one a row; the file appears, or is replaced, only when it is complete.
+    """Write predictions as JSON Lines, atomically: the file is created or replaced only when it is complete.
 
     Args:
-        path: the file; missing folders are made.
-        predictions: rows such as `generate_keyphrases` yields, with more columns if you like.
+        path: the file; missing folders are created.
+        predictions: rows as `generate_keyphrases` yields them, possibly with further columns.
 
     Returns:
         The number of rows.
 
     Example:
-        >>> write_predictions("out/predictions.jsonl", generate_keyphrases(model, processor, posts))
-        5372
+        >>> import tempfile
+        >>> write_predictions(f"{tempfile.mkdtemp()}/predictions.jsonl", [{"id": "1", "keyphrases": ["beagles"]}])
+        1
     """
     return write_json_lines(path, predictions)
 
 
-# How many ids an error shows.
+# Number of ids in an error message.
 _SHOWN = 20

@@ -1,13 +1,18 @@
-"""A prediction run that may be stopped at any moment, by any number of processes, and goes on where it stopped.
+"""Resumable prediction runs: predictions for posts, written to a file, by one or several processes.
 
-Given   posts, an output file, the settings of the run, and something that predicts a batch.
-Gives   the output file: JSONL, one row per post (per post and decode, where there are several).
-Holds   a row is appended, and on the disk, as soon as its batch is done; nothing finished is predicted again or lost,
-        whatever killed the run; batches are planned over all posts, so which process computes one, and after how many
-        interruptions, changes no row, even with sampling; rows of different settings never meet in one file.
+A run may be interrupted at any time and continued by starting it again. The output is a JSON Lines file with one row per
+post (or per post and decode, if there are several decodes).
 
-The first process appends to the output itself, each other one to `OUTPUT.rank-N` beside it. When nothing is left to do,
-the first puts all rows into the posts' order, in one step. `OUTPUT.meta.json` keeps the settings.
+Guarantees:
+
+- The rows of a batch are appended and written to disk as soon as the batch is done. No finished prediction is computed again
+  or lost, however the run ended.
+- Batches are planned over all posts. Rows therefore do not depend on which process computes a batch or on how often the run
+  was interrupted, even with sampling.
+- A file has rows of one set of settings only.
+
+The first process appends to the output itself, each other process to `OUTPUT.rank-N` beside it. When all predictions are done,
+the first process writes all rows to the output in the posts' order, atomically. `OUTPUT.meta.json` has the settings.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -33,28 +38,44 @@ from dynkp.prediction.generation_tasks import Modality, prompt_columns
 
 logger = logging.getLogger(__name__)
 
-# A post's id and the number of the decode.
-Key = tuple[str, int]
+Key: TypeAlias = tuple[str, int]
+"""A post's id and the number of the decode."""
 
 
 class PredictionRun:
-    """What is to be predicted, and what of it is done.
+    """A resumable prediction run.
 
     Args:
-        posts: a dataset or list of rows, ids distinct.
-        output: the JSONL file.
-        settings: what a row depends on, besides the posts: model, task, mode, decoding. JSON values.
-        batch_size: posts per batch; a continued run may have another.
+        posts: a dataset or list of posts with distinct ids.
+        output: the JSON Lines file.
+        settings: what a prediction depends on, besides the posts: model, task, mode, decoding. JSON values.
+        batch_size: number of posts per batch; a continued run may have another.
         modality: as in `generate_keyphrases`.
-        decodes: how often each post is decoded; with more than one, rows have a column `decode` from 0.
-        seed: of sampling, for the first decode; the next has the next one. None where nothing is sampled.
+        decodes: how often each post is decoded; with more than one decode, rows have a column `decode` from 0.
+        seed: seed of sampling, for the first decode; decode i has the seed `seed` + i. None if nothing is sampled.
+
+    Attributes:
+        output: the file.
+        settings: all settings, as they are written beside the output.
+        ids: the posts' ids, in order.
+        plan: all batches, each as the number of its decode and the indices of its posts.
+        done: predictions that are done, as of the last call of `pending`.
+        num_images: greatest number of images of a post.
 
     Raises:
-        ValueError: if the output was begun with other settings or other posts, saying which.
+        ValueError: naming what differs, if the output was started with other settings or other posts; naming the post, if
+            its id occurs twice.
 
     Example:
-        >>> run = PredictionRun(posts, "out/predictions.jsonl", {"model": "out"}, batch_size=8)
-        >>> run.start(), run.predict(engine, run.pending()), run.finish()
+        >>> import tempfile
+        >>> posts = [{"id": "1", "text": "my dog"}, {"id": "2", "text": "the sea"}]
+        >>> def engine(rows, seed=None):  # in place of a `TransformersEngine`
+        ...     return [{"id": row["id"], "keyphrases": [row["text"]]} for row in rows]
+        >>> run = PredictionRun(posts, f"{tempfile.mkdtemp()}/predictions.jsonl", {"model": "out"}, batch_size=8)
+        >>> run.start()
+        >>> run.predict(engine, run.pending(), progress=False)
+        >>> run.finish()[1]
+        {'id': '2', 'keyphrases': ['the sea']}
     """
 
     def __init__(
@@ -83,11 +104,13 @@ class PredictionRun:
             digest.update(_prompt_content(row))
         post_id, count = Counter(self.ids).most_common(1)[0] if self.ids else ("", 0)
         if count > 1:
-            raise ValueError(f"post {post_id!r}: {count} posts have this id, and predictions are told apart by their ids")
+            raise ValueError(
+                f"post {post_id!r}: {count} posts have this id, but predictions are identified by their ids; give distinct ids"
+            )
         self.settings = json.loads(json.dumps({**settings, "modality": modality, "decodes": decodes, "seed": seed}))
         self.settings["posts"] = f"{len(self.ids)} posts, sha256 {digest.hexdigest()[:16]}"
         self.meta = self.output.with_name(f"{self.output.name}.meta.json")
-        self.num_images = max((images for images, _ in sizes), default=0)  # of the post with the most
+        self.num_images = max((images for images, _ in sizes), default=0)
         batches = plan_batches(sizes, batch_size)
         self.done: set[Key] = set()
         self.plan = [(decode, batch) for decode in range(decodes) for batch in batches]
@@ -98,9 +121,9 @@ class PredictionRun:
         files = [file for file in self._files() if file.stat().st_size]
         if not files:
             return
-        remedy = f"Choose another output, or delete {' '.join(map(str, files))} to begin anew."
+        remedy = f"Choose another output, or delete {' '.join(map(str, files))} to start again."
         if not self.meta.exists():
-            raise ValueError(f"{self.output} has rows, but {self.meta.name}, which says what made them, is missing. {remedy}")
+            raise ValueError(f"{self.output} has rows, but {self.meta.name}, the file of their settings, is missing. {remedy}")
         try:
             recorded = read_json(self.meta)["settings"]
         except (ValueError, KeyError, TypeError) as error:
@@ -111,28 +134,29 @@ class PredictionRun:
             if recorded.get(name) != self.settings.get(name)
         ]
         if differing:
-            raise ValueError(f"{self.output} was begun with other settings: {'; '.join(differing)}. {remedy}")
+            raise ValueError(f"{self.output} was started with other settings: {'; '.join(differing)}. {remedy}")
 
     def _files(self) -> list[Path]:
-        """The output and the other processes' files, as far as they exist."""
+        """Return the output and the other processes' files, if they exist."""
         shards = f"{self.output.name}.rank-"
         beside = sorted(self.output.parent.iterdir()) if self.output.parent.is_dir() else []
         found = [file for file in beside if file.name.startswith(shards) and file.name[len(shards) :].isdecimal()]
         return [file for file in (self.output, *found) if file.is_file()]
 
     def start(self, info: Mapping[str, Any] | None = None) -> None:
-        """Write the settings, and repair what a killed run left; one process calls it, before any predicts.
+        """Start or continue the run: write the settings, and repair the files of a killed run.
 
-        From here to `finish` or `close` no other run can start with this output.
+        One process calls it, before any process predicts. From this call to `finish` or `close` no other run can start with
+        the same output.
 
         Args:
-            info: more to be written beside the settings; not compared when the run goes on.
+            info: further values to write beside the settings; they may differ when the run is continued.
 
         Raises:
             BlockingIOError: if another run is writing to the output.
-            ValueError: as when the run was made, if another run has come and gone since.
+            ValueError: if another run with other settings has written to the output since this object was made.
         """
-        # Before anything is looked at: what another run is just writing looks like a torn line, or like nothing done.
+        # Locked before the files are read: a line that another run is just writing would look like a torn one.
         self._lock = output_lock(self.output)
         self._check_settings()
         for file in self._files():
@@ -141,9 +165,15 @@ class PredictionRun:
         write_json(self.meta, {"settings": self.settings, "info": dict(info or {})})
 
     def pending(self) -> list[tuple[int, list[int]]]:
-        """The batches with a post that is not done, each as its decode and the posts' indices; one process or all.
+        """Return the batches with a prediction that is not done.
 
-        Every process must have called it before one predicts, or they would not see the same.
+        If there are several processes, all of them call this before any of them predicts, so that all get the same batches.
+
+        Returns:
+            Batches, each as the number of its decode and the indices of its posts.
+
+        Raises:
+            ValueError: naming file and line, if a line is not a prediction.
         """
         self.done = {key for file in self._files() for key, _ in self._rows(file)}
         return [
@@ -164,9 +194,9 @@ class PredictionRun:
         Args:
             engine: predicts a batch of posts.
             batches: what `pending` returned.
-            rank: this process's number, from 0; it takes every `num_ranks`-th batch.
-            num_ranks: the number of processes.
-            progress: whether to show a progress bar, with posts per second and the time left.
+            rank: rank of this process, from 0; it predicts every `num_ranks`-th batch.
+            num_ranks: number of processes.
+            progress: whether to show a progress bar, with posts per second and the remaining time.
         """
         mine = list(batches)[rank::num_ranks]
         path = self.output if rank == 0 else self.output.with_name(f"{self.output.name}.rank-{rank}")
@@ -186,13 +216,16 @@ class PredictionRun:
                 bar.update(len(batch))
 
     def finish(self) -> list[dict[str, Any]]:
-        """Put the rows of all processes into the posts' order; one process calls it, after all have predicted.
+        """Write the rows of all processes to the output, in the posts' order; close the run.
+
+        One process calls it, after all processes have predicted.
 
         Returns:
             The rows.
 
         Raises:
-            RuntimeError: if a post is not done.
+            RuntimeError: if predictions are missing.
+            ValueError: naming file and line, if a line is not a prediction.
         """
         files = self._files()
         lines = [row for file in files for row in self._rows(file)]
@@ -210,7 +243,7 @@ class PredictionRun:
         return [json.loads(rows[key]) for key in order]
 
     def close(self) -> None:
-        """Let other runs have the output; `finish` does it too."""
+        """Release the lock on the output, so that other runs can start; `finish` does this too."""
         if self._lock is not None:
             self._lock.close()
 
@@ -220,8 +253,8 @@ class PredictionRun:
                 key = _key(line)
                 if key is None:
                     raise ValueError(
-                        f"{file}, line {number}: not a prediction: {line[:80]!r}. Only a run killed in the middle of its last "
-                        "line can be repaired; delete the line, and it is predicted again."
+                        f"{file}, line {number}: not a prediction: {line[:80]!r}. Only a torn last line of a killed run is "
+                        "repaired; delete this line, and its post is predicted again."
                     )
                 yield key, line.rstrip(b"\n")
 
@@ -235,7 +268,7 @@ def _key(line: bytes) -> Key | None:
 
 
 def _prompt_content(row: Mapping[str, Any]) -> bytes:
-    """What of a post its prompt is made of; pictures by name or number of bytes, so that their folder may move."""
+    """Return what a post's prompt is made of; images as names or numbers of bytes, so that their folder may be moved."""
     images = row.get("images")
     names = []
     for image in [row.get("image")] if images is None else images:

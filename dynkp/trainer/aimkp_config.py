@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dynkp.mechanics.masked_views import MASK_PATTERNS
 from dynkp.mechanics.stride_schedule import SCHEDULES
 from dynkp.objectives.filtering import REDUCTIONS
 from dynkp.trainer.keyphrase_config import KeyphraseConfig, one_of
-
-MASK_PATTERNS = ("strided", "random", "pooled")
 
 
 @dataclass
@@ -133,9 +132,14 @@ class AimKPConfig(KeyphraseConfig):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """What is masked, of `"text"` and `"image"`."""
+        """The masked modalities, of `"text"` and `"image"`."""
         return ("text",) * self.mask_text + ("image",) * self.mask_image
 
     def threshold(self, modality: str) -> float:
-        """τ of a modality."""
+        """Return τ of a modality, `"text"` or `"image"`."""
         return self.text_threshold if modality == "text" else self.image_threshold
+
+    @property
+    def thresholds(self) -> list[float] | None:
+        """τ of each masked modality; `None` if variants are not filtered."""
+        return [self.threshold(modality) for modality in self.modalities] if self.filter_gradients else None

@@ -1,6 +1,6 @@
-"""AimKP: also learn from posts with text or pictures masked ever harder, as long as that agrees with learning from all.
+"""AimKP: train on masked variants of the posts too, as long as their gradients agree with those of the full inputs.
 
-"AimKP", AAAI 2026: progressive modality masking (Eq. 2), gradient-based filtering (Eq. 3), objective (Eq. 4).
+"AimKP", AAAI 2026: progressive modality masking (Eq. 2), gradient-based filtering (Eq. 3), training objective (Eq. 4).
 """
 
 from __future__ import annotations
@@ -17,30 +17,18 @@ from datasets import Dataset
 from torch import nn
 
 from dynkp.batches.masking_collator import MaskingCollator, SinglePostsCollator
-from dynkp.batches.targets import Targets, targets_of
-from dynkp.mechanics import gradient_similarity
-from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients
-from dynkp.mechanics.masked_views import FULL, BatchedViews, PlainViews
-from dynkp.mechanics.modality_masking import (
-    Mask,
-    image_token_counts,
-    keep_mask,
-    pool,
-    random_keep_mask,
-    why_tokens_cannot_be_dropped,
-)
+from dynkp.batches.targets import Targets
+from dynkp.mechanics.gradient_similarity import why_gradients_cannot_be_batched
+from dynkp.mechanics.masked_views import FULL, BatchedViews, MaskedViews, Masking, PlainViews
 from dynkp.mechanics.stride_schedule import StrideSchedule
-from dynkp.objectives.filtering import keep_variants, variant_weights
-from dynkp.objectives.token_loss import PostLosses, target_loss
+from dynkp.objectives.filtering import filtered_loss, keep_variants
+from dynkp.objectives.token_loss import PostLosses
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
 from dynkp.trainer.stopwatch import Stopwatch
 from dynkp.trainer.visit_log import VisitLog
 
 logger = logging.getLogger(__name__)
-
-Views = BatchedViews | PlainViews
-Gradients = PostGradients | PlainPostGradients
 
 
 class AimKPTrainer(KeyphraseTrainer):
@@ -118,7 +106,7 @@ class AimKPTrainer(KeyphraseTrainer):
         self.stopwatch = Stopwatch(self.args.device)
 
     def new_schedule(self) -> StrideSchedule:
-        """Strides of posts nobody has visited."""
+        """Return the stride schedule of posts that have not been visited."""
         return StrideSchedule(
             self.train_dataset["id"],
             schedule=self.args.stride_schedule,
@@ -128,92 +116,81 @@ class AimKPTrainer(KeyphraseTrainer):
         )
 
     def collator_options(self) -> dict[str, Any]:
+        """Return the options that the collator is built with."""
         return {**super().collator_options(), "modalities": self.args.modalities}
 
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
-        if not self.model.training or not self.schedule.masks(self.current_epoch) or not self.args.modalities:
+        """Compute the filtered loss of each post (Eq. 2 to 4), or the plain one in evaluation and warm-up epochs.
+
+        Args:
+            model (`torch.nn.Module`): the unwrapped model.
+            inputs (`dict`): a batch of B posts.
+
+        Returns:
+            [`~dynkp.objectives.token_loss.PostLosses`]: parts of shape (B,).
+        """
+        if not (self.model.training and self.masks_this_epoch):
             return super().compute_post_losses(model, inputs)
-        self.stopwatch.start()
-        strides = {name: self.schedule.strides(inputs["id"], name, self.current_epoch) for name in self.args.modalities}
-        gradients, views = self.open_views(model, inputs, strides)
+        strides = self.strides_of(inputs)  # s_t and s_v of each post
+        views = self.open_views(model, inputs, strides)  # full input, text masked, image masked: Eq. 2
         targets = self.choose_targets(views, inputs)
 
-        having = {FULL: list(range(len(inputs["id"])))}
-        for name in self.args.modalities:
-            having[name] = [post for post, layout in enumerate(inputs["layouts"]) if layout.has(name)]
-        for number, (view, posts) in enumerate(having.items()):
-            losses = self.losses_of(views, view, targets)
-            gradients.add(view, losses, posts, retain_graph=number + 1 < len(having))  # g_0, g_t, g_v: of each post
-            views.done(view)
+        for view in views:
+            views.backward(view, targets, self.normalizes_over_tokens)  # g_0, g_t, g_v of each post
             self.stopwatch.mark(view)
+        cosines = views.cosines()  # c_m = cos(g_0, g_m), Eq. 3
+        kept = keep_variants(cosines, self.args.thresholds)  # c_m > τ_m
+        self.record_visits(inputs, strides, views, targets, cosines, kept)
 
-        cosines = torch.stack([gradients.cosines(name) for name in self.args.modalities], dim=1)  # Eq. 3
-        exists = torch.tensor([[post in having[name] for name in self.args.modalities] for post in having[FULL]])
-        cosines = cosines.masked_fill(~exists.to(cosines.device), torch.nan)
-        thresholds = [self.args.threshold(name) if self.args.filter_gradients else -2.0 for name in self.args.modalities]
-        kept = keep_variants(cosines, thresholds)  # the switches of Eq. 4
-        self.record_visits(inputs, strides, cosines, kept, gradients.losses, targets)
-
-        weights = variant_weights(kept, self.args.variant_reduction, cosines.dtype) * ~repeated_posts(inputs)[:, None]
-        loss = gradients.loss(dict(zip(having, weights.unbind(dim=1), strict=True)))  # Eq. 4
-        self.stopwatch.mark("step")
-        return PostLosses(loss, self.weights_of(targets).to(loss))
+        full, variants = views.losses()  # ℓ_0 and ℓ_m, with the gradients from above
+        total = filtered_loss(full, variants, kept, self.args.variant_reduction)  # Eq. 4
+        return PostLosses(total, self.denominator_of(targets).to(total))
 
     @property
     def current_epoch(self) -> int:
         """Number of completed epochs."""
         return int(self.state.epoch or 0)
 
-    # The views of a batch
+    @property
+    def masks_this_epoch(self) -> bool:
+        """Whether there are masked variants in the current epoch."""
+        return bool(self.args.modalities) and self.schedule.masks(self.current_epoch)
 
-    def open_views(self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]) -> tuple[Gradients, Views]:
-        """Something to compare gradients with, and the batch's prompts under masks of these strides."""
-        count, prompt = len(inputs["id"]), inputs["prompt"]
-        score = self._scorer(prompt["input_ids"].device)
+    def strides_of(self, inputs: dict[str, Any]) -> dict[str, list[int]]:
+        """Return the strides of a batch's posts in the current epoch, per masked modality."""
+        return {name: self.schedule.strides(inputs["id"], name, self.current_epoch) for name in self.args.modalities}
+
+    def open_views(self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]) -> MaskedViews:
+        """Prepare the full inputs of a batch and their masked variants (Eq. 2, or an ablation of it).
+
+        Args:
+            model (`torch.nn.Module`): the unwrapped model.
+            inputs (`dict`): a batch of B posts.
+            strides (`dict[str, list[int]]`): per masked modality, B strides.
+        """
+        masking = Masking(self.args.mask_pattern, visit=self.current_epoch, seed=self.args.seed)
+        score = self._scorer(inputs["prompt"]["input_ids"].device)
         if not self.batches_similarity:
-            single_posts = inputs["single_posts"]
-            each = [{name: [strides[name][post]] for name in strides} for post in range(count)]
-            masks = [self.masks_of(single, stride) for single, stride in zip(single_posts, each, strict=True)]
-            prompts = [single["prompt"] for single in single_posts]
-            return PlainPostGradients(model, count), PlainViews(model, prompts, masks, score)
-        width = prompt["input_ids"].shape[1]
-        longest = width + max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
-        if reason := why_tokens_cannot_be_dropped(model, longest):
-            self._announce(f"Masked tokens are masked, not left out, which costs more: {reason}.")
-        starts = None
-        if self.shares_prompt and "text" in strides and not reason:
-            starts = [layout.text.start if layout.text else width - 1 for layout in inputs["layouts"]]
-        gradients = PostGradients(model, count, image_token_counts(model, prompt))
-        with gradients.rows(range(count)):
-            return gradients, BatchedViews(model, prompt, self.masks_of(inputs, strides), starts, not reason, score)
+            return PlainViews(model, inputs, strides, masking, score=score)
+        longest = max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
+        views = BatchedViews(
+            model, inputs, strides, masking, longest_target=longest, shares_prefix=self.shares_prompt, score=score
+        )
+        if views.why_masked:
+            self._announce(f"Masked tokens are masked, not left out, which costs more: {views.why_masked}.")
+        return views
 
-    def masks_of(self, inputs: dict[str, Any], strides: dict[str, list[int]]) -> dict[str, Mask]:
-        """What stays of a batch's posts, per modality (Eq. 2, or an ablation of it)."""
-        layouts, width, masks = inputs["layouts"], inputs["prompt"]["input_ids"].shape[1], {}
-        for name, of_posts in strides.items():
-            if self.args.mask_pattern == "random":
-                drawn = {"post_ids": inputs["id"], "visits": [self.current_epoch] * len(layouts), "seed": self.args.seed}
-                masks[name] = Mask(random_keep_mask(layouts, name, of_posts, width, **drawn))
-            else:
-                pooling = pool(layouts, name, of_posts, width) if self.args.mask_pattern == "pooled" else None
-                masks[name] = Mask(keep_mask(layouts, name, of_posts, width), pooling)
-        return masks
+    def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:
+        """Return the targets whose losses are computed given every view: the keyphrases.
 
-    def choose_targets(self, views: Views, inputs: dict[str, Any]) -> Targets:
-        """What every view of a post is asked for: its keyphrases."""
+        Args:
+            views ([`~dynkp.mechanics.masked_views.MaskedViews`]): views of the batch, not yet run.
+            inputs (`dict`): the batch.
+        """
         return inputs["direct"]
 
-    def losses_of(self, views: Views, view: str, targets: Targets) -> gradient_similarity.Losses:
-        """The target's loss given a view of some posts, one number each, as the step's mean takes them."""
-
-        def losses(posts: Sequence[int]) -> torch.Tensor:
-            log_probs = views.log_probs(view, targets, posts)
-            return self.normalized(target_loss(log_probs, targets_of(targets, posts)["weights"][:, : log_probs.shape[1]])).total
-
-        return losses
-
-    def weights_of(self, targets: Targets) -> torch.Tensor:
-        """What each post adds to the denominator of the step's mean, (B,)."""
+    def denominator_of(self, targets: Targets) -> torch.Tensor:
+        """Return what each post adds to the denominator of the step's mean, (B,)."""
         tokens = targets["weights"].sum(dim=1)
         return tokens if self.normalizes_over_tokens else torch.ones_like(tokens)
 
@@ -223,32 +200,52 @@ class AimKPTrainer(KeyphraseTrainer):
         self,
         inputs: dict[str, Any],
         strides: dict[str, list[int]],
+        views: MaskedViews,
+        targets: Targets,
         cosines: torch.Tensor,
         kept: torch.Tensor,
-        losses: dict[str, torch.Tensor],
-        targets: Targets,
     ) -> None:
-        """Log the visits, and keep them for the end of the step, when all ranks learn of them."""
+        """Record the visits of a batch for the log, for the file of visits, and for the strides.
+
+        The strides change at the end of the optimizer step, when all ranks know all visits.
+
+        Args:
+            inputs (`dict`): the batch.
+            strides (`dict[str, list[int]]`): per masked modality, B strides.
+            views ([`~dynkp.mechanics.masked_views.MaskedViews`]): the views, all of which have run.
+            targets ([`~dynkp.batches.targets.Targets`]): the targets they ran with.
+            cosines (`torch.Tensor` of shape `(B, M)`): c_m; NaN where a post does not have the variant.
+            kept (`torch.Tensor` of shape `(B, M)`): bool, the variants that are trained on.
+        """
         counted = ~repeated_posts(inputs)
-        weights = self.weights_of(targets).clamp(min=1e-12)
-        means = {view: loss / weights for view, loss in losses.items()}  # nats per token
-        self.record("full_loss", means[FULL], counted)
-        for index, (name, of_posts) in enumerate(strides.items()):
-            exists = counted & ~cosines[:, index].isnan()
-            self.record(f"{name}_cosine", cosines[:, index], exists)
-            self.record(f"{name}_kept_share", kept[:, index].float(), exists)
-            self.record(f"{name}_loss", means[name], exists)
+        denominator = self.denominator_of(targets).clamp(min=1e-12)
+        losses = {view: values / denominator for view, values in views.gradients.values.items()}  # nats per token
+        self.record("full_loss", losses[FULL], counted)
+        for (name, of_posts), cosine, passed in zip(strides.items(), cosines.T, kept.T, strict=True):
+            exists = counted & ~cosine.isnan()
+            self.record(f"{name}_cosine", cosine, exists)
+            self.record(f"{name}_kept_share", passed.float(), exists)
+            self.record(f"{name}_loss", losses[name], exists)
             columns = {
                 "id": inputs["id"],
                 "modality": [name] * len(of_posts),
                 "stride": of_posts,
-                "cosine": cosines[:, index].tolist(),
-                "kept": kept[:, index].tolist(),
-                "full_loss": means[FULL].tolist(),
-                "masked_loss": means[name].tolist(),
+                "cosine": cosine.tolist(),
+                "kept": passed.tolist(),
+                "full_loss": losses[FULL].tolist(),
+                "masked_loss": losses[name].tolist(),
             }
             visits = (dict(zip(columns, visit, strict=True)) for visit in zip(*columns.values(), strict=True))
             self._masked_visits.extend(compress(visits, exists.tolist()))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a training step and, where it masks, time it."""
+        if not self.masks_this_epoch:
+            return super().training_step(*args, **kwargs)
+        self.stopwatch.start()
+        loss = super().training_step(*args, **kwargs)
+        self.stopwatch.mark("step")
+        return loss
 
     def begin_training(self) -> None:
         super().begin_training()
@@ -296,7 +293,7 @@ class AimKPTrainer(KeyphraseTrainer):
     def _choose_similarity_backend(self) -> bool:
         if self.args.similarity_backend == "plain":
             return False
-        reason = gradient_similarity.why_gradients_cannot_be_batched(self.model)
+        reason = why_gradients_cannot_be_batched(self.model)
         if reason is None:
             return True
         if self.args.similarity_backend == "batched":

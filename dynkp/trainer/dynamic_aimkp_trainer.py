@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from dynkp.batches.targets import Targets, mixed_targets
-from dynkp.mechanics.masked_views import FULL
+from dynkp.mechanics.masked_views import FULL, MaskedViews
 from dynkp.objectives.switching import below_threshold
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.objectives.token_loss import TargetLoss
 from dynkp.trainer.aimkp_config import AimKPConfig
-from dynkp.trainer.aimkp_trainer import AimKPTrainer, Views
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 
@@ -64,14 +64,18 @@ class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
     method = "dynamic_aimkp"
     args: DynamicAimKPConfig
 
-    def choose_targets(self, views: Views, inputs: dict[str, Any]) -> Targets:
-        """Choose the target of each post by its direct loss given the full input (Dynamic CoT, Eq. 5)."""
+    def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:
+        """Select the target of each post by its direct loss given the full input (Dynamic CoT, Eq. 5).
+
+        Args:
+            views ([`~dynkp.mechanics.masked_views.MaskedViews`]): views of the batch, not yet run.
+            inputs (`dict`): the batch.
+        """
         _, reasons = self.candidates(inputs)
         direct = TargetLoss(*torch.zeros(2, len(reasons), device=reasons.device))
         if self.args.strategy == "dynamic":
             with torch.no_grad():
-                log_probs = views.log_probs(FULL, inputs["direct"], range(len(inputs["id"])))
-                direct = target_loss(log_probs, inputs["direct"]["weights"][:, : log_probs.shape[1]])
-            reasons = reasons & below_threshold(direct.mean, self.gamma.value)  # Eq. 5 of Dynamic CoT
-        self.record_choices(inputs, reasons, direct)  # the loss that is trained on is AimKP's `full_loss`
-        return mixed_targets(inputs["direct"], inputs["reasoning"], reasons)
+                direct = views.loss(FULL, inputs["direct"])  # L_sft = NLL(y^s | x)
+            reasons = reasons & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ
+        self.record_choices(inputs, reasons, direct)
+        return mixed_targets(inputs["direct"], inputs["reasoning"], reasons)  # y^d

@@ -229,7 +229,7 @@ class KeyphraseTrainer(SFTTrainer):
         """The micro-batch's share of the optimizer step's mean loss, times the number of ranks (DDP averages)."""
         unwrapped = self.accelerator.unwrap_model(model)
         losses = self._forward_redirection(model, unwrapped, self._post_losses_in_forward, unwrapped, inputs)
-        total, denominator = (part.masked_fill(repeated_posts(inputs), 0.0) if part.dim() else part for part in losses)
+        total, denominator = (part.masked_fill(repeated_posts(inputs), 0.0) for part in losses)
         if num_items_in_batch is None:  # evaluation
             loss = total.sum() / denominator.sum().clamp(min=torch.finfo(denominator.dtype).tiny)
             # Trainer's own mean is over batches; this one replaces it in the log.

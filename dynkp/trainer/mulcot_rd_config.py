@@ -96,7 +96,7 @@ class MulCoTRDConfig(KeyphraseConfig):
             )
         if self.separator is not None:
             raise ValueError(f"`separator` is {self.separator!r}, but task {self.task!r} has its own. Leave it None.")
-        self.weights()
+        _ = self.parsed_task_weights
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` is {self.distillation_weight}; it is a share between 0 and 1.")
         if not 0.0 < self.temperature < float("inf"):
@@ -113,8 +113,13 @@ class MulCoTRDConfig(KeyphraseConfig):
                 f"`assistant_dtype` is {self.assistant_dtype!r}; choose 'auto', 'float32', 'bfloat16' or 'float16'."
             )
 
-    def weights(self) -> dict[str, float]:
-        """w_k of each task."""
+    @property
+    def parsed_task_weights(self) -> dict[str, float]:
+        """w_k of the tasks `"label"` and `"chain"`, from the option `task_weights`.
+
+        Raises:
+            ValueError: if `task_weights` does not give both, finite and not negative, and the label's above 0.
+        """
         if self.task_weights is None:
             return {"label": 1.0, "chain": 1.0}
         wanted = (

@@ -22,9 +22,9 @@ from dynkp.batches.two_task_collator import TwoTaskCollator
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
 from dynkp.distillation.assistant import Assistant, check_vocabularies
 from dynkp.distillation.soft_labels import SoftLabelCache
-from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches, everywhere_mask
+from dynkp.mechanics.branched_prompt import BranchedPrompt, PlainBranches, SharedBranches
 from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss, multitask_loss, soft_label_divergence
-from dynkp.objectives.token_loss import PostLosses, TargetLoss, target_loss
+from dynkp.objectives.token_loss import PostLosses, TargetLoss, sum_per_post
 from dynkp.prediction.generation import generate_reasoning
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
 from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
@@ -113,72 +113,110 @@ class MulCoTRDTrainer(KeyphraseTrainer):
         return given
 
     @property
-    def weight(self) -> float:
-        """λ in force: 0 in evaluation, and where there is nobody to learn from."""
-        teaches = self.assistant is not None or self.cache is not None
-        return self.args.distillation_weight if teaches and self.model.training else 0.0
+    def distillation_weight(self) -> float:
+        """λ in force: 0 in evaluation, and without an assistant or soft labels."""
+        has_soft_labels = self.assistant is not None or self.cache is not None
+        return self.args.distillation_weight if has_soft_labels and self.model.training else 0.0
 
     def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
-        student = self.open_branches(model, inputs["prompts"])
-        says = self.assistant_says(inputs) if self.weight else {}  # z_A, or its likeliest tokens
-        losses: list[TargetLoss] = []
-        weights: list[float] = []
-        for task in self.target_kinds:
-            if not any(inputs[task]["lengths"]):
-                continue  # no post of the batch has a chain
-            logits = student.logits(task, inputs[task])  # z_S, (N, V)
-            loss = self.hard_loss(logits, inputs, task)  # CE_k
-            if self.weight:
-                loss = distilled(loss, self.divergence(logits, says[task], inputs, task), self.weight)
-            losses.append(loss)
-            weights.append(self.args.weights()[task])
-        return PostLosses(*multitask_loss(losses, weights, over_tokens=self.normalizes_over_tokens))
+        """Compute L = Σ_k w_k ((1-λ)·CE_k + λ·KL_k) of each post.
 
-    def open_branches(self, model: nn.Module, branches: Branches) -> SharedBranches | PlainBranches:
-        """Both tasks' prompts, their common beginning computed once where prompts and model allow it."""
-        if self.shares_prompt and not branches["apart"] and not self._compares_everywhere:
+        Args:
+            model (`torch.nn.Module`): the unwrapped model.
+            inputs (`dict`): a batch of B posts.
+
+        Returns:
+            [`~dynkp.objectives.token_loss.PostLosses`]: parts of shape (B,).
+        """
+        student = self.open_branches(model, inputs["prompts"])  # both tasks' prompts, their common beginning computed once
+        soft_labels = self.soft_labels_of(inputs)  # softmax(z_A/T) of each task; none if λ = 0
+        losses: dict[str, TargetLoss] = {}
+        for task in self.tasks_of(inputs):  # k: label and response chain
+            logits = student.logits(task, inputs[task])  # z_S, (N, V)
+            losses[task] = self.hard_loss(task, student, logits, inputs)  # CE_k
+            if soft_labels:
+                divergence = self.divergence(task, student, logits, soft_labels[task], inputs)  # KL_k
+                losses[task] = distilled(losses[task], divergence, self.distillation_weight)  # (1-λ)·CE_k + λ·KL_k
+        task_weights = [self.args.parsed_task_weights[task] for task in losses]
+        return multitask_loss(list(losses.values()), task_weights, self.normalizes_over_tokens)  # Σ_k w_k L_k
+
+    def tasks_of(self, inputs: dict[str, Any]) -> list[str]:
+        """Return the tasks for which any post of a batch has a target."""
+        return [task for task in self.target_kinds if any(inputs[task]["lengths"])]
+
+    def open_branches(self, model: nn.Module, branches: Branches) -> BranchedPrompt:
+        """Prepare both tasks' prompts, with their common beginning computed once where prompts and model allow it.
+
+        Args:
+            model (`torch.nn.Module`): the unwrapped model.
+            branches ([`~dynkp.batches.branches.Branches`]): the prompts.
+        """
+        if self.shares_prompt and not branches["separate"] and not self._compares_everywhere:
             return SharedBranches(model, branches)
-        if branches["apart"] and not self._announced:
+        if branches["separate"] and not self._announced:
             self._announced = True
-            logger.warning("The task's two prompts do not begin alike: each is computed by itself, pictures included.")
+            logger.warning("The task's two prompts do not begin alike: each is computed by itself, images included.")
         return PlainBranches(model, branches, everywhere=self._compares_everywhere)
 
     @property
     def _compares_everywhere(self) -> bool:
-        return self.args.kd_positions == "all" and self.weight > 0
+        return self.args.kd_positions == "all" and self.distillation_weight > 0
 
-    def assistant_says(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | SoftLabels]:
-        """Per task the assistant's soft labels at the answers' tokens, computed now or read with the batch."""
+    def soft_labels_of(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | SoftLabels]:
+        """Return the assistant's soft labels of a batch, computed now or read with the batch.
+
+        Args:
+            inputs (`dict`): a batch of B posts.
+
+        Returns:
+            `dict`: per task the assistant's logits (N, V), or its truncated distributions; empty if λ = 0.
+        """
+        if not self.distillation_weight:
+            return {}
         if self.assistant is None:
             return {task: SoftLabels(**labels) for task, labels in inputs["soft_labels"].items()}
         answers = {task: inputs[task] for task in self.target_kinds}
         return {**self.assistant.logits(inputs["prompts"], answers, self._compares_everywhere)}
 
-    def hard_loss(self, logits: torch.Tensor, inputs: dict[str, Any], task: str) -> TargetLoss:
-        """CE_k: the negative log-likelihood of each post's answer."""
+    def hard_loss(self, task: str, student: BranchedPrompt, logits: torch.Tensor, inputs: dict[str, Any]) -> TargetLoss:
+        """Compute CE_k, the negative log-likelihood of each post's answer, and record it.
+
+        Args:
+            task (`str`): `"label"` or `"chain"`.
+            student ([`~dynkp.mechanics.branched_prompt.BranchedPrompt`]): what computed the logits.
+            logits (`torch.Tensor` of shape `(N, V)`): z_S.
+            inputs (`dict`): the batch.
+        """
         answers: Targets = inputs[task]
-        if self._compares_everywhere:
-            where = everywhere_mask(inputs["prompts"], task, answers)
-            at_answers = torch.zeros_like(where)
-            at_answers[:, where.shape[1] - answers["mask"].shape[1] :] = answers["mask"]
-            logits = logits[at_answers[where]]
-        values = hard_label_loss(logits, answers["input_ids"][answers["mask"]])
-        return self._per_post(f"{task}_loss", values, answers["mask"], inputs)
+        logits = student.at_answers(logits, task, answers)
+        loss = sum_per_post(hard_label_loss(logits, answers["input_ids"][answers["mask"]]), answers["mask"])
+        self._record_task(f"{task}_loss", loss, inputs)
+        return loss
 
     def divergence(
-        self, logits: torch.Tensor, says: torch.Tensor | SoftLabels, inputs: dict[str, Any], task: str
+        self,
+        task: str,
+        student: BranchedPrompt,
+        logits: torch.Tensor,
+        soft_labels: torch.Tensor | SoftLabels,
+        inputs: dict[str, Any],
     ) -> TargetLoss:
-        """KL(softmax(z_A/T) ‖ softmax(z_S/T)), over the tokens that `kd_positions` names."""
-        where = inputs[task]["mask"]
-        if self._compares_everywhere:
-            where = everywhere_mask(inputs["prompts"], task, inputs[task])
-        values = soft_label_divergence(logits, says, self.args.temperature)
-        return self._per_post(f"{task}_divergence", values, where, inputs)
+        """Compute KL_k = KL(softmax(z_A/T) ‖ softmax(z_S/T)) over the tokens that `kd_positions` selects, and record it.
 
-    def _per_post(self, name: str, values: torch.Tensor, where: torch.Tensor, inputs: dict[str, Any]) -> TargetLoss:
-        loss = target_loss(-values.new_zeros(where.shape).masked_scatter(where, values), where)
-        self.record(name, loss.mean, ~repeated_posts(inputs) & (loss.tokens > 0))
+        Args:
+            task (`str`): `"label"` or `"chain"`.
+            student ([`~dynkp.mechanics.branched_prompt.BranchedPrompt`]): what computed the student's logits.
+            logits (`torch.Tensor` of shape `(N, V)`): z_S.
+            soft_labels (`torch.Tensor` or [`~dynkp.objectives.distillation.SoftLabels`]): z_A, or what is known of it.
+            inputs (`dict`): the batch.
+        """
+        values = soft_label_divergence(logits, soft_labels, self.args.temperature)
+        loss = sum_per_post(values, student.positions(task, inputs[task]))
+        self._record_task(f"{task}_divergence", loss, inputs)
         return loss
+
+    def _record_task(self, name: str, loss: TargetLoss, inputs: dict[str, Any]) -> None:
+        self.record(name, loss.mean, ~repeated_posts(inputs) & (loss.tokens > 0))
 
     # What a keyphrase trainer asks of a method with tasks of its own
 
@@ -191,9 +229,9 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     def denominators(self, batch: dict[str, Any]) -> Sequence[float]:
         if not self.normalizes_over_tokens:
             return [1] * len(batch["id"])
-        weights = self.args.weights()
+        task_weights = [self.args.parsed_task_weights[task] for task in self.target_kinds]
         lengths = zip(*(batch[task]["lengths"] for task in self.target_kinds), strict=True)
-        return [sum(weights[task] * n for task, n in zip(self.target_kinds, of_post, strict=True)) for of_post in lengths]
+        return [sum(w * tokens for w, tokens in zip(task_weights, of_post, strict=True)) for of_post in lengths]
 
     def prepare(self, dataset: Any, name: str, args: Any, takes_images: bool) -> Dataset | IterableDataset:
         need_keyphrases = isinstance(self.task, KeyphraseReasoningTask)
@@ -240,7 +278,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         branches = inputs["prompts"]
-        parts = [*branches["ends"].values(), *branches["apart"].values(), *(inputs[task] for task in self.target_kinds)]
+        parts = [*branches["ends"].values(), *branches["separate"].values(), *(inputs[task] for task in self.target_kinds)]
         tokens = sum(part["input_ids"].numel() for part in parts)
         tokens += branches["prompt"]["input_ids"].shape[0] * branches["shared"]
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)

@@ -1,4 +1,8 @@
-"""Measured lengths equal the collator's, for every family; prompts that do not fit are found before the first step."""
+"""Invariants of measured lengths:
+
+- they equal those of the collator's batches, for every family;
+- prompts that leave no token for a target are found before the first step, and cut targets are counted.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ SEQUENCE = ("input_ids", "attention_mask")
 
 def whole(branches: Any, kind: str, row: int) -> list[int]:
     """A post's prompt without its padding."""
-    if kind in branches["apart"]:
-        ids, mask = (branches["apart"][kind][name][row] for name in SEQUENCE)
+    if kind in branches["separate"]:
+        ids, mask = (branches["separate"][kind][name][row] for name in SEQUENCE)
     else:
         prompt, end, shared = branches["prompt"], branches["ends"][kind], branches["shared"]
         ids, mask = (torch.cat([prompt[name][row, :shared], end[name][row]]) for name in SEQUENCE)
@@ -46,7 +46,7 @@ def test_prompts_are_those_the_model_is_asked(family: str, task: str) -> None:
     before = copy.deepcopy([{key: value for key, value in post.items() if key != "images"} for post in posts])
     batch = collator(posts)
     assert [{key: value for key, value in post.items() if key != "images"} for post in posts] == before
-    assert not batch["prompts"]["apart"]
+    assert not batch["prompts"]["separate"]
     for kind in ("label", "chain"):
         for row, post in enumerate(posts):
             assert whole(batch["prompts"], kind, row) == list(as_asked(collator, kind, post))
@@ -77,7 +77,7 @@ def test_prompts_that_do_not_begin_alike_stay_whole(family: str) -> None:
     task = InstructionFirst("late", "How?", {"Text_analysis": "why"})
     collator, posts = TwoTaskCollator(processor, task), reasoning_rows(family)
     batch = collator(posts)
-    assert set(batch["prompts"]["apart"]) == {"label", "chain"} and batch["prompts"]["shared"] == 0
+    assert set(batch["prompts"]["separate"]) == {"label", "chain"} and batch["prompts"]["shared"] == 0
     for kind in ("label", "chain"):
         for row, post in enumerate(posts):
             assert whole(batch["prompts"], kind, row) == list(as_asked(collator, kind, post))

@@ -1,50 +1,30 @@
 """Invariants of the journal:
 
 - what was appended is read back, by this journal and by the next one, across files, long lines and failures;
-- a torn last line, index entry or settled post is cut off and nothing else; cut anywhere, no whole answer is lost;
-- the index is a copy: with it missing, behind or of other files, the answers are the same;
+- a torn last line is cut off and nothing else; cut anywhere, no whole answer is lost;
+- the index is a copy: with it missing, damaged, behind or of other files, the answers are the same; a process killed at any
+  moment loses no answer, and of the settled posts only the last;
 - a damaged line in the middle is an error that names it; a full disk leaves no part of one; two runs do not write at once;
 - tokens are added up by model, over all runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dynkp.chat.journal import AnswerJournal
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(16, "big")
-
-
-def row(number: int, **more: object) -> dict[str, object]:
-    text = f"answer {number} “é” " + "x" * (number * 1000 % 20_000)
-    return {"model": 'm "1"', "text": text, "prompt_tokens": 10, "completion_tokens": number, **more}
-
-
-def filled(folder: Path, count: int = 30, **options: int) -> None:
-    with AnswerJournal(folder, **options) as journal:
-        for number in range(count):
-            journal.append(key(number), row(number))
-            journal.settle(key(1000 + number), key(number))
-
-
-def check(folder: Path, count: int = 30) -> None:
-    with AnswerJournal(folder) as journal:
-        assert len(journal) == count
-        for number in range(count):
-            found = journal.read(key(number))
-            assert found["text"] == row(number)["text"]
-            assert found["failed"] is False
-            assert journal.settled(key(1000 + number)) == key(number)
-        assert key(count) not in journal and journal.settled(key(5000)) is None
-        assert journal.tokens('m "1"') == (10 * count, sum(range(count)))
-        assert journal.tokens("other") == (0, 0)
+from tests.conftest import REPOSITORY
+from tests.support.journals import check, filled, key, row
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 20, 30_000, 1])
@@ -70,27 +50,77 @@ def test_the_last_word_counts(tmp_path: Path) -> None:
         assert not journal.has_failed(key(1))
         journal.append(key(2), row(2))
         journal.append(key(2), {"failed": True, "error": "no"})
+        journal.append(key(3), row(3))
+        journal.sync()
+        journal.append(key(3), row(3))
+        journal.append(key(3), row(3))
+        assert journal.tokens('m "1"') == (50, 1 + 2 + 9)  # all of them were paid for
     for _ in range(2):
         with AnswerJournal(tmp_path) as journal:
+            assert journal.tokens('m "1"') == (50, 1 + 2 + 9)
             assert not journal.has_failed(key(1)) and journal.has_failed(key(2))
             assert journal.read(key(2))["error"] == "no"
-        (tmp_path / "answers.index").unlink()
+        (tmp_path / "index.sqlite").unlink()
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "behind", "torn", "of other files"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "behind", "torn", "overwritten", "text", "other tables", "other files"])
 def test_the_index_is_only_a_copy(tmp_path: Path, damage: str) -> None:
-    filled(tmp_path, shard_bytes=50_000)
-    index = tmp_path / "answers.index"
+    filled(tmp_path, 17, shard_bytes=50_000)
+    index = tmp_path / "index.sqlite"
+    behind = index.read_bytes()
+    filled(tmp_path, start=17, shard_bytes=50_000)
     data = index.read_bytes()
     if damage == "missing":
         index.unlink()
-    elif damage == "of other files":
+    elif damage == "other files":
         filled(tmp_path / "other", 40, shard_bytes=50_000)
-        os.replace(tmp_path / "other" / "answers.index", index)
+        os.replace(tmp_path / "other" / "index.sqlite", index)
+    elif damage == "other tables":
+        index.unlink()
+        with contextlib.closing(sqlite3.connect(index)) as database:
+            database.execute("CREATE TABLE answers (key)")
     else:
-        index.write_bytes({"empty": b"", "behind": data[: 36 * 17], "torn": data[:-5]}[damage])
-    check(tmp_path)
-    check(tmp_path)
+        half = len(data) // 2
+        overwritten = data[:half] + random.Random(0).randbytes(half)
+        damaged = {"empty": b"", "behind": behind, "torn": data[:-5000], "overwritten": overwritten, "text": b"rubbish" * 9000}
+        index.write_bytes(damaged[damage])
+    for _ in range(2):
+        check(tmp_path, settled=damage == "other files")
+    if damage == "behind":
+        with AnswerJournal(tmp_path) as journal:
+            assert [journal.settled(key(1000 + number)) is not None for number in range(30)] == [True] * 17 + [False] * 13
+
+
+def test_settled_posts_are_kept_when_the_answers_are_indexed_again(tmp_path: Path) -> None:
+    filled(tmp_path, 4)
+    file = tmp_path / "answers-00001.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:1] + lines[2:]))
+    with AnswerJournal(tmp_path) as journal:
+        assert [key(number) in journal for number in range(4)] == [True, False, True, True]
+        assert [journal.settled(key(1000 + number)) is not None for number in range(4)] == [True, False, True, True]
+
+
+KILLED = """
+import os, signal, sys
+from dynkp.chat.journal import AnswerJournal
+from tests.support.journals import key, row
+journal = AnswerJournal(sys.argv[1], shard_bytes=50_000)
+for number in range(30):
+    journal.append(key(number), row(number))
+    journal.settle(key(1000 + number), key(number))
+    if number == 20:
+        journal.sync()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_loses_no_answer(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    with AnswerJournal(tmp_path) as journal:
+        assert [journal.settled(key(1000 + number)) == key(number) for number in range(21)] == [True] * 21
+    check(tmp_path, settled=False)
 
 
 def test_cut_anywhere_no_whole_answer_is_lost(tmp_path: Path) -> None:
@@ -101,8 +131,7 @@ def test_cut_anywhere_no_whole_answer_is_lost(tmp_path: Path) -> None:
         folder = tmp_path / str(cut)
         folder.mkdir()
         (folder / "answers-00001.jsonl").write_bytes(data[:cut])
-        for name in ("answers.index", "settled.bin"):
-            (folder / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+        (folder / "index.sqlite").write_bytes((tmp_path / "whole" / "index.sqlite").read_bytes())
         whole = sum(end <= cut for end in ends)
         with AnswerJournal(folder) as journal:
             assert len(journal) == whole
@@ -111,16 +140,6 @@ def test_cut_anywhere_no_whole_answer_is_lost(tmp_path: Path) -> None:
         with AnswerJournal(folder) as journal:
             assert len(journal) == whole + 1
             assert journal.read(key(99))["text"] == row(99)["text"]
-
-
-def test_a_torn_settled_post_is_cut_off(tmp_path: Path) -> None:
-    filled(tmp_path)
-    file = tmp_path / "settled.bin"
-    file.write_bytes(file.read_bytes()[:-5])
-    with AnswerJournal(tmp_path) as journal:
-        assert journal.settled(key(1029)) is None and journal.settled(key(1028)) == key(28)
-        journal.settle(key(1029), key(29))
-    check(tmp_path)
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -139,41 +158,63 @@ def test_a_line_cut_short_behind_the_index_is_named(tmp_path: Path) -> None:
     file.write_bytes(lines[0] + lines[1].rstrip(b"}\n") + b" \n" + lines[2])
     with AnswerJournal(tmp_path) as journal, pytest.raises(ValueError, match=rf"byte {len(lines[0])}: not an answer"):
         journal.read(key(1))
+    file.write_bytes(lines[0] + lines[2])  # the remedy
+    with AnswerJournal(tmp_path) as journal:
+        assert [key(number) in journal for number in range(3)] == [True, False, True]
 
 
-@pytest.mark.parametrize("file", ["answers", "index", "settled"])
-def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path, 30)
     written = os.write
+    tries = 0
+
+    def write(to: int, data: bytes) -> int:
+        nonlocal tries
+        tries += 1
+        if tries > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(to, data[:20])
 
     with AnswerJournal(tmp_path) as journal:
-        full = {"answers": journal._writer, "index": journal._index_writer, "settled": journal._settled_writer}[file]
-        tries = 0
-
-        def write(to: int, data: bytes) -> int:
-            nonlocal tries
-            if to != full:
-                return written(to, data)
-            tries += 1
-            if tries > 1:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return written(to, data[:20])
-
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(os, "write", write)
             journal.append(key(30), row(30))
-            journal.settle(key(1030), key(30))
+        assert key(30) not in journal
         # Another request of the run was answered, and there is room again.
         journal.append(key(31), row(31))
         journal.append(key(30), row(30))
         for number in (30, 31):
             journal.settle(key(1000 + number), key(number))
-            assert journal.read(key(number))["text"] == row(number)["text"]
+    check(tmp_path, 32)
+
+
+@pytest.mark.parametrize("room_again", [True, False])
+def test_an_index_on_a_full_disk_loses_nothing(tmp_path: Path, room_again: bool, caplog: pytest.LogCaptureFixture) -> None:
+    filled(tmp_path, 30)
+    count = 500
     with AnswerJournal(tmp_path) as journal:
-        assert len(journal) == 32
-        for number in range(32):
-            assert journal.read(key(number))["text"] == row(number)["text"]
-            assert journal.settled(key(1000 + number)) == key(number)
+        limit = journal._index._database.execute("PRAGMA page_count").fetchone()[0]
+        journal._index._database.execute(f"PRAGMA max_page_count = {limit}")
+        for number in range(30, count):
+            journal.append(key(number), {**row(number), "text": "short"})
+            journal.settle(key(1000 + number), key(number))
+            if number % 100 == 0:
+                journal.sync()
+        assert "index.sqlite cannot be written (database or disk is full)" in caplog.text
+        assert all(journal.read(key(number))["completion_tokens"] == number for number in range(count))
+        assert journal.settled(key(1000 + count - 1)) == key(count - 1)
+        if room_again:
+            journal._index._database.execute("PRAGMA max_page_count = 1000000")
+    with AnswerJournal(tmp_path) as journal:
+        assert len(journal) == count and journal.tokens('m "1"') == (10 * count, sum(range(count)))
+        assert all(journal.read(key(number))["completion_tokens"] == number for number in range(count))
+        assert (journal.settled(key(1000 + count - 1)) is not None) == room_again
+
+
+def test_an_index_that_cannot_be_made_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "index.sqlite-wal").mkdir()
+    with pytest.raises(OSError, match="index.sqlite"):
+        AnswerJournal(tmp_path)
 
 
 def test_a_line_changed_behind_the_index_is_noticed(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -37,22 +36,7 @@ from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from tests.conftest import REPOSITORY
 from tests.support.chat_server import ChatServer, last_text, serve, serve_in_process
-
-
-def question(text: str, stage: str = "") -> ChatRequest:
-    return ChatRequest([{"role": "user", "content": text}], {"model": "m"}, stage)
-
-
-def once(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    if not post["text"]:
-        raise ValueError("the post is empty")
-    yield question(post["text"])
-
-
-def twice(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    answer = yield question(post["text"], "first")
-    if "even" in post["text"]:
-        yield question(f"{post['text']} again: {answer.text}", "second")
+from tests.support.conversations import once, question, twice
 
 
 def write_posts(folder: Path, texts: list[str]) -> Path:
@@ -64,7 +48,7 @@ def write_posts(folder: Path, texts: list[str]) -> Path:
 def ask(
     folder: Path,
     url: str,
-    dialogue: Any = once,
+    conversation: Any = once,
     *,
     concurrency: int = 4,
     attempts: int = 2,
@@ -74,12 +58,12 @@ def ask(
     """Run over `posts.jsonl`; the last answer of each post."""
     stream = PostStream(folder / "posts.jsonl")
     with AnswerJournal(folder / "journal") as journal:
-        run = RequestRun(stream, dialogue, journal, settings=settings, **{"progress": False, **options})
+        run = RequestRun(stream, conversation, journal, settings=settings, **{"progress": False, **options})
         outcome = run.ask(
             lambda: ChatClient(url, concurrency=concurrency, max_attempts=attempts, first_pause=0.01, timeout=20),
             concurrency=concurrency,
         )
-        keys = [run.keys.get(place) for place in range(len(stream))]
+        keys = [run.last_key(place) for place in range(len(stream))]
         return outcome, [None if key is None else journal.read(key) for key in keys]
 
 
@@ -111,27 +95,26 @@ def test_one_question_follows_another(tmp_path: Path) -> None:
         outcome, answers = ask(tmp_path, url, twice)
         assert outcome.requests == 30 and outcome.settled == 20
         assert [row["stage"] for row in answers if row] == ["second", "first"] * 10
-        # Without the notes of what is settled, the dialogues are replayed from their answers.
-        (tmp_path / "journal" / "settled.bin").unlink()
+        # Without the notes of what is settled, the conversations are replayed from their answers.
+        (tmp_path / "journal" / "index.sqlite").unlink()
         again, same = ask(tmp_path, url, twice)
         assert again.requests == 0 and same == answers
 
 
 def test_a_post_may_need_no_question(tmp_path: Path) -> None:
-    def dialogue(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
+    def conversation(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
         if post["text"] != "known":
             yield question(post["text"])
 
     write_posts(tmp_path, ["a", "known", "b", "known"])
     with serve() as (url, _):
         for requests in (2, 0):
-            outcome, answers = ask(tmp_path, url, dialogue)
+            outcome, answers = ask(tmp_path, url, conversation)
             assert outcome == Outcome(settled=4, failed=0, open=0, requests=requests)
             assert ["text" in row for row in answers if row] == [True, False, True, False]
     with AnswerJournal(tmp_path / "other") as journal:
-        assert (
-            RequestRun(PostStream(tmp_path / "posts.jsonl"), dialogue, journal, settings="s", progress=False).replay().open == 2
-        )
+        run = RequestRun(PostStream(tmp_path / "posts.jsonl"), conversation, journal, settings="s", progress=False)
+        assert run.replay().open == 2
 
 
 @pytest.mark.parametrize("cursor", [None, "middle", "end", "other file"])
@@ -143,7 +126,7 @@ def test_a_run_goes_on_wherever_the_last_one_was_reading(tmp_path: Path, cursor:
             run = RequestRun(stream, once, journal, settings="s", progress=False)
             run.ask(lambda: ChatClient(url, concurrency=4), concurrency=4)
             # As if five answers had been lost on the way.
-            lost = [run.keys.get(place) for place in range(3, 8)]
+            lost = [run.last_key(place) for place in range(3, 8)]
             for key in lost:
                 assert key is not None
             whole = PostStream(path)
@@ -158,7 +141,7 @@ def test_a_run_goes_on_wherever_the_last_one_was_reading(tmp_path: Path, cursor:
             if json.loads(line)["key"] not in {key.hex() for key in lost if key}
         ]
         answers.write_bytes(b"".join(kept))
-        (tmp_path / "journal" / "answers.index").unlink()
+        (tmp_path / "journal" / "index.sqlite").unlink()
         outcome, rows = ask(tmp_path, url)
         assert outcome == Outcome(settled=40, failed=0, open=0, requests=20)
         assert [row["id"] for row in rows if row] == [f"p{n}" for n in range(40)]
@@ -327,12 +310,12 @@ def test_without_a_server_answers_are_taken_stock_of(tmp_path: Path) -> None:
     with AnswerJournal(tmp_path / "journal") as journal:
         run = RequestRun(PostStream(path), twice, journal, settings="s", progress=False)
         assert run.replay() == Outcome(settled=0, failed=0, open=7)
-        first = list(run.unanswered())
+        first = list(run.next_requests())
         assert [request.stage for request in first] == ["first"] * 7
         for request in first:
             journal.append(request.key, {"model": "m", "stage": "first", **vars(ChatAnswer("so"))})
         run = RequestRun(PostStream(path), twice, journal, settings="s", progress=False)
-        second = list(run.unanswered())
+        second = list(run.next_requests())
         assert [request.messages[0]["content"] for request in second] == [f"even {n} again: so" for n in (0, 2, 4)]
         assert run.replay().settled == 4
 
@@ -361,7 +344,7 @@ from dynkp.chat.client import ChatClient
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.post_stream import PostStream
 from dynkp.chat.run import RequestRun
-from tests.chat.test_run import once
+from tests.support.conversations import once
 began = []
 class Client(ChatClient):
     async def ask(self, *given):
@@ -377,35 +360,39 @@ print(json.dumps([began[0], peak, outcome.settled, outcome.requests]))
 """
 
 
+def million_line(number: int) -> bytes:
+    return b'{"id": "p%d", "text": "post number %d about the sea", "keyphrases": ["sea", "fish %d"]}' % ((number,) * 3)
+
+
+def million_key(number: int) -> bytes:
+    return blake2b(b"%d" % number, digest_size=16).digest()
+
+
 def test_a_million_posts_go_on(tmp_path: Path) -> None:
     count, cursor = 1_000_000, 999_900
     settings = blake2b(b"s", digest_size=16).digest()
-    journal = tmp_path / "journal"
-    AnswerJournal(journal).close()
+    folder = tmp_path / "journal"
+    folder.mkdir()
     open_posts = {10, *range(cursor - 5, count, 20)}
-    offset = place = 0
-    with (
-        (tmp_path / "posts.jsonl").open("wb") as posts,
-        (journal / "answers-00001.jsonl").open("wb") as answers,
-        (journal / "answers.index").open("wb") as index,
-        (journal / "settled.bin").open("wb") as settled,
-    ):
+    offset = 0
+    with (tmp_path / "posts.jsonl").open("wb") as posts, (folder / "answers-00001.jsonl").open("wb") as answers:
         for number in range(count):
-            line = b'{"id": "p%d", "text": "post number %d about the sea", "keyphrases": ["sea", "fish %d"]}' % ((number,) * 3)
+            line = million_line(number)
             posts.write(line + b"\n")
             if number < cursor:
                 offset += len(line) + 1
             if number in open_posts:
                 continue
-            key = number.to_bytes(16, "big")
             row = b'{"key": "%s", "failed": false, "prompt_tokens": 9, "completion_tokens": 9, "model": "m", "text": "%d %s"}\n'
-            row %= (key.hex().encode(), number, b"why " * 20)
-            answers.write(row)
-            index.write(struct.pack("<16sQIII", key, (1 << 40 | place) << 1, 9, 9, 0))
-            place += len(row)
-            settled.write(blake2b(settings + line, digest_size=16).digest() + key)
+            answers.write(row % (million_key(number).hex().encode(), number, b"why " * 20))
     stream = PostStream(tmp_path / "posts.jsonl")
-    (journal / "cursor.json").write_text(json.dumps({"posts": stream.identity(), "offset": offset, "index": cursor}))
+    (folder / "cursor.json").write_text(json.dumps({"posts": stream.identity(), "offset": offset, "index": cursor}))
+    began = time.process_time()
+    with AnswerJournal(folder) as journal:
+        built = time.process_time() - began
+        for number in range(count):
+            if number not in open_posts:
+                journal.settle(blake2b(settings + million_line(number), digest_size=16).digest(), million_key(number))
     with serve() as (url, server):
         result = subprocess.run(
             [sys.executable, "-c", CHILD, str(tmp_path), url], capture_output=True, text=True, cwd=REPOSITORY, timeout=200
@@ -413,5 +400,6 @@ def test_a_million_posts_go_on(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         seconds, mebibytes, done, requests = json.loads(result.stdout)
         assert done == count and requests == len(open_posts) == len(server.bodies)
+    assert built < 20  # the index, from the answers alone
     assert seconds < 10
     assert mebibytes < 1024

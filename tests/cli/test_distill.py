@@ -57,7 +57,8 @@ def test_the_cache_is_cut_to_what_the_student_shares(tmp_path: Path, capsys: pyt
     cache = SoftLabelCache(tmp_path / "out")
     vocabulary = build("llava")[0].config.text_config.vocab_size
     assert cache.settings["vocabulary"] == vocabulary and cache.settings["top_k"] == 4
-    assert set(cache.places) == {(f"post-{i}", task) for i in range(4) for task in ("label", "chain")} - {("post-2", "chain")}
+    every = {(f"post-{i}", task) for i in range(4) for task in ("label", "chain")}
+    assert set(cache.locations) == every - {("post-2", "chain")}
     printed = capsys.readouterr().out
     assert "7 answers written, 7 in all" in printed and "left out by the likeliest k tokens: 1: 9" in printed
     report = json.loads((tmp_path / "out/truncation.json").read_text())
@@ -75,7 +76,7 @@ def test_several_processes_share_the_posts(tmp_path: Path, monkeypatch: pytest.M
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         assert main(arguments("cache", tmp_path, model=model)) == 0
-    assert len(SoftLabelCache(tmp_path / "out").places) == 7
+    assert len(SoftLabelCache(tmp_path / "out").locations) == 7
     files = {file.name for file in (tmp_path / "out").glob("labels-*")}
     assert files == {f"labels-{rank}-00000.safetensors" for rank in (0, 1)}
 
@@ -113,7 +114,7 @@ def test_posts_without_label_are_named_or_dropped(tmp_path: Path, capsys: pytest
     assert main(arguments("cache", tmp_path, model=model)) == 2
     assert "post 'post-1'" in capsys.readouterr().err
     assert main(arguments("cache", tmp_path, model=model, **{"on-invalid": "skip"})) == 0
-    assert len(SoftLabelCache(tmp_path / "out").places) == 5
+    assert len(SoftLabelCache(tmp_path / "out").locations) == 5
 
 
 @pytest.mark.parametrize("option", ["--top-k=0", "--temperature=0", "--temperature=inf", "--compare=-1", "--batch-size=x"])

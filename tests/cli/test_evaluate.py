@@ -235,7 +235,7 @@ def test_lines_that_are_no_predictions(
         (["--subsets", "rare"], "subsets: 'rare' is not known"),
         (["--confidence", "95"], "confidence=95.0 must be between 0 and 1"),
         (["--resamples", "-1"], "resamples=-1 must be 0"),
-        (["--k", "0"], "every cut-off must be a whole number of at least 1"),
+        (["--k", "0"], "every cut-off must be an integer of at least 1"),
         (["--names", "a", "b"], "--names has 2 names and --predictions 1 files"),
         (["--train-keyphrases", "EMPTY"], "has no keyphrases"),
         (["--train-keyphrases", "/nowhere.txt"], "/nowhere.txt"),

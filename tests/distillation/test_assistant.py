@@ -1,7 +1,8 @@
-"""The assistant: a frozen model beside the student's.
+"""Invariants of the assistant:
 
-Holds: its logits are the model's own, in its own type, also within the student's autocast and with dropout; a task no post
-has is left out; vocabularies that mean different things are refused, sizes that differ are not.
+- its logits are the model's own, in its own type, also within the student's autocast and with dropout;
+- a task without tokens in the batch is omitted;
+- tokenizers whose ids stand for different tokens are refused, different vocabulary sizes are not.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def test_dropout_and_autocast_do_not_reach_it() -> None:
     assert actual.dtype is torch.float32 and torch.equal(actual, expected)
 
 
-def test_a_task_that_no_post_has_is_left_out() -> None:
+def test_a_task_without_tokens_is_omitted() -> None:
     batch = batch_of(rationale=None)
     assert set(Assistant(build("llava")[0]).logits(batch["prompts"], {task: batch[task] for task in TASKS})) == {"label"}
 

@@ -1,8 +1,9 @@
-"""Soft labels on disk are the assistant's, and a student cannot tell them from the assistant itself.
+"""Invariants of soft labels on disk:
 
-Holds: with all tokens kept, online and cached training give the same weights (1e-6); a killed writer goes on behind its last
-file and ends with the same labels; labels of another answer, temperature, task, assistant or tokenizer are refused, naming
-what differs; what truncation leaves out is reported as it is.
+- with all tokens stored, training with the assistant and training from soft labels give the same weights (1e-6);
+- a killed writer continues after its last file and ends with the same labels;
+- labels of another target, temperature, task, assistant or tokenizer are refused, naming what differs;
+- the probability outside the stored tokens is reported correctly.
 """
 
 from __future__ import annotations
@@ -21,62 +22,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from dynkp.batches.two_task_collator import TwoTaskCollator
-from dynkp.data.rows import normalise_posts
 from dynkp.distillation import soft_labels
 from dynkp.distillation.assistant import Assistant
 from dynkp.distillation.soft_labels import (
     SoftLabelCache,
     SoftLabelWriter,
     assistant_fingerprint,
-    left_out,
-    task_fingerprint,
+    truncated_probability,
     truncation_effect,
-    write_soft_labels,
 )
 from dynkp.objectives.distillation import SoftLabels
 from tests.support.reasoning_trainers import BRIEF, reasoning_rows, reasoning_trainer
+from tests.support.soft_labels import ALL, assistant_model, posts_of, write_labels
 from tests.support.tiny_models import build
 from tests.support.trainers import largest_difference, losses, weights
 
-ALL = 10**6
-
-
-def teacher(family: str = "llava") -> Any:
-    model, _ = build(family, seed=1)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(5)
-    return model
-
-
-def posts_of(family: str = "llava", count: int = 6) -> Dataset:
-    return normalise_posts(reasoning_rows(family, count))
-
-
-def write(folder: Path, posts: Any = None, top_k: int = ALL, family: str = "llava", **options: Any) -> SoftLabelCache:
-    """The labels of `teacher`; `options` replace settings."""
-    _, processor = build(family)
-    assistant = Assistant(teacher(family), getattr(processor, "tokenizer", processor))
-    settings = {"assistant": "tiny", "task": task_fingerprint(BRIEF), "temperature": 2.0, "top_k": top_k}
-    settings |= {"vocabulary": assistant.vocabulary, **options}
-    writer = SoftLabelWriter(folder, settings, assistant.tokenizer)
-    try:
-        posts = posts_of(family) if posts is None else posts
-        how = {"top_k": top_k, "temperature": settings["temperature"], "vocabulary": settings["vocabulary"]}
-        write_soft_labels(writer, assistant, TwoTaskCollator(processor, BRIEF), posts, batch_size=4, progress=False, **how)
-    finally:
-        writer.close()
-    return SoftLabelCache(folder)
-
 
 def content(folder: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
-    """All labels, wherever they lie."""
+    """All labels in a folder."""
     cache, everything = SoftLabelCache(folder), {}
-    for (post_id, task), place in cache.places.items():
-        with soft_labels.safe_open(folder / place.file, framework="pt") as file:
-            rows = slice(place.start, place.start + place.length)
+    for (post_id, task), location in cache.locations.items():
+        with soft_labels.safe_open(folder / location.file, framework="pt") as file:
+            rows = slice(location.start, location.start + location.length)
             names = ("tokens", "ids", "log_probs", "rest")
             everything[post_id, task] = {name: file.get_tensor(name)[rows] for name in names}
     return everything
@@ -87,9 +56,9 @@ def content(folder: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llama"])
 def test_online_and_cached_give_the_same_student(family: str, tmp_path: Path) -> None:
-    write(tmp_path / "labels", family=family)
+    write_labels(tmp_path / "labels", family=family)
     options: dict[str, Any] = {"num_train_epochs": 2, "max_steps": -1, "dataloader_num_workers": 0}
-    online = reasoning_trainer(family, tmp_path / "online", assistant_model=teacher(family), **options)
+    online = reasoning_trainer(family, tmp_path / "online", assistant_model=assistant_model(family), **options)
     cached = reasoning_trainer(family, tmp_path / "cached", soft_labels=str(tmp_path / "labels"), **options)
     start = weights(online)
     for trainer in (online, cached):
@@ -103,7 +72,7 @@ def test_online_and_cached_give_the_same_student(family: str, tmp_path: Path) ->
 def test_fewer_tokens_give_a_smaller_divergence_and_another_student(tmp_path: Path) -> None:
     runs = []
     for top_k in (ALL, 16):
-        write(tmp_path / str(top_k), top_k=top_k)
+        write_labels(tmp_path / str(top_k), top_k=top_k)
         runs.append(reasoning_trainer("llava", tmp_path / "out", soft_labels=str(tmp_path / str(top_k))))
         runs[-1].train()
     whole, cut = (losses(trainer, "chain_divergence")[0] for trainer in runs)
@@ -112,7 +81,7 @@ def test_fewer_tokens_give_a_smaller_divergence_and_another_student(tmp_path: Pa
 
 
 def test_workers_read_them(tmp_path: Path) -> None:
-    write(tmp_path / "labels")
+    write_labels(tmp_path / "labels")
     results = []
     for workers in (0, 2):
         trainer = reasoning_trainer(
@@ -124,7 +93,7 @@ def test_workers_read_them(tmp_path: Path) -> None:
 
 
 def test_evaluation_posts_need_none(tmp_path: Path) -> None:
-    write(tmp_path / "labels")
+    write_labels(tmp_path / "labels")
     others = [post | {"id": f"eval-{post['id']}"} for post in reasoning_rows("llava", 3)]
     trainer = reasoning_trainer(
         "llava", tmp_path, soft_labels=str(tmp_path / "labels"), eval_dataset=others, eval_strategy="steps", eval_steps=2
@@ -134,10 +103,10 @@ def test_evaluation_posts_need_none(tmp_path: Path) -> None:
 
 
 def test_max_length_takes_the_beginning_of_the_labels(tmp_path: Path) -> None:
-    write(tmp_path / "labels")
+    write_labels(tmp_path / "labels")
     options: dict[str, Any] = {"max_length": 235, "max_steps": 2}
     runs = [
-        reasoning_trainer("llava", tmp_path, assistant_model=teacher(), **options),
+        reasoning_trainer("llava", tmp_path, assistant_model=assistant_model(), **options),
         reasoning_trainer("llava", tmp_path, soft_labels=str(tmp_path / "labels"), **options),
         reasoning_trainer("llava", tmp_path, soft_labels=str(tmp_path / "labels"), max_steps=2),
     ]
@@ -153,10 +122,10 @@ def test_max_length_takes_the_beginning_of_the_labels(tmp_path: Path) -> None:
 def test_they_are_the_assistant_s_probabilities(tmp_path: Path) -> None:
     """The first post's label, token by token, against NumPy."""
     _, processor = build("llava")
-    write(tmp_path, top_k=5)
+    write_labels(tmp_path, top_k=5)
     collator = TwoTaskCollator(processor, BRIEF)
     batch = collator([posts_of()[0]])
-    logits = Assistant(teacher()).logits(batch["prompts"], {"label": batch["label"]})["label"].double().numpy() / 2.0
+    logits = Assistant(assistant_model()).logits(batch["prompts"], {"label": batch["label"]})["label"].double().numpy() / 2.0
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     kept = content(tmp_path)["post-0", "label"]
     order = np.argsort(-p, axis=1)[:, :5]
@@ -167,25 +136,25 @@ def test_they_are_the_assistant_s_probabilities(tmp_path: Path) -> None:
 
 
 def test_posts_without_chain_have_labels_of_the_label_alone(tmp_path: Path) -> None:
-    cache = write(tmp_path)
-    assert ("post-2", "label") in cache.places and ("post-2", "chain") not in cache.places
-    assert len(cache.places) == 11
+    cache = write_labels(tmp_path)
+    assert ("post-2", "label") in cache.locations and ("post-2", "chain") not in cache.locations
+    assert len(cache.locations) == 11
 
 
-def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
-    write(tmp_path / "some", top_k=16)
-    write(tmp_path / "all")
-    shares = left_out(tmp_path / "some")
+def test_the_truncated_probability_is_reported(tmp_path: Path) -> None:
+    write_labels(tmp_path / "some", top_k=16)
+    write_labels(tmp_path / "all")
+    shares = truncated_probability(tmp_path / "some")
     assert list(shares) == [1, 4, 16] and shares[1] > shares[4] > shares[16] > 0.01
     everything = content(tmp_path / "all").values()
     p = torch.cat([labels["log_probs"].double().exp() for labels in everything])
     assert shares[4] == pytest.approx(float(1 - p[:, :4].sum(dim=1).mean()), rel=1e-5)
-    assert list(left_out(tmp_path / "all").values())[-1] == pytest.approx(0.0, abs=1e-12)
+    assert list(truncated_probability(tmp_path / "all").values())[-1] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_effect_on_the_divergence_is_reported() -> None:
     _, processor = build("llava")
-    student, assistant = Assistant(build("llava")[0]), Assistant(teacher())
+    student, assistant = Assistant(build("llava")[0]), Assistant(assistant_model())
     collator = TwoTaskCollator(processor, BRIEF)
     effect = truncation_effect(student, assistant, collator, posts_of(count=2), top_k=ALL, temperature=2.0)
     shares = list(effect.values())
@@ -197,16 +166,16 @@ def test_the_effect_on_the_divergence_is_reported() -> None:
 
 
 def test_a_second_run_writes_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soft_labels, "_ANSWERS_PER_FILE", 3)
+    monkeypatch.setattr(soft_labels, "_TARGETS_PER_FILE", 3)
     posts = posts_of()
-    write(tmp_path / "whole", posts)
-    write(tmp_path / "parts", posts.select(range(4)))
+    write_labels(tmp_path / "whole", posts)
+    write_labels(tmp_path / "parts", posts.select(range(4)))
     first = {file.name: file.read_bytes() for file in (tmp_path / "parts").glob("labels-*")}
-    write(tmp_path / "parts", posts)
+    write_labels(tmp_path / "parts", posts)
     assert all((tmp_path / "parts" / name).read_bytes() == data for name, data in first.items())
     assert_same(content(tmp_path / "whole"), content(tmp_path / "parts"))
     before = sorted(file.name for file in (tmp_path / "parts").iterdir())
-    write(tmp_path / "parts", posts)
+    write_labels(tmp_path / "parts", posts)
     assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == before, "nothing was left to do"
 
 
@@ -221,12 +190,13 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """SIGKILL between two files; then the same call."""
     script = (
         "import os, sys, time; from tests import conftest; from pathlib import Path\n"
-        "from tests.distillation import test_soft_labels as t; t.soft_labels._ANSWERS_PER_FILE = 2\n"
+        "from dynkp.distillation import soft_labels; soft_labels._TARGETS_PER_FILE = 2\n"
+        "from tests.support.soft_labels import posts_of, write_labels\n"
         "replace = os.replace\n"
         "def slowly(partial, target):\n"
         "    time.sleep(0.3); replace(partial, target); print('written', flush=True)\n"
         "os.replace = slowly\n"
-        "t.write(Path(sys.argv[1]), t.posts_of(count=12))\n"
+        "write_labels(Path(sys.argv[1]), posts_of(count=12))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "killed")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -237,11 +207,11 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = len(SoftLabelCache(tmp_path / "killed").places)
+    done = len(SoftLabelCache(tmp_path / "killed").locations)
     assert 0 < done < 21, "the run ended before it was killed"
-    cache = write(tmp_path / "killed", posts_of(count=12))
-    assert len(cache.places) == 21
-    write(tmp_path / "whole", posts_of(count=12))
+    cache = write_labels(tmp_path / "killed", posts_of(count=12))
+    assert len(cache.locations) == 21
+    write_labels(tmp_path / "whole", posts_of(count=12))
     assert_same(content(tmp_path / "whole"), content(tmp_path / "killed"))
 
 
@@ -261,9 +231,9 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     ("setting", "value"), [("temperature", 1.0), ("assistant", "another"), ("task", "msc 0"), ("top_k", 7)]
 )
 def test_other_settings_do_not_join(setting: str, value: Any, tmp_path: Path) -> None:
-    write(tmp_path, posts_of(count=1))
+    write_labels(tmp_path, posts_of(count=1))
     with pytest.raises(ValueError, match=f"other settings: {setting} was"):
-        write(tmp_path, posts_of(count=2), **{setting: value})
+        write_labels(tmp_path, posts_of(count=2), **{setting: value})
 
 
 @pytest.mark.parametrize(
@@ -275,7 +245,7 @@ def test_other_settings_do_not_join(setting: str, value: Any, tmp_path: Path) ->
     ],
 )
 def test_a_training_that_they_are_not_for_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    write(tmp_path / "labels")
+    write_labels(tmp_path / "labels")
     if "assistant" in options:
         model, processor = build("llava")
         model.save_pretrained(tmp_path / "assistant")
@@ -289,15 +259,15 @@ def test_the_assistant_that_wrote_them_is_accepted_and_not_loaded(tmp_path: Path
     model, processor = build("llava")
     model.save_pretrained(tmp_path / "assistant")
     processor.save_pretrained(tmp_path / "assistant")
-    write(tmp_path / "labels", assistant=assistant_fingerprint(str(tmp_path / "assistant")))
+    write_labels(tmp_path / "labels", assistant=assistant_fingerprint(str(tmp_path / "assistant")))
     trainer = reasoning_trainer("llava", tmp_path, soft_labels=str(tmp_path / "labels"), assistant=str(tmp_path / "assistant"))
-    assert trainer.assistant is None and trainer.weight == 0.0
+    assert trainer.assistant is None and trainer.distillation_weight == 0.0
     trainer.model.train()
-    assert trainer.weight == 0.3
+    assert trainer.distillation_weight == 0.3
 
 
 def test_a_smaller_student_is_told_to_cut_the_vocabulary(tmp_path: Path) -> None:
-    write(tmp_path / "labels")
+    write_labels(tmp_path / "labels")
     model, processor = build("llava")
     model.resize_token_embeddings(300)
     with pytest.raises(ValueError, match="dynkp distill cache --student"):
@@ -305,27 +275,27 @@ def test_a_smaller_student_is_told_to_cut_the_vocabulary(tmp_path: Path) -> None
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "labels", posts_of("llama"), family="llama")
+    write_labels(tmp_path / "labels", posts_of("llama"), family="llama")
     model, tokenizer = build("qwen2")
     with pytest.raises(ValueError, match="shared token ids"):
         reasoning_trainer("llama", tmp_path, model=model, processing_class=tokenizer, soft_labels=str(tmp_path / "labels"))
 
 
 def test_posts_without_labels_are_found_before_the_training(tmp_path: Path) -> None:
-    write(tmp_path / "labels", posts_of(count=5))
-    with pytest.raises(ValueError, match=r"nothing for 2 answers: 'post-5' \(label\), 'post-5' \(chain\)"):
+    write_labels(tmp_path / "labels", posts_of(count=5))
+    with pytest.raises(ValueError, match=r"no labels for 2 targets: 'post-5' \(label\), 'post-5' \(chain\)"):
         reasoning_trainer("llava", tmp_path, soft_labels=str(tmp_path / "labels"))
 
 
 def test_another_answer_than_the_post_s_is_named(tmp_path: Path) -> None:
-    cache = write(tmp_path)
+    cache = write_labels(tmp_path)
     _, processor = build("llava")
     posts = copy.deepcopy(reasoning_rows("llava", 2))
     posts[1]["label"] = "negative"
     batch = TwoTaskCollator(processor, BRIEF)(posts)
-    with pytest.raises(ValueError, match="post 'post-1': .* another label than the post's"):
+    with pytest.raises(ValueError, match="post 'post-1': .* another label target than the post's"):
         cache.of_batch(batch["id"], {"label": batch["label"]})
-    with pytest.raises(ValueError, match="nothing for 1 answers: 'stranger'"):
+    with pytest.raises(ValueError, match="no labels for 1 targets: 'stranger'"):
         cache.of_batch(["stranger"], {"label": TwoTaskCollator(processor, BRIEF)(posts[:1])["label"]})
 
 
@@ -338,7 +308,7 @@ def test_a_folder_without_labels_is_named(tmp_path: Path) -> None:
 
 
 def test_a_cache_travels_to_another_process(tmp_path: Path) -> None:
-    cache = write(tmp_path)
+    cache = write_labels(tmp_path)
     _, processor = build("llava")
     batch = TwoTaskCollator(processor, BRIEF)(reasoning_rows("llava", 2))
     answers = {task: batch[task] for task in ("label", "chain")}

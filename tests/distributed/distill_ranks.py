@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from tests import conftest  # noqa: E402, F401  no network, no telemetry, one thread
-from tests.distillation.test_soft_labels import teacher  # noqa: E402
 from tests.support.reasoning_trainers import reasoning_rows, reasoning_trainer  # noqa: E402
+from tests.support.soft_labels import assistant_model  # noqa: E402
 
 # A loss that falls is no progress here, so that the rate is halved at every evaluation but the first.
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "greater_is_better": True}
@@ -50,7 +50,7 @@ def run(name: str, out: Path, ranks: int, soft_labels: str) -> None:
     if case.pop("soft_labels", False):
         case["soft_labels"] = soft_labels
     else:
-        case["assistant_model"] = teacher()
+        case["assistant_model"] = assistant_model()
     AcceleratorState._reset_state()  # the process is the same as for the last case, its ZeRO options may not be
     trainer = reasoning_trainer(
         "llava",

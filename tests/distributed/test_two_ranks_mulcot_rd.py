@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distillation.test_soft_labels import write
 from tests.distributed.distill_ranks import CASES, posts_of
 from tests.support.launching import RANK_SCRIPTS, finish, launch, start
+from tests.support.soft_labels import write_labels
 
 LAUNCHERS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}
 
@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from dynkp.data.rows import normalise_posts
 
     labels = tmp_path_factory.mktemp("soft_labels")
-    write(labels, normalise_posts(posts_of("eight")))
+    write_labels(labels, normalise_posts(posts_of("eight")))
 
     @functools.cache
     def folder_of(launcher: str | None) -> Path:

@@ -73,7 +73,7 @@ def test_equals_the_plain_twin_and_ordinary_forwards(family: str) -> None:
     model, processor = build(family)
     collator, posts = TwoTaskCollator(processor, BRIEF), reasoning_rows(family)
     batch = double(collator(posts))
-    assert batch["prompts"]["shared"] > 30 and not batch["prompts"]["apart"]
+    assert batch["prompts"]["shared"] > 30 and not batch["prompts"]["separate"]
     assert 0 in batch["chain"]["lengths"] and len(set(batch["chain"]["lengths"])) > 2
     assert batch["prompts"]["prompt"]["attention_mask"][:, 0].min() == 0, "must be left-padded"
     with exact_float64(model):

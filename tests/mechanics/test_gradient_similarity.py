@@ -105,10 +105,16 @@ def variant_losses(
 def with_all_variants(way: type, model: torch.nn.Module, collator: Any, posts: list[dict[str, Any]]) -> Any:
     tokens = image_tokens(model, collator, posts)
     gradients = way(model, len(posts), tokens)
-    having = {"image": [post for post, count in enumerate(tokens) if count]}
+    indices_of_variant = {"image": [post for post, count in enumerate(tokens) if count]}
     for variant in VARIANTS:
-        gradients.add(variant, variant_losses(model, collator, posts, variant), having.get(variant))
+        gradients.add(variant, variant_losses(model, collator, posts, variant), indices_of_variant.get(variant))
     return gradients
+
+
+def weighted(gradients: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Σ_m Σ_i w_im ℓ_im over the variants in `weights`, with the recorded gradients."""
+    losses = gradients.losses(list(weights))
+    return sum((weight * loss).sum() for weight, loss in zip(weights.values(), losses, strict=True))
 
 
 def delivered(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -126,18 +132,18 @@ def assert_equal_gradients(actual: dict[str, torch.Tensor], expected: dict[str, 
 
 
 def assert_twins_agree(fast: Any, plain: Any, model: torch.nn.Module) -> None:
-    for variant in plain.losses:
-        torch.testing.assert_close(fast.losses[variant], plain.losses[variant], rtol=0, atol=TOLERANCE)
+    for variant in plain.values:
+        torch.testing.assert_close(fast.values[variant], plain.values[variant], rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(fast.cosines(variant), plain.cosines(variant), rtol=0, atol=TOLERANCE)
     count = plain.count
     kept = (torch.arange(count) % 2).double()
     ramp = torch.linspace(0.5, 1.5, count).double()
-    everything = {variant: ramp * (1 + index) for index, variant in enumerate(plain.losses)}
-    some = {variant: ramp * (kept if index % 2 else 1 - kept / 2) for index, variant in enumerate(plain.losses)}
-    only_first = {variant: ramp * (index == 0) for index, variant in enumerate(plain.losses)}
-    left_out = dict.fromkeys(list(plain.losses)[1:], 1 - kept)
+    everything = {variant: ramp * (1 + index) for index, variant in enumerate(plain.values)}
+    some = {variant: ramp * (kept if index % 2 else 1 - kept / 2) for index, variant in enumerate(plain.values)}
+    only_first = {variant: ramp * (index == 0) for index, variant in enumerate(plain.values)}
+    left_out = dict.fromkeys(list(plain.values)[1:], 1 - kept)
     for weights in (everything, some, only_first, left_out):
-        one, two = fast.loss(weights), plain.loss(weights)
+        one, two = weighted(fast, weights), weighted(plain, weights)
         assert one.item() == pytest.approx(two.item(), abs=TOLERANCE)
         assert_equal_gradients(delivered(model, one), delivered(model, two))
 
@@ -162,7 +168,7 @@ def test_equals_one_post_at_a_time(family: str, checkpointing: bool) -> None:
         assert plain.cosines("text").min() < 0.95, "variants that hardly differ would hide a mix-up"
         if family != "llama":
             assert plain.cosines("image")[[0, 2, 3]].max() < 0.999
-            assert plain.cosines("image")[1] == 0 and plain.losses["image"][1] == 0, "post 1 has no picture"
+            assert plain.cosines("image")[1] == 0 and plain.values["image"][1] == 0, "post 1 has no picture"
 
 
 def test_both_ways_of_keeping_a_product_are_exercised() -> None:
@@ -180,14 +186,14 @@ def test_the_update_is_the_gradient_of_the_weighted_losses(family: str) -> None:
     with exact_float64(model):
         fast = with_all_variants(PostGradients, model, collator, posts)
         weights = {variant: torch.linspace(0.2, 1 + index, 4).double() for index, variant in enumerate(VARIANTS)}
-        having = {"image": [post for post, count in enumerate(image_tokens(model, collator, posts)) if count]}
+        indices_of_variant = {"image": [post for post, count in enumerate(image_tokens(model, collator, posts)) if count]}
         total = torch.zeros((), dtype=torch.float64)
         for variant in VARIANTS:
-            chosen = having.get(variant, range(4))
+            chosen = indices_of_variant.get(variant, range(4))
             if len(chosen):
                 values = variant_losses(model, collator, posts, variant)(chosen)
                 total = total + (values * weights[variant][torch.as_tensor(chosen)]).sum()
-        loss = fast.loss(weights)
+        loss = weighted(fast, weights)
         assert loss.item() == pytest.approx(total.item(), abs=TOLERANCE)
         assert_equal_gradients(delivered(model, loss), delivered(model, total))
 
@@ -226,7 +232,7 @@ def test_lora_in_the_vision_tower(family: str) -> None:
 def test_variants_may_share_a_graph(family: str, checkpointing: bool) -> None:
     """Prompt and pictures once for all posts, continued with the one target for all and with the other for some."""
     model, collator, posts = lora_and_projector(family)
-    having = [0, 1, 3]  # post 2 has no rationale
+    indices_of_variant = [0, 1, 3]  # post 2 has no rationale
 
     def way(kind: type) -> Any:
         batch = collator(posts)
@@ -234,7 +240,7 @@ def test_variants_may_share_a_graph(family: str, checkpointing: bool) -> None:
         gradients = kind(model, 4, image_tokens(model, collator, posts))
         with gradients.rows(range(4)):
             shared = SharedPrompt(model, prompt)
-            for index, (target, chosen) in enumerate((("direct", range(4)), ("reasoning", having))):
+            for index, (target, chosen) in enumerate((("direct", range(4)), ("reasoning", indices_of_variant))):
                 gradients.add(
                     target,
                     lambda rows, target=target: -shared.log_probs(batch[target], list(rows)).sum(dim=1),
@@ -303,7 +309,7 @@ def test_a_batch_without_pictures_leaves_the_projector_alone() -> None:
     gradients.add("full", variant_losses(model, collator, posts, "full"))
     gradients.add("image", variant_losses(model, collator, posts, "image"), [])
     assert not gradients.cosines("image").any()
-    found = delivered(model, gradients.loss({"full": torch.ones(4), "image": torch.ones(4)}))
+    found = delivered(model, weighted(gradients, {"full": torch.ones(4), "image": torch.ones(4)}))
     assert found and not any("projector" in name for name in found)
 
 
@@ -316,15 +322,15 @@ def test_an_infinite_gradient_that_is_dropped_does_no_harm() -> None:
     kept = (gradients.cosines("text") > 0.1).float()
     assert kept.tolist() == [1, 0, 1, 1]
     weights = {"full": torch.ones(4), "text": kept}
-    assert all(gradient.isfinite().all() for gradient in delivered(model, gradients.loss(weights)).values())
+    assert all(gradient.isfinite().all() for gradient in delivered(model, weighted(gradients, weights)).values())
 
 
 def test_the_update_scales_and_accumulates_like_any_loss() -> None:
     model, collator, posts = lora_and_projector("llama")
     gradients = with_all_variants(PostGradients, model, collator, posts)
     weights = {variant: torch.ones(4) for variant in VARIANTS[:2]}
-    once = delivered(model, gradients.loss(weights))
-    (gradients.loss(weights) / 4).backward()
+    once = delivered(model, weighted(gradients, weights))
+    (weighted(gradients, weights) / 4).backward()
     for name, weight in model.named_parameters():
         if name in once:
             torch.testing.assert_close(weight.grad, once[name] * 1.25)
@@ -408,7 +414,7 @@ def test_a_variant_is_added_once_and_weighed_only_if_added() -> None:
     with pytest.raises(ValueError, match="added before"):
         gradients.add("full", variant_losses(model, collator, posts, "full"))
     with pytest.raises(ValueError, match="text"):
-        gradients.loss({"full": torch.ones(4), "text": torch.ones(4)})
+        weighted(gradients, {"full": torch.ones(4), "text": torch.ones(4)})
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters"):
         PostGradients(model, 4)
@@ -418,7 +424,7 @@ def test_what_needs_the_plain_way_is_named_and_the_plain_way_does_it() -> None:
     dora, collator, posts = lora_and_projector("llama", use_dora=True)
     assert "DoRA" in (why_gradients_cannot_be_batched(dora) or "")
     plain = with_all_variants(PlainPostGradients, dora, collator, posts)
-    assert any("magnitude" in name for name in delivered(dora, plain.loss({"full": torch.ones(4)})))
+    assert any("magnitude" in name for name in delivered(dora, weighted(plain, {"full": torch.ones(4)})))
 
     model, _ = build("llama")
     assert "LM head" in (why_gradients_cannot_be_batched(model) or "")
@@ -445,7 +451,7 @@ class Step(torch.nn.Module):
     def forward(self, posts):
         gradients = t.with_all_variants(t.PostGradients, self.model, self.collator, posts)
         kept = (gradients.cosines("text") > 0.5).double()
-        return gradients.loss({"full": 1 / (1 + kept), "text": kept / (1 + kept), "image": torch.ones(2).double()})
+        return t.weighted(gradients, {"full": 1 / (1 + kept), "text": kept / (1 + kept), "image": torch.ones(2).double()})
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()

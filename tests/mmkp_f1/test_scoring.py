@@ -1,12 +1,12 @@
 """Invariants of the scores:
 
-- on real predictions every figure of the 2020 script (all, present, absent; seen and unseen by reference values) to every
+- on real predictions every figure of the 2020 script (all, present, absent; seen and unseen by reference values) in every
   printed digit, and AimKP's to the last bit;
-- every convention and subset equals a plain twin that is written as the formulas read (plain_scoring.py);
+- every convention and subset equals a plain twin written as the formulas read (plain_scoring.py);
 - the definitions, on numbers computed by hand;
-- scores do not depend on case, inflection, repeats, batches or the order of posts; a perfect prediction scores 1; a wrong
-  last prediction can go; conventions agree where they must;
-- what cannot be scored is refused with the argument's name and the post's index; whatever else a model writes has a score.
+- scores do not depend on case, inflection, repeats, batches or the order of posts; a perfect prediction scores 1; a wrong last
+  prediction can be removed; conventions agree where they must;
+- invalid input is an error that names the argument and the post's index; everything else that a model writes has a score.
 """
 
 from __future__ import annotations
@@ -440,8 +440,8 @@ def test_stems_are_joined_by_one_blank():
         ([["a"]], [["a"]], {"texts": "a"}, TypeError, "texts must be a list of strings, got str"),
         ([["a"]], [["a"]], {"texts": [None]}, TypeError, r"texts\[0\] must be a string"),
         ([["a"]], [["a"]], {"train_keyphrases": "a"}, TypeError, "train_keyphrases must be a list of strings"),
-        ([["a"]], [[]], {}, ValueError, r"references\[0\]=\[\] must hold at least one keyphrase"),
-        ([["a"]], [["a", " "]], {}, ValueError, r"references\[0\]=.* no blank one"),
+        ([["a"]], [[]], {}, ValueError, r"references\[0\]=\[\] must contain at least one keyphrase"),
+        ([["a"]], [["a", " "]], {}, ValueError, r"references\[0\]=.* no empty one"),
         ([["a"]], [["a"]], {"ks": [0]}, ValueError, r"ks=\[0\]"),
         ([["a"]], [["a"]], {"ks": [1.5]}, ValueError, r"ks=\[1.5\]"),
         ([["a"]], [["a"]], {"ks": [True]}, ValueError, r"ks=\[True\]"),

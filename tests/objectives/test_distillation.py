@@ -7,6 +7,8 @@ zero divergence and zero gradient; only the student gets gradients; taking large
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,25 @@ def test_no_factor_of_the_squared_temperature() -> None:
     student, assistant = logits(0), logits(1)
     small, large = (soft_label_divergence(student, assistant, temperature).sum() for temperature in (100.0, 1000.0))
     assert float(small / large) == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_equals_trl_s_generalized_divergence_at_beta_zero(temperature: float) -> None:
+    """TRL's `GKDTrainer.generalized_jsd_loss`, unreduced: the same values and gradients, bit for bit."""
+    with warnings.catch_warnings():  # the module is experimental, and importing it says so
+        warnings.simplefilter("ignore", UserWarning)
+        from trl.experimental.gkd import GKDTrainer
+
+    found = []
+    for divergence in (
+        soft_label_divergence,
+        lambda s, a, t: GKDTrainer.generalized_jsd_loss(s, a, beta=0, temperature=t, reduction="none").sum(dim=-1),
+    ):
+        student = logits(0).requires_grad_()
+        values = divergence(student, logits(1), temperature)
+        values.sum().backward()
+        found.append((values, student.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(11, 8), (8, 11)])
@@ -178,7 +199,7 @@ def test_tasks_by_hand() -> None:
     """The second post has no second task."""
     label = TargetLoss(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 2.0]))
     chain = TargetLoss(torch.tensor([30.0, 0.0]), torch.tensor([10.0, 0.0]))
-    total, weight = multitask_loss([label, chain], [1.0, 0.5])
-    assert total.tolist() == [3.5, 3.0] and weight.tolist() == [1.0, 1.0]
-    total, weight = multitask_loss([label, chain], [1.0, 0.5], over_tokens=True)
-    assert total.tolist() == [19.0, 6.0] and weight.tolist() == [7.0, 2.0]
+    total, denominator = multitask_loss([label, chain], [1.0, 0.5])
+    assert total.tolist() == [3.5, 3.0] and denominator.tolist() == [1.0, 1.0]
+    total, denominator = multitask_loss([label, chain], [1.0, 0.5], over_tokens=True)
+    assert total.tolist() == [19.0, 6.0] and denominator.tolist() == [7.0, 2.0]

@@ -89,7 +89,7 @@ def test_the_combined_recipe_has_both_methods_settings() -> None:
 )
 def test_mulcot_rd_recipes_have_the_papers_settings(name: str, dropout: float) -> None:
     args, model_args = parse(find_recipe(name))
-    assert isinstance(args, MulCoTRDConfig) and args.task == "masc" and args.weights() == {"label": 1.0, "chain": 1.0}
+    assert isinstance(args, MulCoTRDConfig) and args.task == "masc" and args.parsed_task_weights == {"label": 1.0, "chain": 1.0}
     assert (args.distillation_weight, args.temperature, args.kd_positions) == (0.3, 2.0, "answer")
     assert (args.assistant, args.soft_labels) == (None, None), "the student's recipe says where they go; λ is 0 until then"
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, dropout)

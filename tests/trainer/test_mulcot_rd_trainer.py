@@ -82,8 +82,8 @@ def reference_step(
                 q = torch.softmax(z_s / args.temperature, dim=-1)
                 loss = loss + weight * (p * (p.log() - q.log())).sum(dim=-1).mean()
             tokens = len(ids) if args.loss_normalization == "token" else 1
-            numerator = numerator + args.weights()[task] * loss * tokens
-            denominator += args.weights()[task] * tokens
+            numerator = numerator + args.parsed_task_weights[task] * loss * tokens
+            denominator += args.parsed_task_weights[task] * tokens
         numerators.append(numerator)
         denominators.append(denominator if args.loss_normalization == "token" else 1.0)
     loss = sum(numerators) / sum(denominators)
@@ -520,4 +520,4 @@ def test_the_options_reach_the_command_line(tmp_path: Path) -> None:
     parser = TrlParser((MulCoTRDConfig,))
     given = ["--output_dir", str(tmp_path), "--task_weights", json.dumps({"chain": 2, "label": 1}), "--bf16", "false"]
     [args] = parser.parse_args_and_config([*given, "--use_cpu", "true", "--temperature", "3"])
-    assert args.weights() == {"label": 1.0, "chain": 2.0} and args.temperature == 3.0
+    assert args.parsed_task_weights == {"label": 1.0, "chain": 2.0} and args.temperature == 3.0

@@ -23,7 +23,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, score_targets
-from dynkp.objectives.distillation import GKDTrainer  # imported there without TRL's warning
 from dynkp.trainer.keyphrase_trainer import fused_score_targets
 from tests.support.posts import rows
 from tests.support.tiny_models import FAMILIES, build
@@ -35,14 +34,6 @@ def parameters_of(function: Any) -> list[str]:
 
 
 # TRL
-
-
-def test_trl_s_distillation_loss_is_the_forward_divergence_without_a_squared_temperature() -> None:
-    """`generalized_jsd_loss` at beta 0, unreduced: one number per token and vocabulary entry (an experimental module)."""
-    student, assistant = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).double()
-    values = GKDTrainer.generalized_jsd_loss(student, assistant, beta=0, temperature=2.0, reduction="none")
-    p, q = torch.softmax(assistant / 2, dim=-1), torch.softmax(student / 2, dim=-1)
-    torch.testing.assert_close(values, p * (p.log() - q.log()))
 
 
 def test_forward_redirection_runs_a_method_inside_the_wrappers_forward() -> None:
