@@ -1,14 +1,16 @@
-"""The parser of a model's outputs.
+"""The parser of a model's outputs, and the normalisation of keyphrases.
 
-Given   a model's output.
-Gives   its keyphrases, and whether it contains reasoning.
+Given   a model's output; a keyphrase.
+Gives   its keyphrases, and whether it contains reasoning; the keyphrase as it is compared with others.
 Holds   every string is accepted, in time linear in its length; the targets that `dynkp.data.tasks` writes are parsed to what
-        they were written from.
+        they were written from. Gold keyphrases, predictions and training keyphrases are normalised by one function,
+        `normalise_phrase`, which changes nothing when it is applied again.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import NamedTuple
 
 THINK, END_THINK = "<think>", "</think>"
@@ -16,8 +18,15 @@ ANSWER, END_ANSWER = "<answer>", "</answer>"
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 TAG = re.compile("</?(?:think|answer)>")
 
-# All whitespace of Unicode (none beyond U+3000) and "#": what the parser strips from both ends of a keyphrase.
-STRIPPED = "".join(character for character in map(chr, range(0x3001)) if character.isspace()) + "#"
+# Characters without width: soft hyphen, zero-width spaces and joiners, byte order mark, and the marks of text direction.
+ZERO_WIDTH = (
+    "\u00ad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff" + "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+# All whitespace of Unicode (none beyond U+3000), characters without width, and the number sign, ASCII, small and full-width:
+# what is stripped from both ends of a keyphrase.
+STRIPPED = "".join(character for character in map(chr, range(0x3001)) if character.isspace()) + ZERO_WIDTH + "#\ufe5f\uff03"
+# Python's normalisation takes quadratic time in a run of combining marks (never `\w`); no script has such long ones.
+_LONG_RUN = re.compile(r"([^\x00-\x7f\w\s]{32,})")
 
 
 class Answer(NamedTuple):
@@ -32,17 +41,52 @@ class Answer(NamedTuple):
     reasoned: bool
 
 
+def canonical_text(text: str) -> str:
+    r"""Normalise a text to Unicode's composed form (NFC), so that canonically equivalent texts are equal.
+
+    Runs of 32 or more combining marks or symbols are kept as they are; the time is linear in the length of the text.
+
+    Args:
+        text: The text.
+
+    Example:
+        >>> canonical_text("cafe\u0301") == "caf\u00e9"
+        True
+    """
+    if text.isascii():
+        return text
+    pieces = _LONG_RUN.split(text)
+    pieces[::2] = [unicodedata.normalize("NFC", piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def normalise_phrase(phrase: str) -> str:
+    r"""Normalise a keyphrase: Unicode's composed form (NFC), without `STRIPPED` characters at both ends.
+
+    These are whitespace, number signs ("#" and its full-width form) and characters without width (zero-width spaces and
+    joiners, marks of text direction). Case, and characters inside the keyphrase, are kept.
+
+    Args:
+        phrase: The keyphrase.
+
+    Example:
+        >>> normalise_phrase(" #NBA Finals "), normalise_phrase("\uff03NBA\u200f")
+        ('NBA Finals', 'NBA')
+    """
+    return canonical_text(phrase).strip(STRIPPED)
+
+
 def parse_answer(output: str, separator: str = ";") -> Answer:
     """Parse the keyphrases in a model's output.
 
     The answer is the first `<answer>…</answer>` if there is one, else the whole output. Every `<think>…</think>` is removed
-    from it; the rest is split at the separator, "#" and whitespace are stripped from both ends of each piece, and empty
-    pieces and repeats are dropped. In cases that the methods do not define:
+    from it; the rest is split at the separator, each piece is normalised by `normalise_phrase`, and empty pieces and
+    repeats are dropped. In cases that the methods do not define:
 
     - after an unclosed `<think>` (the output was cut off) everything is reasoning, not an answer;
     - a `</think>` before any `<think>` closes reasoning that the chat template had opened in the prompt;
     - a remaining tag (an unclosed `<answer>`) is markup, never part of a keyphrase, and acts as a separator;
-    - repeats are exact, after stripping: the metric ignores case and inflection itself.
+    - repeats are exact, after normalisation: the metric ignores case and inflection itself.
 
     Args:
         output: The output, with special tokens removed except for the four tags.
@@ -92,7 +136,9 @@ def answer_phrases(output: str, separator: str = ";") -> list[str]:
     mark = separator.strip() or separator
     # Remaining tags become separators: if they were removed, the text around them could form a new tag.
     pieces = TAG.sub(lambda tag: mark, _without_reasoning(answer)).split(mark)
-    return [phrase for piece in pieces if (phrase := piece.strip(STRIPPED))]
+    # NFC makes ";" of the Greek question mark: the composed pieces are split again.
+    composed = (part for piece in pieces for part in canonical_text(piece).split(mark))
+    return [phrase for part in composed if (phrase := normalise_phrase(part))]
 
 
 def _without_reasoning(text: str) -> str:
