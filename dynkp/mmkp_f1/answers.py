@@ -79,8 +79,9 @@ def normalise_phrase(phrase: str) -> str:
 def parse_answer(output: str, separator: str = ";") -> Answer:
     """Parse the keyphrases in a model's output.
 
-    The answer is the first `<answer>…</answer>` if there is one, else the whole output. Every `<think>…</think>` is removed
-    from it; the rest is split at the separator, each piece is normalised by `normalise_phrase`, and empty pieces and
+    The answer is the first `<answer>…</answer>` behind the first `</think>`; without a `</think>` (or with none behind it) the
+    first of the output; else the whole output. Every `<think>…</think>` is removed from it, so an `<answer>` that is quoted
+    inside the reasoning is not taken for the answer; the rest is split at the separator, each piece is normalised by `normalise_phrase`, and empty pieces and
     repeats are dropped. In cases that the methods do not define:
 
     - after an unclosed `<think>` (the output was cut off) everything is reasoning, not an answer;
@@ -127,23 +128,39 @@ def answer_phrases(output: str, separator: str = ";") -> list[str]:
     """
     if not isinstance(output, str):
         raise TypeError(f"output must be a string, got {type(output).__name__}: {output!r:.80}")
-    answer = output
-    # find, not a regular expression: "<answer>" repeated a million times must not cost a million scans.
-    start = output.find(ANSWER)
-    end = output.find(END_ANSWER, start) if start >= 0 else -1
-    if end >= 0:
-        answer = output[start + len(ANSWER) : end]
     mark = separator.strip() or separator
     # Remaining tags become separators: if they were removed, the text around them could form a new tag.
-    pieces = TAG.sub(lambda tag: mark, _without_reasoning(answer)).split(mark)
+    pieces = TAG.sub(lambda tag: mark, _answer(output)).split(mark)
     # NFC makes ";" of the Greek question mark: the composed pieces are split again.
     composed = (part for piece in pieces for part in canonical_text(piece).split(mark))
     return [phrase for part in composed if (phrase := normalise_phrase(part))]
 
 
+def _answer(output: str) -> str:
+    """Return the part of an output that is its answer, without reasoning."""
+    _, closed, behind = output.partition(END_THINK)
+    if not closed:
+        tagged = _first_tagged(output)
+        return _without_blocks(output if tagged is None else tagged)
+    whole = _without_reasoning(output)
+    found = (tagged for text in (_without_blocks(behind), whole) if (tagged := _first_tagged(text)) is not None)
+    return next(found, whole)
+
+
+def _first_tagged(text: str) -> str | None:
+    # find, not a regular expression: "<answer>" repeated a million times must not cost a million scans.
+    start = text.find(ANSWER)
+    end = text.find(END_ANSWER, start) if start >= 0 else -1
+    return text[start + len(ANSWER) : end] if end >= 0 else None
+
+
 def _without_reasoning(text: str) -> str:
     opened, closed = text.find(THINK), text.find(END_THINK)
-    position = closed + len(END_THINK) if closed >= 0 and not 0 <= opened < closed else 0
+    return _without_blocks(text, closed + len(END_THINK) if closed >= 0 and not 0 <= opened < closed else 0)
+
+
+def _without_blocks(text: str, position: int = 0) -> str:
+    """Return a text from a position on, without what stands between `<think>` and `</think>` or the end."""
     kept = []
     while (opened := text.find(THINK, position)) >= 0:
         kept.append(text[position:opened])

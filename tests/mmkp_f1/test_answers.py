@@ -29,6 +29,15 @@ from tests.support.spellings import SPELLINGS
         ("<answer>a<think>c</think>; b</answer>", ["a", "b"]),
         ("<think>no <answer>a</answer>", ["a"]),  # "the first <answer>…</answer> if there is one"
         ("a<think>x</think>; b<think>y</think>; c", ["a", "b", "c"]),
+        ("<think>not <answer>x</answer> but</think><answer>a; b</answer>", ["a", "b"]),
+        ("not <answer>x</answer> but</think><answer>a</answer>", ["a"]),  # opened by the template
+        ("<think>not <answer>x</answer></think>a", ["a"]),
+        ("<answer>x</answer><think>why</think><answer>a</answer>", ["a"]),
+        ("<answer>a</answer><think>why</think>", ["a"]),  # none behind </think>
+        ("<think>x</think>so <think>not <answer>y</answer></think><answer>a</answer>", ["a"]),
+        ("<think>why</think><answer>a</answer></think>", ["a"]),
+        ("<think>why</think><answer>a</answer><think>or <answer>b", ["a"]),
+        ("<think>why <answer>x</answer></think>", []),
         ("a; <think>cut off; b", ["a"]),
         ("<think>cut off", []),
         ("opened by the template</think>a", ["a"]),
