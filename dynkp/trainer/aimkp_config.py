@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from dynkp.mechanics.masked_views import MASK_PATTERNS
 from dynkp.mechanics.stride_schedule import SCHEDULES
 from dynkp.objectives.filtering import REDUCTIONS
-from dynkp.trainer.keyphrase_config import KeyphraseConfig, one_of
+from dynkp.trainer.post_config import PostConfig, one_of
 
 
 @dataclass
-class AimKPConfig(KeyphraseConfig):
+class AimKPConfig(PostConfig):
     """Configuration of [`AimKPTrainer`]. Defaults are the paper's (AimKP, AAAI 2026, implementation details and Table 4).
 
     The rows of the paper's Table 2 and Table 5 are one option away: `mask_text=False`, `mask_image=False`,

@@ -24,14 +24,16 @@ from dynkp.mechanics.stride_schedule import StrideSchedule
 from dynkp.objectives.filtering import filtered_loss, keep_variants
 from dynkp.objectives.token_loss import PostLosses
 from dynkp.trainer.aimkp_config import AimKPConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
+from dynkp.trainer.model_setup import projector_parameters, set_learning_rate
+from dynkp.trainer.post_streams import repeated_posts
+from dynkp.trainer.post_trainer import PostTrainer
 from dynkp.trainer.stopwatch import Stopwatch
 from dynkp.trainer.visit_log import VisitLog
 
 logger = logging.getLogger(__name__)
 
 
-class AimKPTrainer(KeyphraseTrainer):
+class AimKPTrainer(PostTrainer):
     r"""AimKP: auxiliary losses with text or pictures masked, kept where their gradients agree with the full input's.
 
     Per post, with \\(g_0, g_t, g_v\\) the gradients of the target's loss given the full input, its text masked, and its
@@ -44,7 +46,7 @@ class AimKPTrainer(KeyphraseTrainer):
     costs plain fine-tuning. A post without text or without picture has no such variant. Departures from the authors' code:
     any batch size, one backward per variant for the whole batch, masked tokens left out rather than masked; same numbers.
 
-    Takes what [`KeyphraseTrainer`] takes; the training posts must have ids of their own and be a dataset that is not
+    Takes what [`PostTrainer`] takes; the training posts must have ids of their own and be a dataset that is not
     streamed, because strides belong to posts. Logged per window and modality: `MODALITY_cosine` (mean c_m),
     `MODALITY_kept_share`, `MODALITY_loss` (nats per token; also `full_loss`), `MODALITY_stride_S` (share of the posts visited
     so far whose next stride is S); `step_cost` (device time of a step over that of its plain part).
@@ -286,7 +288,7 @@ class AimKPTrainer(KeyphraseTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.projector_learning_rate is not None:
-            give_own_learning_rate(optimizer, projector_parameters(self.model), self.args.projector_learning_rate)
+            set_learning_rate(optimizer, projector_parameters(self.model), self.args.projector_learning_rate)
         return optimizer
 
     def _choose_similarity_backend(self) -> bool:
@@ -324,35 +326,3 @@ def refuse_generated_ids(posts: Any) -> None:
             f"row {list(ids).index(None)} of `train_dataset` has no `id`, but strides belong to posts by their ids, whatever "
             "the rows' order. Give every post an `id` of its own."
         )
-
-
-def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained of the layers between vision tower and language model.
-
-    Raises:
-        ValueError: if nothing of them is trained.
-    """
-    # LLaVA, InternVL, Gemma 3, Mllama; Qwen-VL; Idefics3 and SmolVLM.
-    names = ("multi_modal_projector", "merger", "connector")
-    found = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and any(part.startswith(names) or "merger" in part for part in name.split("."))
-    ]
-    if not found:
-        raise ValueError(
-            "`projector_learning_rate` is set, but no parameter of a projector is trained. With LoRA, name the projector in "
-            "`modules_to_save` (LLaVA: 'multi_modal_projector', Qwen-VL: 'merger'), or set projector_learning_rate to None."
-        )
-    return found
-
-
-def give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
-    """Move some of a fresh optimizer's parameters into groups with a learning rate of their own."""
-    wanted = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in wanted]
-        if moved:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
-            options = {key: value for key, value in group.items() if key != "params"}
-            optimizer.add_param_group({**options, "params": moved, "lr": rate})

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from dynkp.data.choices import did_you_mean
 from dynkp.objectives.switching import parse_gamma
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.post_config import PostConfig
 
 STRATEGIES = ("dynamic", "direct", "cot", "multitask", "random:p")
 
 
 @dataclass
-class DynamicCoTConfig(KeyphraseConfig):
+class DynamicCoTConfig(PostConfig):
     """Configuration of [`DynamicCoTTrainer`]. Defaults are the paper's (Ma et al., EMNLP 2025, Section 4.2)."""
 
     learning_rate: float = field(

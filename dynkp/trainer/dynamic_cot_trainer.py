@@ -18,13 +18,14 @@ from torch import nn
 from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma, switched_loss
 from dynkp.objectives.token_loss import PostLosses, TargetLoss
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
+from dynkp.trainer.post_streams import repeated_posts
+from dynkp.trainer.post_trainer import PostTrainer
 from dynkp.trainer.visit_log import VisitLog
 
 logger = logging.getLogger(__name__)
 
 
-class DynamicCoTTrainer(KeyphraseTrainer):
+class DynamicCoTTrainer(PostTrainer):
     r"""Dynamic CoT, and the rows it is compared with (`strategy`): `direct`, `cot`, `multitask`, `random:p`.
 
     At every step, with the current weights θ, post i's direct loss decides its target (paper's Eq. 4 and 5):
@@ -36,7 +37,7 @@ class DynamicCoTTrainer(KeyphraseTrainer):
     counts all posts of the optimizer step (micro-batches and ranks); the paper's batch size is 1. Departure: the prompt
     is computed once for both targets, which changes the cost, not the numbers.
 
-    Takes what [`KeyphraseTrainer`] takes. Logged per window: `reasoning_share` (posts taught the reasoning),
+    Takes what [`PostTrainer`] takes. Logged per window: `reasoning_share` (posts taught the reasoning),
     `direct_loss` (mean ℓ), `gamma`, `gamma_tokens` (γ times the mean length of the direct targets: with about 1.0 to 1.5
     a model keeps answering in both ways), `direct_target_loss` and `reasoning_target_loss` (of what was taught).
 

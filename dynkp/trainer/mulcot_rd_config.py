@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from dynkp.data.choices import did_you_mean
 from dynkp.data.reasoning_tasks import REASONING_TASKS
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.post_config import PostConfig
 
 POSITIONS = ("answer", "all")
 # The paper's, for lr_scheduler_type="reduce_lr_on_plateau".
@@ -16,13 +16,13 @@ PLATEAU = {"factor": 0.5, "patience": 2}
 
 
 @dataclass
-class MulCoTRDConfig(KeyphraseConfig):
+class MulCoTRDConfig(PostConfig):
     """Configuration of [`MulCoTRDTrainer`]. Defaults are the paper's (Findings of ACL 2026) for the student.
 
     Without `assistant` and `soft_labels` there is nobody to learn from but the labels: that is the assistant's own training.
     """
 
-    _VALID_DICT_FIELDS = [*KeyphraseConfig._VALID_DICT_FIELDS, "task_weights"]
+    _VALID_DICT_FIELDS = [*PostConfig._VALID_DICT_FIELDS, "task_weights"]
 
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,

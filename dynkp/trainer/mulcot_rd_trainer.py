@@ -27,15 +27,16 @@ from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss
 from dynkp.objectives.token_loss import PostLosses, TargetLoss, sum_per_post
 from dynkp.prediction.generation import generate_reasoning
 from dynkp.trainer.generative_evaluation import generative_metrics, keyphrases_of
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
 from dynkp.trainer.label_evaluation import label_metrics
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
+from dynkp.trainer.post_streams import repeated_posts
+from dynkp.trainer.post_trainer import PostTrainer
 from dynkp.trainer.preparation import keep_answerable, prepare_posts
 
 logger = logging.getLogger(__name__)
 
 
-class MulCoTRDTrainer(KeyphraseTrainer):
+class MulCoTRDTrainer(PostTrainer):
     r"""The assistant's training and the student's, which differ in what they are given.
 
     Two tasks k with prompts of their own, the chain (ending in the label) and the label alone:
@@ -53,7 +54,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     Args:
         assistant ([`~dynkp.distillation.assistant.Assistant`], model or `str`, *optional*): in place of `args.assistant`; a
             bare model is taken to have the student's tokenizer.
-        **kwargs: what [`KeyphraseTrainer`] takes. Posts have `label` (and `aspect`) or `keyphrases`, and `rationale`.
+        **kwargs: what [`PostTrainer`] takes. Posts have `label` (and `aspect`) or `keyphrases`, and `rationale`.
 
     Logged per window, in nats per token: `label_loss`, `chain_loss` (CE), `label_divergence`, `chain_divergence` (KL).
 
@@ -72,7 +73,7 @@ class MulCoTRDTrainer(KeyphraseTrainer):
     _name = "MulCoT-RD"
     target_kinds = ("label", "chain")
     args: MulCoTRDConfig
-    task: ReasoningTask  # type: ignore[assignment]
+    task: ReasoningTask
 
     def __init__(
         self, model: Any, args: MulCoTRDConfig, assistant: Assistant | PreTrainedModel | str | None = None, **kwargs: Any

@@ -15,7 +15,7 @@ from dynkp.batches.lengths import post_lengths
 from dynkp.data.posts import validate_posts
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.files.json_lines import write_json_lines
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.post_config import PostConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def prepare_posts(
     dataset: Any,
     name: str,
-    args: KeyphraseConfig,
+    args: PostConfig,
     takes_images: bool,
     separator: str = "; ",
     need_keyphrases: bool = True,
@@ -75,7 +75,7 @@ def prepare_posts(
     return posts
 
 
-def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any) -> Any:
+def fit_max_length(dataset: Any, name: str, args: PostConfig, collator: Any) -> Any:
     """Find posts whose prompt leaves no room for a target within `max_length`, before the first step.
 
     Such a prompt would lose image placeholders or its end. Posts whose target is cut are counted. A stream is not

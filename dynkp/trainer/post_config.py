@@ -1,4 +1,4 @@
-"""Options that every keyphrase trainer has, on top of TRL's `SFTConfig`."""
+"""Options that every trainer has, on top of TRL's `SFTConfig`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from dynkp.mmkp_f1.scoring import CONVENTIONS
 
 
 @dataclass
-class KeyphraseConfig(SFTConfig):
-    """Configuration of [`KeyphraseTrainer`]: `trl.SFTConfig` and what posts and shared prompts add to it.
+class PostConfig(SFTConfig):
+    """Configuration of [`~dynkp.trainer.post_trainer.PostTrainer`]: `trl.SFTConfig`, and options of posts and prompts.
 
-    Options that `SFTConfig` already has keep their meaning; `max_length` and `remove_unused_columns` get another default.
+    Options of `SFTConfig` keep their meaning; `max_length` and `remove_unused_columns` have another default.
+
+    Raises:
+        ValueError: if an option is out of range, or not supported with posts.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "processor_kwargs"]
@@ -141,12 +144,24 @@ class KeyphraseConfig(SFTConfig):
         for name, (value, only) in computed_here.items():
             if value != only:
                 raise ValueError(
-                    f"`{name}` is set, but keyphrase trainers compute their own loss: the negative log-likelihood of the "
+                    f"`{name}` is set, but these trainers compute their own loss: the negative log-likelihood of the "
                     f"target's tokens, nothing else. Leave `{name}` at its default."
                 )
 
 
+KeyphraseConfig = PostConfig  # its name before it configured training on sentiment too
+
+
 def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
-    """Refuse an option's value that is not among its choices."""
+    """Refuse an option's value that is not among its choices.
+
+    Args:
+        value (`str`): the value.
+        name (`str`): name of the option.
+        choices (`tuple[str, ...]`): the values it may have.
+
+    Raises:
+        ValueError: naming the option, its value and the choices, with a suggestion for a misspelt value.
+    """
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.{did_you_mean(value, choices)}")
