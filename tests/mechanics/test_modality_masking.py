@@ -31,7 +31,7 @@ from dynkp.mechanics.modality_masking import (
     why_tokens_cannot_be_dropped,
 )
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, prompt_positions
-from tests.mechanics.test_shared_prompt import double
+from tests.support.exact import double
 from tests.support.posts import picture, rows
 from tests.support.tiny_models import build, exact_float64
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dynkp import cli
 from dynkp.report.plots import read_visits
-from tests.trainer.test_aimkp_trainer import aimkp
+from tests.support.aimkp_trainers import aimkp
 
 
 def visit(step: int, modality: str, cosine: float | None, rise_nats: float | None, **columns: Any) -> dict[str, Any]:
