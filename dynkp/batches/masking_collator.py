@@ -1,4 +1,4 @@
-"""Collators of AimKP: batches that also tell where each post's text and images are in its prompt."""
+"""Collators of AimKP: batches with the positions of each post's text and images in its prompt."""
 
 from __future__ import annotations
 

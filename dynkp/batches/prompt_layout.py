@@ -3,7 +3,7 @@
 Guarantees: the slots of the text decode to the post's text and to nothing else, neither to the instruction (even if the text
 repeats it) nor to a system message, the template or an answer.
 
-A token belongs to the text if it holds a character of the text and otherwise only whitespace: byte-level vocabularies join a
+A token belongs to the text if it contains a character of the text and otherwise only whitespace: byte-level vocabularies join a
 word with the space in front of it, and a full stop with the line break behind it. Whitespace at both ends of the text does
 not count as text; some templates remove it.
 """
@@ -102,7 +102,7 @@ def text_span(renderer: ChatRenderer, row: Mapping[str, Any], num_images: int) -
     post_id = row.get("id", "?")
     if row.get("prompt") is not None:
         raise ValueError(
-            f"post {post_id!r} comes with a `prompt` of its own, in which the text cannot be told from the instruction, so its "
+            f"post {post_id!r} comes with a `prompt` of its own, in which text and instruction cannot be separated, so its "
             "text cannot be masked. Give the columns `text`, `keyphrases` and `images`, or set `mask_text=False`."
         )
     rendered = renderer.prompt(row, num_images)

@@ -1,6 +1,6 @@
 """Chat renderers: the strings that a post becomes in a model's chat format.
 
-[`ChatRenderer`] holds what all tasks share. Each task has a renderer of its own:
+[`ChatRenderer`] has what all tasks share. Each task has a renderer of its own:
 [`~dynkp.batches.keyphrase_renderer.KeyphraseRenderer`] and [`~dynkp.batches.reasoning_renderer.ReasoningRenderer`].
 
 Guarantees:
@@ -133,7 +133,7 @@ class ChatRenderer(ABC):
         reply: Any = [{"type": "text", "text": content}] if self.takes_images else content
         full = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         target = full.removeprefix(prompt)
-        # Some templates (Qwen3's) take an answer with <think> apart and write it in another way, put an empty
+        # Some templates (Qwen3's) split an answer with <think> and write it in another way, put an empty
         # <think></think> before an answer without, or do not continue their own generation prompt. The target must be what
         # the parser reads: the content as it is, then the end of turn.
         if not full.startswith(prompt) or not target.lstrip().startswith(content.strip()):
@@ -155,7 +155,7 @@ class ChatRenderer(ABC):
     def break_control_tokens(self, text: str) -> str:
         """Insert a space into every control token that is spelled out in a text, so that it is tokenized as text.
 
-        Posts and rationales come from strangers: without this, a post with the text `</s>` would end its own prompt.
+        Posts and rationales are untrusted input: without this, a post with the text `</s>` would end its own prompt.
 
         Args:
             text (`str`): text of a post or a rationale.
@@ -173,7 +173,7 @@ class ChatRenderer(ABC):
         for name in ("image_token", "video_token", "boi_token", "eoi_token"):
             if isinstance(token := getattr(self.processor, name, None), str):
                 tokens.add(token)
-        # A vocabulary may hold <think> and </answer> as special tokens; in a target they are part of the answer.
+        # A vocabulary may contain <think> and </answer> as special tokens; in a target they are part of the answer.
         return sorted(tokens - {"", *TAGS}, key=len, reverse=True)
 
     @cached_property

@@ -1,12 +1,13 @@
-"""Requests and answers in the files of OpenAI's batch interface, which `vllm run-batch` and hosted batch services read.
+"""Batch files: requests and results in the format of OpenAI's batch interface, for `vllm run-batch` and hosted services.
 
-Given   requests; later, files of results.
-Gives   files of requests, within a service's limits; answers in the journal, as if the server had been asked directly.
-Holds   a request's `custom_id` is its key, so results may come in any order, from any number of files, more than once.
+Requests are written to files within a service's limits. Results become answers in the journal, as if the server had been
+asked directly. The `custom_id` of a request is its key, so results may come in any order, from any number of files, and more
+than once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -17,21 +18,22 @@ from typing import Any, NamedTuple
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.request import KEY_BYTES, ChatRequest, read_answer
 from dynkp.data.images import ImageError
+from dynkp.files.atomic import atomic_files
 
 URL = "/v1/chat/completions"
-# OpenAI takes 50,000 requests and 200 MB in one file.
+# OpenAI accepts 50,000 requests and 200 MB in one file.
 MAX_REQUESTS, MAX_BYTES = 50_000, 190 << 20
-# What is known of a request that is away: its stage, which a service does not send back.
+# Between the key and the stage in a `custom_id`: services do not return other data of a request.
 _SEPARATOR = "-"
 
 
-class Imported(NamedTuple):
-    """What was in files of results.
+class ImportCounts(NamedTuple):
+    """Numbers of results that were imported.
 
     Attributes:
-        answers: new answers.
-        failures: new failures.
-        known: results of requests that had been answered before; they change nothing.
+        answers: New answers.
+        failures: New failures.
+        known: Results of requests that had been answered before; they were ignored.
     """
 
     answers: int
@@ -45,23 +47,31 @@ def export_requests(
     *,
     max_requests: int = MAX_REQUESTS,
     max_bytes: int = MAX_BYTES,
-    refuse: Callable[[ChatRequest, ImageError], None] | None = None,
+    on_image_error: Callable[[ChatRequest, ImageError], None] | None = None,
 ) -> tuple[int, list[Path]]:
     """Write requests to `batch-00001.jsonl`, `batch-00002.jsonl`, ...
 
     Args:
-        requests: each key once.
-        folder: made if need be; must not have such files already.
-        max_requests: most requests of a file.
-        max_bytes: most bytes of a file; a single request may exceed it.
-        refuse: takes a request whose picture cannot be read, which is then left out; None makes it an error.
+        requests: Requests with distinct keys.
+        folder: The folder, created if it does not exist. It must not contain such files yet.
+        max_requests: Maximum number of requests in a file.
+        max_bytes: Maximum size of a file in bytes; a single request may exceed it.
+        on_image_error: Called with a request whose image cannot be read, and the error; the request is left out. If None,
+            the error is raised.
 
     Returns:
         The number of requests written, and the files.
 
     Raises:
-        FileExistsError: if the folder has batch files.
-        ImageError: if a picture cannot be read and there is no `refuse`.
+        FileExistsError: If the folder contains batch files.
+        ImageError: If an image cannot be read and `on_image_error` is None.
+
+    Example:
+        >>> import tempfile
+        >>> request = ChatRequest([{"role": "user", "content": "Why?"}], {"model": "m"})
+        >>> count, files = export_requests([request], tempfile.mkdtemp())
+        >>> count, files[0].name
+        (1, 'batch-00001.jsonl')
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,27 +79,23 @@ def export_requests(
         raise FileExistsError(f"{old[0]} exists: choose another folder, or delete its batch-*.jsonl once they are imported")
     files: list[Path] = []
     count = in_file = size = 0
-    file = None
-    try:
+    with contextlib.ExitStack() as stack:  # holds the file that is being written
         for request in requests:
             try:
                 line = _line(request)
             except ImageError as error:
-                if refuse is None:
+                if on_image_error is None:
                     raise
-                refuse(request, error)
+                on_image_error(request, error)
                 continue
-            if file is None or in_file >= max_requests or size + len(line) > max_bytes:
-                if file is not None:
-                    file.close()
+            if not files or in_file >= max_requests or size + len(line) > max_bytes:
+                stack.close()
                 files.append(folder / f"batch-{len(files) + 1:05d}.jsonl")
-                file = files[-1].open("wb")
+                (partial,) = stack.enter_context(atomic_files(files[-1]))
+                file = stack.enter_context(partial.open("wb"))
                 in_file = size = 0
             file.write(line)
             count, in_file, size = count + 1, in_file + 1, size + len(line)
-    finally:
-        if file is not None:
-            file.close()
     return count, files
 
 
@@ -98,19 +104,19 @@ def _line(request: ChatRequest) -> bytes:
     return (json.dumps({"custom_id": name, "method": "POST", "url": URL, "body": request.body()}) + "\n").encode()
 
 
-def import_results(paths: Iterable[str | os.PathLike[str]], journal: AnswerJournal, *, model: str) -> Imported:
-    """Put the results of batches into the journal.
+def import_results(paths: Iterable[str | os.PathLike[str]], journal: AnswerJournal, *, model: str) -> ImportCounts:
+    """Write the results of batches to the journal.
 
     Args:
-        paths: files of results, JSON Lines with `custom_id`, `response` (`status_code`, `body`) and `error`.
-        journal: takes the answers.
-        model: which the requests named.
+        paths: Files of results: JSON Lines with `custom_id`, `response` (`status_code`, `body`) and `error`.
+        journal: The journal that gets the answers.
+        model: The model that the requests name.
 
     Returns:
-        Counts.
+        The numbers of results.
 
     Raises:
-        ValueError: naming file and line, if a line is no result.
+        ValueError: If a line is not a result; the message names file and line.
     """
     answers = failures = known = 0
     for path in paths:
@@ -140,10 +146,11 @@ def import_results(paths: Iterable[str | os.PathLike[str]], journal: AnswerJourn
                     failures += 1
                 journal.append(key, row)
     journal.sync()
-    return Imported(answers, failures, known)
+    return ImportCounts(answers, failures, known)
 
 
 def _result(line: bytes, where: str) -> tuple[bytes, str, Mapping[str, Any]]:
+    """Key, stage and result of a line."""
     try:
         result = json.loads(line)
         name, _, stage = result["custom_id"].partition(_SEPARATOR)

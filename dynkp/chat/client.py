@@ -1,11 +1,9 @@
-"""Asks a chat server, until it answers or will not.
+"""The client of a chat server: sends a request, repeats it after transient failures, and paces all requests.
 
-Given   a request.
-Gives   its answer, or why there is none.
-Holds   the key comes from the environment, and is blotted out of whatever the server says before anything else sees it; a
-        request that fails for a passing reason (429, 5xx, timeout, closed connection, half a body, invalid JSON) is sent
-        again after a growing pause, at most `max_attempts` times; 429 and Retry-After slow all requests down, and do not
-        count as the post's fault.
+- The API key is read from the environment, and removed from everything the server returns before any other code sees it.
+- A request that fails for a transient reason (429, 5xx, timeout, closed connection, incomplete body, invalid JSON) is sent
+  again after a growing pause, at most `max_attempts` times.
+- 429 and Retry-After slow all requests down; 429 does not count as an attempt.
 """
 
 from __future__ import annotations
@@ -25,33 +23,40 @@ from dynkp.chat.pacing import AdaptiveConcurrency
 from dynkp.chat.request import ChatAnswer, ChatRequest, read_answer
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# What servers without authentication are sent.
+# The key that is sent to servers without authentication.
 _NO_KEY = "none"
+# Shorter ones are placeholders such as "EMPTY": no secrets, and possibly words of an answer.
 _SHORTEST_KEY = 8
-_BLOT = "[key]"
-# Keys as they may be quoted, in full or in part, by a server's error.
-_KEY_LIKE = re.compile(r"\b(sk|key|xai|gsk)-[\w*-]{6,}|(?<=Bearer )\S+", re.IGNORECASE)
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
-# 401 and 402: so will all other requests be answered. 403 and 404 may be about one post once others have been answered.
-_FINAL, _FINAL_AT_FIRST = {401, 402}, {403, 404, 405}
+_REDACTED = "[key]"
+# Keys as a server's error may quote them, in full or in part.
+_LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|key|xai|gsk)-[\w*-]{6,}|(?<=Bearer )\S+", re.IGNORECASE)
+_TRANSIENT_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
+# With 401 and 402 all other requests will fail too. 403, 404 and 405 may concern one post once others have been answered.
+_FINAL_STATUSES, _FINAL_STATUSES_AT_FIRST = {401, 402}, {403, 404, 405}
 _LONGEST_PAUSE = 60.0
 _LONGEST_RETRY_AFTER = 600.0
 
 
 class RequestFailed(Exception):
-    """A request that will not be answered. Its text is the reason, with no key in it."""
+    """A request has no answer, and will not be sent again. The message gives the reason and contains no API key."""
 
 
 class ServerUnusable(Exception):
-    """No request will be answered: the run should stop. Its text is the reason, with no key in it."""
+    """The server answers no request, so the run must stop. The message gives the reason and contains no API key."""
 
 
 class RunStopped(Exception):
-    """The run was stopped before a request was answered; it was not the request's fault."""
+    """The run was stopped before the request was answered; the request itself did not fail."""
 
 
-class _Passing(Exception):
-    """A failure that may not happen again."""
+class _TransientFailure(Exception):
+    """A failure after which the request is sent again.
+
+    Args:
+        reason: What happened, without the API key.
+        retry_after: Seconds to wait that the server asks for, or None.
+        rate_limit: Whether the server refused the request because of too many requests (429).
+    """
 
     def __init__(self, reason: str, *, retry_after: float | None = None, rate_limit: bool = False):
         super().__init__(reason)
@@ -60,24 +65,35 @@ class _Passing(Exception):
 
 
 class ChatClient:
-    """The official `openai` client with this project's rules for failures.
+    """Client of an OpenAI-compatible chat server: the `openai` package with the retry rules of this module.
+
+    Create and use it inside one event loop:
+
+    ```python
+    client = ChatClient("http://127.0.0.1:8000/v1", concurrency=8)
+    answer = await client.ask(ChatRequest([{"role": "user", "content": "Hello"}], {"model": "m"}))
+    await client.close()
+    ```
 
     Args:
-        base_url: the server's address up to `/v1`.
-        concurrency: most requests at once.
-        timeout: seconds to wait for an answer.
-        max_attempts: how often a request is sent before it is given up, answers 429 not counted.
-        key_variable: the environment variable that holds the key. A server without authentication needs none.
-        first_pause: seconds before the second attempt; doubled each time, with jitter, up to a minute.
-        patience: seconds without any answer after which the server counts as unusable, if it refuses by rate limits.
+        base_url: The server's address up to `/v1`.
+        concurrency: Maximum number of requests at once, at least 1.
+        timeout: Seconds to wait for an answer, above 0.
+        max_attempts: Number of times a request is sent before it fails, at least 1. Answers with status 429 do not count.
+        key_variable: Name of the environment variable that holds the API key. For a server without authentication the
+            variable may be missing.
+        first_pause: Seconds before the second attempt; doubled for each further one, with jitter, up to a minute.
+        patience: Seconds without any answer after which a server that refuses requests by rate limits is unusable.
+
+    Attributes:
+        pace: The limit on concurrent requests.
+        sent: Number of requests sent, repetitions included.
+        answered: Number of answers received.
 
     Raises:
-        ImportError: if `openai` is not installed.
-        ValueError: if the address holds a password, or is none; if there is no such variable, or what it holds is no key.
-
-    Example:
-        >>> client = ChatClient("http://127.0.0.1:8000/v1", concurrency=8)
-        >>> answer = await client.ask(ChatRequest([{"role": "user", "content": "Hello"}], {"model": "m"}))
+        ImportError: If the package `openai` is not installed.
+        ValueError: If `base_url` is not an address or contains a password, if `timeout` or `max_attempts` is out of range,
+            if `key_variable` is set and not the name of an environment variable, or if its value cannot be a key.
     """
 
     def __init__(
@@ -92,7 +108,7 @@ class ChatClient:
         patience: float = 1800.0,
     ):
         if key_variable != KEY_VARIABLE and key_variable not in os.environ:
-            # Not repeated: it may be the key itself.
+            # The value is left out of the message: it may be the key itself.
             raise ValueError("key_variable (--api-key-env) must be the name of an environment variable that holds the key")
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
@@ -108,8 +124,7 @@ class ChatClient:
         key = os.environ.get(key_variable, "").strip() or _NO_KEY
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"{key_variable} must hold a key: one line of ASCII characters")
-        # Placeholders such as "none" and "EMPTY" are no secrets, and may be words of an answer.
-        self._secret = _pattern_of(key) if len(key) >= _SHORTEST_KEY else None
+        self._key_pattern = _spellings_of(key) if len(key) >= _SHORTEST_KEY else None
         self.key_variable = key_variable
         self.timeout = timeout
         self.max_attempts = max_attempts
@@ -123,26 +138,30 @@ class ChatClient:
             base_url=base_url,
             api_key=key,
             timeout=timeout,
-            max_retries=0,  # the rules here know of the other requests
+            max_retries=0,  # retried here, with regard to all other requests
         )
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the server."""
         await self._client.close()
 
     async def ask(self, request: ChatRequest, stop: asyncio.Event | None = None) -> ChatAnswer:
-        """Send a request until it is answered.
+        """Send a request, again after transient failures, until it is answered.
 
         Args:
-            request: the question.
-            stop: once set, a request that is under way is waited for, and none is sent again.
+            request: The request.
+            stop: Once this event is set, the answer to a request under way is awaited, but nothing is sent again.
+
+        Returns:
+            The answer.
 
         Raises:
-            RequestFailed: if there is no answer.
-            ServerUnusable: if there will be none to other requests either.
-            RunStopped: if `stop` was set before an answer came.
+            RequestFailed: If the request is not answered.
+            ServerUnusable: If other requests will not be answered either.
+            RunStopped: If `stop` was set before an answer came.
+            ImageError: If an image of the request cannot be read.
         """
-        # Pictures are read and encoded by another thread, before a slot is taken.
+        # Images are read and encoded in another thread, before a slot is taken.
         body = await asyncio.get_running_loop().run_in_executor(None, request.body)
         attempts = pauses = 0
         while True:
@@ -152,7 +171,7 @@ class ChatClient:
                     raise RunStopped
                 sent_at = time.monotonic()
                 return await self._send(body)
-            except _Passing as failure:
+            except _TransientFailure as failure:
                 self.pace.overloaded(sent_at, failure.retry_after)
                 if failure.rate_limit:
                     if time.monotonic() - self._last_answer > self.patience:
@@ -163,7 +182,7 @@ class ChatClient:
                         raise RequestFailed(f"{attempts} attempts, the last: {failure}") from None
                 pauses += 1
                 pause = min(_LONGEST_PAUSE, self.first_pause * 2 ** (pauses - 1)) * random.uniform(0.5, 1)
-                if failure.retry_after is not None:  # for all requests alike, by the pace
+                if failure.retry_after is not None:  # the pace applies it to all requests
                     pause = failure.retry_after * random.uniform(1, 1.1)
             finally:
                 self.pace.release()
@@ -175,63 +194,67 @@ class ChatClient:
         rest = {name: value for name, value in body.items() if name not in ("messages", "model")}
         self.sent += 1
         try:
-            # The client's own limit is on each wait for bytes; a server that drips them must not hold a slot for ever.
+            # The client limits each wait for bytes only; a server that sends single bytes must not occupy a slot for ever.
             response = await asyncio.wait_for(
                 self._client.chat.completions.with_raw_response.create(messages=messages, model=model, extra_body=rest),
                 self.timeout,
             )
             content = response.content
         except (asyncio.TimeoutError, openai.APITimeoutError):  # noqa: UP041 (two classes in Python 3.10)
-            raise _Passing(f"no answer in {self.timeout:g} s") from None
+            raise _TransientFailure(f"no answer in {self.timeout:g} s") from None
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.response.headers, error.response.text) from None
         except openai.APIConnectionError as error:
-            raise _Passing(f"connection failed ({self._clean(error.__cause__ or error)})") from None
+            raise _TransientFailure(f"connection failed ({self._message(error.__cause__ or error)})") from None
         except (openai.OpenAIError, ValueError) as error:
-            raise _Passing(f"the client could not read the answer ({self._clean(error)})") from None
+            raise _TransientFailure(f"the client could not read the answer ({self._message(error)})") from None
         try:
-            answer = read_answer(json.loads(self._blotted(content.decode("utf-8", "replace"))))
+            answer = read_answer(json.loads(self._redacted(content.decode("utf-8", "replace"))))
         except (ValueError, RecursionError) as error:
-            raise _Passing(f"the answer is unreadable ({self._clean(error)})") from None
+            raise _TransientFailure(f"the answer is unreadable ({self._message(error)})") from None
         self.answered += 1
         self._last_answer = time.monotonic()
         self.pace.succeeded()
         return answer
 
     def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> Exception:
-        reason = f"status {status}: {self._clean(text)}"
+        reason = f"status {status}: {self._message(text)}"
         first = not self.answered
-        if status in _FINAL or (status in _FINAL_AT_FIRST and first) or (status == 429 and "insufficient_quota" in text):
+        if (
+            status in _FINAL_STATUSES
+            or (status in _FINAL_STATUSES_AT_FIRST and first)
+            or (status == 429 and "insufficient_quota" in text)
+        ):
             remedy = f" (the key is read from the environment, {self.key_variable})" if status in (401, 403) else ""
             return ServerUnusable(f"the server refuses: {reason}{remedy}")
-        if status in _PASSING or status >= 500:
-            return _Passing(reason, retry_after=read_retry_after(headers), rate_limit=status == 429)
+        if status in _TRANSIENT_STATUSES or status >= 500:
+            return _TransientFailure(reason, retry_after=read_retry_after(headers), rate_limit=status == 429)
         return RequestFailed(reason)
 
-    def _clean(self, error: object) -> str:
-        """An error's text, without the key, on one line, not too long."""
-        text = self._blotted(str(error) or type(error).__name__)
-        return " ".join(_KEY_LIKE.sub(_BLOT, text).split())[:500]
+    def _message(self, error: object) -> str:
+        """An error's text without the API key, on one line, at most 500 characters."""
+        text = self._redacted(str(error) or type(error).__name__)
+        return " ".join(_LOOKS_LIKE_A_KEY.sub(_REDACTED, text).split())[:500]
 
-    def _blotted(self, text: str) -> str:
-        return self._secret.sub(_BLOT, text) if self._secret else text
+    def _redacted(self, text: str) -> str:
+        return self._key_pattern.sub(_REDACTED, text) if self._key_pattern else text
 
 
-def _pattern_of(key: str) -> re.Pattern[str]:
-    r"""Finds a key however it is spelt in JSON, a Python string or an address: `a/b`, `a\/b`, `a\u002fb`, `a%2Fb`."""
+def _spellings_of(key: str) -> re.Pattern[str]:
+    r"""Match a key in every spelling of JSON, Python strings and addresses: `a/b`, `a\/b`, `a\u002fb`, `a%2Fb`."""
     spellings = (rf"(?:\\{{0,4}}{re.escape(one)}|(?i:\\{{1,4}}u{ord(one):04x}|%{ord(one):02x}))" for one in key)
     return re.compile("".join(spellings))
 
 
 def read_retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds that a response asks to wait for, at most ten minutes.
+    """Read how long a response asks to wait.
 
     Args:
-        headers: of the response, names in lower case or a mapping that does not mind.
-        now: the time in seconds since 1970; the present if None.
+        headers: Headers of the response. Their names are in lower case, or the mapping ignores case.
+        now: The time in seconds since 1970; the present if None.
 
     Returns:
-        The seconds, or None if it does not say.
+        The seconds to wait, from 0 to 600, or None if the response does not say.
 
     Example:
         >>> read_retry_after({"retry-after": "20"}), read_retry_after({"retry-after-ms": "300"}), read_retry_after({})

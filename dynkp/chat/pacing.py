@@ -1,9 +1,7 @@
-"""How many requests are under way at once.
+"""The pace of requests: how many may be under way at once.
 
-Given   the most that the user allows, and after each request how it went.
-Gives   slots to send in.
-Holds   never more requests at once than allowed; each overload (429, 5xx, a timeout) halves the number, once per round trip,
-        and each round trip without one adds a slot; after Retry-After nothing is sent before that time.
+There are never more requests at once than the user allows. Each overload of the server (429, 5xx, a timeout) halves the
+number, once per round trip; each round trip without an overload adds one. After Retry-After, nothing is sent before that time.
 """
 
 from __future__ import annotations
@@ -15,10 +13,17 @@ from collections import deque
 
 
 class AdaptiveConcurrency:
-    """Additive increase, multiplicative decrease, as TCP has it.
+    """A limit on concurrent requests: additive increase, multiplicative decrease, as in TCP.
 
     Args:
-        maximum: most requests at once, at least 1. The run begins with it: the user knows the server.
+        maximum: Maximum number of requests at once, at least 1. The limit begins there.
+
+    Attributes:
+        limit: The present limit, from 1 to `maximum`; its whole part counts.
+        in_flight: Number of requests under way.
+
+    Raises:
+        ValueError: If `maximum` is below 1.
 
     Example:
         >>> pace = AdaptiveConcurrency(32)
@@ -38,10 +43,10 @@ class AdaptiveConcurrency:
         self._resume_at = float("-inf")
 
     async def acquire(self, stop: asyncio.Event | None = None) -> None:
-        """Wait for a slot. Give it back with `release`.
+        """Wait until a request may be sent. Call `release` after its answer.
 
         Args:
-            stop: once set, Retry-After is not waited for: nothing is going to be sent.
+            stop: Once this event is set, the time of Retry-After is not awaited, since nothing will be sent.
         """
         stop = stop or asyncio.Event()
         while True:
@@ -58,11 +63,11 @@ class AdaptiveConcurrency:
                 try:
                     await waiter
                 except asyncio.CancelledError:
-                    self._wake()  # the turn may have been ours already
+                    self._wake()  # this one may have been woken already
                     raise
 
     def release(self) -> None:
-        """Give a slot back."""
+        """Note that a request has ended."""
         self.in_flight -= 1
         self._wake()
 
@@ -75,16 +80,17 @@ class AdaptiveConcurrency:
                 free -= 1
 
     def succeeded(self) -> None:
-        """An answer came."""
+        """Note that a request was answered: the limit grows."""
         self.limit = min(float(self.maximum), self.limit + 1 / self.limit)
         self._wake()
 
     def overloaded(self, sent_at: float, retry_after: float | None = None) -> None:
-        """The server could not take a request.
+        """Note that the server could not take a request: the limit is halved.
 
         Args:
-            sent_at: when it was sent, by `time.monotonic`. What was sent before the last cut says nothing new.
-            retry_after: seconds to send nothing for, where the server says so.
+            sent_at: When the request was sent, by `time.monotonic`. A request sent before the limit was last halved changes
+                nothing.
+            retry_after: Seconds during which nothing is sent, or None.
         """
         now = time.monotonic()
         if sent_at > self._cut_at:

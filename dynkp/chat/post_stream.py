@@ -1,16 +1,13 @@
-"""Posts read one by one from a JSON Lines file, however many there are.
+"""A stream of posts, read one by one from a JSON Lines file of any size.
 
-Given   the file, and the folder of its pictures.
-Gives   each post with its place in the file and a fingerprint; the whole post on demand.
-Holds   nothing is kept but the line being read; a line that is no post is a post with a problem, not the end of the run;
-        the fingerprint of a post changes with its line and with the size and time of its pictures, and costs no more than
-        parsing the line: neither is a picture read for it, nor a prompt written.
+Only the line being read is kept in memory. A line that is not a post becomes a post with a problem and does not end the run.
+A post's fingerprint changes with its line and with the size and time of its image files; it costs no more than parsing the
+line, since neither images nor prompts are needed for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,44 +17,50 @@ from typing import Any
 
 from dynkp.chat.request import KEY_BYTES
 from dynkp.data.rows import CONTENT, LOAD_FINDINGS, Normaliser
+from dynkp.files.json_files import parse_json
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 class SourcePost:
-    """A line of the posts file.
+    """A post as a line of the posts file.
+
+    Args:
+        stream: The stream that the line belongs to.
+        index: The post's number in the file, from 0; empty lines do not count.
+        end: The offset in bytes at which the line ends.
+        line: The line, without its line end.
 
     Attributes:
-        index: its number, from 0; empty lines are not counted.
-        end: the byte behind it.
-        row: the line as it was parsed; empty where that failed.
-        problem: why it could not be parsed, or None.
+        row: The parsed line; empty if it is not a JSON object.
+        problem: Why the line is not a JSON object, or None.
     """
 
     def __init__(self, stream: PostStream, index: int, end: int, line: bytes):
         self.stream, self.index, self.end, self.line = stream, index, end, line
         self.row: dict[str, Any] = {}
         self.problem: str | None = None
+        where = f"{stream.path}, post {index}"
         try:
-            row = json.loads(line)
+            row = parse_json(line, where)
             if isinstance(row, dict):
                 self.row = row
             else:
-                self.problem = f"{stream.path}, post {index}: a row must be a JSON object, got {line[:80]!r}"
-        except (ValueError, RecursionError) as error:
-            self.problem = f"{stream.path}, post {index}: not valid JSON ({error})"
+                self.problem = f"{where}: a row must be a JSON object, got {line[:80]!r}"
+        except ValueError as error:
+            self.problem = str(error)
 
     @property
     def id(self) -> str:
-        """The post's id, or `<file>-<number>`."""
+        """The post's id; `<file>-<number>` if it has none."""
         given = self.row.get("id")
         return str(given) if given is not None and given != "" else f"{self.stream.stem}-{self.index}"
 
     def fingerprint(self, settings: bytes) -> bytes:
-        """What tells whether the post is the one that was asked about.
+        """Digest of the post and of the settings of the run, `KEY_BYTES` bytes long.
 
         Args:
-            settings: stands for all else that requests depend on.
+            settings: Digest of everything else that the post's requests depend on.
         """
         digest = hashlib.blake2b(settings, digest_size=KEY_BYTES)
         digest.update(self.line)
@@ -72,7 +75,7 @@ class SourcePost:
 
     @cached_property
     def post(self) -> dict[str, Any]:
-        """The post in the format of `dynkp.data.rows`, its other columns with it; `image_urls` holds addresses."""
+        """The post in the format of `dynkp.data.rows`, with its other columns, and `image_urls` with addresses of images."""
         row, urls = self.row, []
         if self.stream.allow_image_urls:
             names = self._image_names()
@@ -84,7 +87,7 @@ class SourcePost:
         return {**self.row, **post, "image_urls": urls}
 
     def findings(self) -> list[str]:
-        """What is wrong with the post's form, in words."""
+        """Messages about what is wrong with the post's columns; empty for a valid post."""
         if self.problem is not None:
             return [self.problem]
         return [finding["message"] for finding in self.post[LOAD_FINDINGS]]
@@ -101,22 +104,25 @@ class SourcePost:
 
 
 class PostStream:
-    """A posts file.
+    r"""A stream of the posts in a file; every iteration reads the file again.
 
     Args:
-        path: a JSON Lines file of posts.
-        image_dir: the folder that image names are relative to.
-        shard: `(i, n)`, i from 1 to n: every n-th post from the i-th on; posts keep their numbers.
-        limit: only the file's first posts, this many; None for all.
-        allow_image_urls: whether a picture may be an address, which the server fetches.
+        path: A JSON Lines file of posts.
+        image_dir: The folder that the names of image files are relative to.
+        shard: `(i, n)` with i from 1 to n: every n-th post from the i-th on. Posts keep their numbers in the file.
+        limit: Number of the file's posts to read, from the first on; None for all.
+        allow_image_urls: Whether an image may be an address, from which the server fetches it.
 
     Raises:
-        FileNotFoundError: if the file or the folder is missing.
-        ValueError: if the file is a JSON array or no JSON at all, or the shard is none.
+        FileNotFoundError: If the file or the folder does not exist.
+        ValueError: If the file is not JSON Lines, such as a JSON array, or `shard` is out of range.
 
     Example:
-        >>> [source.id for source in PostStream("posts.jsonl")]
-        ['1', '2', '3']
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "posts.jsonl"
+        >>> written = file.write_text('{"id": "1", "text": "my dog"}\n{"text": "my cat"}\n')
+        >>> [source.id for source in PostStream(file)]
+        ['1', 'posts-1']
     """
 
     def __init__(
@@ -142,36 +148,39 @@ class PostStream:
         self.normaliser = Normaliser({*CONTENT, "images", "id"}, image_dir=image_dir, stem=self.stem, stream=True)
 
     def path_of(self, name: Any) -> str | None:
-        """Where a picture lies, if there; whether it may lie there is for the normaliser to say."""
+        """Path of an image file by its name in a row; None if it cannot be one. The normaliser checks if it is allowed."""
         if not isinstance(name, str) or (self.normaliser.root is None and not os.path.isabs(name)):
             return None
         return os.path.join(self.normaliser.root or "", name)
 
     def __len__(self) -> int:
-        """How many posts this shard has; reads the file once."""
+        """Number of posts of this shard; reads the file once."""
         with self.path.open("rb", buffering=1 << 20) as file:
             total = sum(not line.isspace() for line in file)
         total = total if self.limit is None else min(total, self.limit)
         number, shards = self.shard
         return max(0, (total - number) // shards + 1)
 
-    def index_of(self, place: int) -> int:
-        """The number in the file of the shard's post at a place, both from 0."""
-        return place * self.shard[1] + self.shard[0] - 1
+    def index_in_file(self, index: int) -> int:
+        """Convert a post's number in the shard to its number in the file, both from 0."""
+        return index * self.shard[1] + self.shard[0] - 1
 
-    def place_of(self, index: int) -> int:
-        """The place in the shard of the post with this number in the file."""
+    def index_in_shard(self, index: int) -> int:
+        """Convert a post's number in the file to its number in the shard, both from 0."""
         return index // self.shard[1]
 
     def __iter__(self) -> Iterator[SourcePost]:
         return self.read()
 
     def read(self, offset: int = 0, index: int = 0) -> Iterator[SourcePost]:
-        """The posts from a place in the file.
+        """Read posts from an offset in the file on.
 
         Args:
-            offset: the byte to begin at; the start of a line.
-            index: the number of the post there.
+            offset: The offset in bytes of the first line to read.
+            index: The number in the file of that line's post.
+
+        Yields:
+            The posts of this shard.
         """
         number, shards = self.shard
         with self.path.open("rb", buffering=1 << 20) as file:
@@ -190,6 +199,6 @@ class PostStream:
                 index += 1
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether a place in the file, noted earlier, is still the start of the same post."""
+        """Values that change when an offset noted earlier may no longer be the start of the same post."""
         status = self.path.stat()
         return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "shard": list(self.shard), "limit": self.limit}

@@ -1,8 +1,6 @@
-"""What answers cost.
+"""Prices: the cost of answers, from a table of prices and the tokens that the server counted.
 
-Given   a table of prices, and the tokens that a server counted.
-Gives   the cost.
-Holds   no price is built in: they change, and a wrong one is worse than none.
+No price is built in: prices change, and a wrong one is worse than none.
 """
 
 from __future__ import annotations
@@ -16,7 +14,11 @@ from typing import Any, NamedTuple
 
 
 class Price(NamedTuple):
-    """Of a model, in dollars (or whatever the table is in) per million tokens.
+    """The price of a model.
+
+    Attributes:
+        input: Price of a million tokens of prompts, in the table's currency.
+        output: Price of a million tokens of answers.
 
     Example:
         >>> Price(2.0, 8.0).cost(prompt_tokens=500_000, completion_tokens=250_000)
@@ -27,7 +29,15 @@ class Price(NamedTuple):
     output: float
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What these tokens cost."""
+        """Compute the cost of tokens.
+
+        Args:
+            prompt_tokens: Number of tokens of prompts.
+            completion_tokens: Number of tokens of answers.
+
+        Returns:
+            The cost, in the table's currency.
+        """
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
 
 
@@ -35,16 +45,20 @@ def load_prices(path: str | os.PathLike[str]) -> dict[str, Price]:
     """Read a table of prices.
 
     Args:
-        path: a JSON or YAML file: model -> `input` and `output`, per million tokens.
+        path: A JSON or YAML file that maps models to `input` and `output`, per million tokens.
 
     Returns:
-        Model -> price.
+        The price of each model.
 
     Raises:
-        ValueError: naming the model, if a price is missing or no number from 0.
+        ValueError: If the file is not such a table, or a price is missing or not a number from 0; the message names the model.
 
     Example:
-        A file `{"gpt-x": {"input": 2.0, "output": 8.0}}` gives `{"gpt-x": Price(2.0, 8.0)}`.
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "prices.json"
+        >>> written = file.write_text('{"gpt-x": {"input": 2.0, "output": 8.0}}')
+        >>> load_prices(file)
+        {'gpt-x': Price(input=2.0, output=8.0)}
     """
     import yaml
 

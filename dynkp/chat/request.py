@@ -1,10 +1,8 @@
-"""What is asked of a chat server, and what it answers.
+"""Requests to a chat server, and answers.
 
-Given   chat messages whose pictures are files or bytes, and the settings of the model.
-Gives   a request with a key, and the JSON body that is sent.
-Holds   the key depends on all that the answer depends on (messages, pictures byte by byte and how they are resized, model,
-        sampling), and on nothing else: not on file names, addresses or time. The body, with its encoded pictures, is made
-        only when a request is sent. Pictures are local files; none is fetched here.
+A request's key depends on everything the answer depends on (messages, the bytes of images and how they are resized, model,
+sampling), and on nothing else: not on file names, server addresses or time. The JSON body, with its encoded images, is built
+only when the request is sent. Images are local files; nothing is fetched here.
 """
 
 from __future__ import annotations
@@ -28,23 +26,26 @@ from PIL import Image
 from dynkp.data.images import IMAGE_FORMATS, ImageError, check_image, open_image
 
 KEY_BYTES = 16
-# Sent as they are, if small enough; every server reads these.
-_SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+# Formats that every server reads: media types of the images that are sent unchanged if they are small enough.
+_MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _JPEG_QUALITY = 90
 _EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
 class RequestImage:
-    """A picture of a request.
+    """An image of a request. Create it with `load` or `from_url`.
 
     Args:
-        source: a path, encoded bytes, or an address that the server is to fetch.
-        digest: of the picture's bytes; the address itself where it is one.
-        max_side: longest side in pixels; a larger picture is shrunk before it is sent.
+        source: A path, an encoded image, or an address that the server fetches.
+        digest: Digest of the encoded image; for an address, the address itself.
+        max_side: Longest side in pixels; a larger image is shrunk before it is sent. 0 for an address.
 
     Example:
-        >>> RequestImage.of("cat.jpg", max_side=1024)  # doctest: +SKIP
+        >>> RequestImage.load(b"an encoded image", max_side=1024).digest
+        'fce9603ae75baf89526bfc2d62ab5402'
+        >>> RequestImage.from_url("https://example.org/cat.jpg").url()
+        'https://example.org/cat.jpg'
     """
 
     source: str | bytes = field(repr=False)
@@ -52,65 +53,76 @@ class RequestImage:
     max_side: int
 
     @classmethod
-    def of(cls, source: str | bytes, max_side: int) -> RequestImage:
-        """Read a picture's bytes for its digest; they are not kept, unless they were given.
+    def load(cls, source: str | bytes, max_side: int) -> RequestImage:
+        """Read an image for its digest. Of a file, the content is not kept.
+
+        Args:
+            source: A path, or an encoded image.
+            max_side: Longest side in pixels.
 
         Raises:
-            ImageError: if the file cannot be read.
+            ImageError: If the file cannot be read.
         """
         return cls(source, hashlib.blake2b(_bytes(source), digest_size=KEY_BYTES).hexdigest(), max_side)
 
     @classmethod
-    def at(cls, url: str) -> RequestImage:
-        """A picture that the server fetches from its address."""
+    def from_url(cls, url: str) -> RequestImage:
+        """Name an image by its address, from which the server fetches it.
+
+        Args:
+            url: The address.
+        """
         return cls(url, url, 0)
 
     def url(self) -> str:
-        """What stands for the picture in the body: its address, or the picture itself as a data URL.
+        """The image's URL for the body of a request: its address, or a data URL with the image itself.
 
         Raises:
-            ImageError: if the picture cannot be read.
+            ImageError: If the image cannot be read.
         """
         return self.digest if not self.max_side else _encoded(self)
 
 
 def post_images(post: Mapping[str, Any], max_side: int) -> list[RequestImage]:
-    """A post's pictures: its files, then its `image_urls`; one that it has twice is sent once.
+    """Collect a post's images: its files, then its `image_urls`. An image that occurs twice is sent once.
 
     Args:
-        post: a post of `dynkp.chat.post_stream`.
-        max_side: as in `RequestImage`.
+        post: A post, as `SourcePost.post` returns it.
+        max_side: As in `RequestImage`.
+
+    Returns:
+        The images.
 
     Raises:
-        ImageError: if a file cannot be read.
+        ImageError: If a file cannot be read.
     """
-    images = [RequestImage.of(image["bytes"] or image["path"], max_side) for image in post.get("images") or []]
-    return list(dict.fromkeys([*images, *map(RequestImage.at, post.get("image_urls") or [])]))
+    images = [RequestImage.load(image["bytes"] or image["path"], max_side) for image in post.get("images") or []]
+    return list(dict.fromkeys([*images, *map(RequestImage.from_url, post.get("image_urls") or [])]))
 
 
 def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
-    """Make of a picture what is sent: upright, in a format that every server reads, no side longer than asked.
+    """Encode an image for a request: upright, in a format that every server reads, no side longer than `max_side`.
 
     Args:
-        source: a path, or encoded bytes.
-        max_side: longest side in pixels, at least 1.
+        source: A path, or an encoded image.
+        max_side: Longest side in pixels, at least 1.
 
     Returns:
-        The media type and the bytes: the file's own where nothing needs to change, else a JPEG.
+        The media type and the encoded image: the file's own content if nothing needs to change, otherwise a JPEG.
 
     Raises:
-        ImageError: as `dynkp.data.images.open_image`.
+        ImageError: If the image cannot be read, as for `dynkp.data.images.open_image`.
     """
     data = _bytes(source)
     if (error := check_image(data)) is not None:
         raise error
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as original:
         upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        if upright and original.format in _SENT_AS_IS and max(original.size) <= max_side:
-            return _SENT_AS_IS[original.format], data
+        if upright and original.format in _MEDIA_TYPES and max(original.size) <= max_side:
+            return _MEDIA_TYPES[original.format], data
     image = open_image(data)
     if max(image.size) > max_side:
-        # Not `ImageOps.contain`, which leaves nothing of the shorter side of a line.
+        # `ImageOps.contain` would make the shorter side of a very narrow image 0 pixels long.
         shrink = max_side / max(image.size)
         width, height = (max(1, round(side * shrink)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -120,10 +132,10 @@ def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
 
 
 def _bytes(source: str | bytes) -> bytes:
-    """An encoded picture.
+    """The encoded image.
 
     Raises:
-        ImageError: if it is a file that cannot be read, or no regular one: a named pipe would be waited for without end.
+        ImageError: If the file cannot be read, or is not a regular file: reading a named pipe may never end.
     """
     if isinstance(source, bytes):
         return source
@@ -136,7 +148,11 @@ def _bytes(source: str | bytes) -> bytes:
 
 
 class _EncodedImages:
-    """The last pictures that were encoded, by digest: several posts often have one picture. Bounded in bytes."""
+    """A cache of data URLs, by digest, since several posts often share an image.
+
+    Args:
+        max_bytes: Maximum size of all URLs together.
+    """
 
     def __init__(self, max_bytes: int = 64 << 20) -> None:
         self.max_bytes = max_bytes
@@ -166,12 +182,12 @@ _encoded = _EncodedImages()
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One question to the server.
+    """A request to a chat server.
 
     Args:
-        messages: chat messages; a picture is a content part `{"type": "image", "image": RequestImage}`.
-        settings: the rest of the body: `model`, `max_tokens`, sampling, and what a server takes beyond the standard.
-        stage: what the question is for, where a post is asked several; it is recorded with the answer, and not sent.
+        messages: Chat messages. An image is a content part `{"type": "image", "image": RequestImage}`.
+        settings: The rest of the body: `model`, `max_tokens`, sampling, and parameters of one server.
+        stage: The purpose of the request where a post needs several; recorded with the answer, not sent.
 
     Example:
         >>> request = ChatRequest([{"role": "user", "content": "Why?"}], {"model": "m", "max_tokens": 9})
@@ -187,7 +203,7 @@ class ChatRequest:
 
     @cached_property
     def key(self) -> bytes:
-        """What the answer depends on, as `KEY_BYTES` bytes."""
+        """Digest of everything the answer depends on, `KEY_BYTES` bytes long."""
 
         def identity(image: RequestImage) -> dict[str, Any]:
             return {"digest": image.digest, "max_side": image.max_side}
@@ -197,10 +213,10 @@ class ChatRequest:
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
     def body(self) -> dict[str, Any]:
-        """The JSON body, pictures encoded.
+        """Build the JSON body, with encoded images.
 
         Raises:
-            ImageError: if a picture cannot be read.
+            ImageError: If an image cannot be read.
         """
         return {"messages": [self._message(message) for message in self.messages], **self.settings}
 
@@ -216,13 +232,14 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What the server said.
+    """An answer of a chat server.
 
     Attributes:
-        text: the answer, without reasoning.
-        reasoning: the model's own reasoning, where the server or `<think>` separates it; None where there is none.
-        finish_reason: `stop`, or `length` where the answer was cut off.
-        prompt_tokens, completion_tokens: as the server counts them; 0 where it does not.
+        text: The answer, without reasoning.
+        reasoning: The model's own reasoning, if the server or `<think>` separates it; otherwise None.
+        finish_reason: `stop`, or `length` if the answer was cut off.
+        prompt_tokens: Tokens of the request, as the server counts them; 0 if it does not.
+        completion_tokens: Tokens of the answer, reasoning included.
     """
 
     text: str
@@ -236,14 +253,14 @@ def read_answer(body: Any) -> ChatAnswer:
     """Read the JSON body of a chat completion.
 
     Args:
-        body: the parsed body.
+        body: The parsed body.
 
     Returns:
         Its first choice. Reasoning is taken from `reasoning_content` (vLLM, SGLang, DeepSeek) or `reasoning`
-        (OpenRouter, newer vLLM), or else from a `<think>` block at the text's beginning.
+        (OpenRouter, newer vLLM), or else from a `<think>` block at the beginning of the text.
 
     Raises:
-        ValueError: if the body is no chat completion.
+        ValueError: If the body is not a chat completion.
 
     Example:
         >>> read_answer({"choices": [{"message": {"content": "<think>A dog.</think>Beagles."}}]}).text
@@ -266,8 +283,8 @@ def read_answer(body: Any) -> ChatAnswer:
             before, _, text = text.partition("</think>")
             reasoning = before.strip().removeprefix("<think>").strip() or None
         return ChatAnswer(
-            _encodable(text).strip(),
-            None if reasoning is None else _encodable(str(reasoning)),
+            _without_surrogates(text).strip(),
+            None if reasoning is None else _without_surrogates(str(reasoning)),
             choice.get("finish_reason"),
             max(0, int(usage.get("prompt_tokens") or 0)),
             max(0, int(usage.get("completion_tokens") or 0)),
@@ -276,6 +293,6 @@ def read_answer(body: Any) -> ChatAnswer:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error}): {body!r:.200}") from error
 
 
-def _encodable(text: str) -> str:
-    """JSON can spell half a surrogate pair, which can neither be written to a file nor be sent again."""
+def _without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which JSON can contain, and which can neither be written to a file nor be sent."""
     return text.encode("utf-8", "replace").decode("utf-8")

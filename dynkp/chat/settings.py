@@ -1,8 +1,6 @@
-"""What every command that asks a chat server about posts is told: which posts, which server, how much.
+"""Settings and files that all commands asking a chat server about posts have in common (`dynkp rationales`, `dynkp judge`).
 
-Given   the options that `dynkp rationales` and `dynkp judge` have in common.
-Gives   the posts, the client and the body of requests.
-Holds   a limit of cost without a price is refused before anything is asked.
+A limit of cost without the model's price is refused before anything is asked.
 """
 
 from __future__ import annotations
@@ -14,37 +12,47 @@ from pathlib import Path
 from typing import Any
 
 from dynkp.chat.client import KEY_VARIABLE, ChatClient
+from dynkp.chat.post_stream import PostStream
 from dynkp.chat.prices import Price, load_prices
 
-# Of a request's body: what the run sets, and what would change the form of answers.
+# Fields of a request's body that the run sets itself, or that would change the format of answers.
 _RESERVED = {"messages", "model", "n", "stream"}
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Posts, server, sampling and limits.
+    """Posts, server, sampling and limits of a run.
 
     Attributes:
         posts: JSON Lines file of posts.
-        output: JSON Lines file to write; the other files are named after it.
-        model: as the server calls it.
-        base_url: the server's address up to `/v1`.
-        image_dir: the folder that image names are relative to.
-        max_side: longest side of a picture in pixels, at least 16.
-        allow_image_urls: whether pictures may be addresses, which the server fetches.
-        max_tokens: longest answer, in tokens.
-        temperature, top_p, seed: of sampling; None leaves them to the server.
-        extra_body: more fields of the request's body.
-        limit: only the first posts; None for all.
-        concurrency: most requests at once.
-        timeout: seconds to wait for an answer.
-        max_attempts: how often a request is sent before its post fails.
-        retry_pause: seconds before a request is sent again; doubled each time, up to a minute.
-        key_variable: environment variable with the API key.
-        retry_failed: whether to ask again about posts that failed in an earlier run.
-        prices: file with a table of prices.
-        max_cost: stop before answers cost more.
-        progress: whether to show progress bars.
+        output: JSON Lines file to write; the other files are named after it (`RunPaths`).
+        model: The model's name at the server.
+        base_url: The server's address up to `/v1`; may be empty if nothing is asked.
+        image_dir: The folder that names of image files are relative to.
+        max_side: Longest side of an image in pixels, at least 16; larger images are shrunk.
+        allow_image_urls: Whether images may be addresses, from which the server fetches them.
+        max_tokens: Maximum length of an answer, in tokens.
+        temperature: Sampling temperature; None for the server's default.
+        top_p: Nucleus sampling; None for the server's default.
+        seed: Seed of sampling; None for the server's default.
+        extra_body: Further fields of the request's body.
+        limit: Number of posts, from the file's first on; None for all.
+        concurrency: Maximum number of requests at once.
+        timeout: Seconds to wait for an answer.
+        max_attempts: Number of times a request is sent before its post fails.
+        retry_pause: Seconds before the second attempt; doubled for each further one, up to a minute.
+        key_variable: Environment variable with the API key.
+        retry_failed: Whether posts that failed in an earlier run are asked about again.
+        prices: File with a table of prices (`dynkp.chat.prices`).
+        max_cost: The run stops before all its answers cost more, in the table's currency.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If `max_side` is too small, or `extra_body` has a field that the run sets itself.
+
+    Example:
+        >>> RunSettings("posts.jsonl", "r.jsonl", "m", temperature=0.0).request_settings()
+        {'model': 'm', 'max_tokens': 1024, 'temperature': 0.0}
     """
 
     posts: str
@@ -74,21 +82,24 @@ class RunSettings:
         if self.max_side < 16:
             raise ValueError(f"max_side={self.max_side!r} must be at least 16 pixels")
         if reserved := sorted(_RESERVED & self.extra_body.keys()):
-            raise ValueError(f"extra_body must not have {', '.join(reserved)}: a request has its own, and one whole answer")
+            raise ValueError(f"extra_body must not have {', '.join(reserved)}: the run sets these fields itself")
 
     def request_settings(self) -> dict[str, Any]:
-        """The body of every request, messages aside."""
+        """The body of every request, without messages."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         given = {name: value for name, value in sampling.items() if value is not None}
-        # Where extra_body sets another name for it, as OpenAI's reasoning models want it, max_tokens must not be sent.
+        # OpenAI's reasoning models take max_completion_tokens, from extra_body, and refuse max_tokens.
         length = {} if "max_completion_tokens" in self.extra_body else {"max_tokens": self.max_tokens}
         return {"model": self.model, **length, **given, **self.extra_body}
 
     def price_table(self) -> dict[str, Price]:
-        """The prices that are known.
+        """Load the table of prices.
+
+        Returns:
+            The price of each model; empty without a table.
 
         Raises:
-            ValueError: if there is a limit of cost, or a table, and no price of the model.
+            ValueError: If there is a limit of cost or a table, and the model has no price.
         """
         prices = load_prices(self.prices) if self.prices else {}
         if self.max_cost is not None and self.model not in prices:
@@ -100,11 +111,23 @@ class RunSettings:
             raise ValueError(f"prices={self.prices!r} has no price of model {self.model!r}: add it, or leave the table out")
         return prices
 
-    def client(self) -> ChatClient:
-        """A client of the server; to be made inside the event loop it is to live in.
+    def open_posts(self, shard: tuple[int, int] = (1, 1)) -> PostStream:
+        """Open the posts.
+
+        Args:
+            shard: As in `PostStream`.
 
         Raises:
-            ValueError: if the address is none.
+            FileNotFoundError: If the file or the image folder does not exist.
+            ValueError: If the file is not JSON Lines.
+        """
+        return PostStream(self.posts, self.image_dir, shard=shard, limit=self.limit, allow_image_urls=self.allow_image_urls)
+
+    def client(self) -> ChatClient:
+        """Create a client of the server; call it inside the event loop that uses the client.
+
+        Raises:
+            ValueError: As for `ChatClient`.
         """
         return ChatClient(
             self.base_url,
@@ -115,11 +138,11 @@ class RunSettings:
             key_variable=self.key_variable,
         )
 
-    def need_server(self) -> None:
-        """See that there is an address to ask at.
+    def check_server(self) -> None:
+        """Check that the server's address is given.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: If it is missing.
         """
         if not self.base_url:
             raise ValueError("base_url is missing: name the server, such as http://127.0.0.1:8000/v1")
@@ -129,7 +152,15 @@ class RunPaths:
     """The files of a run, named after its output.
 
     Args:
-        output: the JSON Lines file that the run writes.
+        output: The JSON Lines file that the run writes.
+
+    Attributes:
+        output: The output.
+        errors: `R.errors.jsonl`, the posts without a result.
+        report: `R.report.json`, counts, settings and cost.
+        table: `R.report.md`, tables for people.
+        preview: `R.preview.html`, a page of some posts.
+        journal: `R.journal`, the folder of all answers.
 
     Example:
         >>> RunPaths("out/r.jsonl").errors
@@ -146,10 +177,13 @@ class RunPaths:
         self.journal = self.output.with_name(f"{stem}.journal")
 
     def check_inputs(self, *files: str) -> None:
-        """See that no file that is read would be replaced.
+        """Check that the run replaces no file that it reads.
+
+        Args:
+            *files: The files that it reads.
 
         Raises:
-            ValueError: naming the file.
+            ValueError: If it would replace one of them; the message names it.
         """
         written = (self.output, self.errors, self.report, self.table, self.preview)
         for file in files:
@@ -157,6 +191,11 @@ class RunPaths:
                 raise ValueError(f"{file} is read, and would be replaced by what is written: choose another output")
 
     def of_shard(self, number: int, count: int) -> RunPaths:
-        """The files of one of several machines: `r.2-of-4.jsonl` and so on."""
+        """The files of one of several machines: `r.2-of-4.jsonl` and so on.
+
+        Args:
+            number: The machine's number, from 1.
+            count: The number of machines.
+        """
         stem = self.output.name.removesuffix(".jsonl")
         return RunPaths(self.output.with_name(f"{stem}.{number}-of-{count}.jsonl"))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dynkp.cli.arguments import OneLineErrors, above_zero, from_zero, json_object, positive, share
+from dynkp.cli.errors import DONE, Interrupted, RunFailedError
 
 # Exit statuses besides those of dynkp.cli.errors.
 SOME_FAILED, COST_REACHED = 3, 4
@@ -62,6 +66,68 @@ def common_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "key_variable": arguments.api_key_env,
         "progress": not arguments.no_progress,
     }
+
+
+def check_needed(parser: OneLineErrors, arguments: argparse.Namespace, what: str, names: Sequence[str]) -> None:
+    """Refuse a command line that lacks options, or whose output is a folder.
+
+    Args:
+        parser: of the command.
+        arguments: the parsed command line.
+        what: what needs the options, as the beginning of the error.
+        names: the options' names in `arguments`.
+
+    Raises:
+        SystemExit: if one is missing, or the output is a folder.
+    """
+    if missing := [f"--{name.replace('_', '-')}" for name in names if not getattr(arguments, name)]:
+        parser.error(f"{what} needs {', '.join(missing)}")
+    if arguments.output and Path(arguments.output).is_dir():
+        parser.error(f"--output {arguments.output} is a folder; name a file")
+
+
+def ask_and_write(command: str, run: Any, write: Callable[[Any], str]) -> int:
+    """Ask the server about all posts, write the files, and print how the run ended.
+
+    Args:
+        command: the command's name, such as `"judge"`.
+        run: a run of `dynkp.chat.post_run` that can `ask`.
+        write: writes the run's files and prints its results; returns a message about posts that failed, empty if none did.
+
+    Returns:
+        0 if no post failed, 3 if posts failed, 4 if the cost was reached.
+
+    Raises:
+        RunFailedError: if the server failed.
+        Interrupted: after Ctrl-C.
+    """
+    outcome = run.ask()
+    if outcome.stopped == "interrupted":
+        raise Interrupted(f"{outcome.open:,} posts are open; the same command goes on")
+    failed = write(run)
+    if outcome.stopped == "server":
+        raise RunFailedError(f"{outcome.reason}. The same command goes on.")
+    if outcome.stopped == "max_cost":
+        print(f"dynkp {command}: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
+        return COST_REACHED
+    if failed:
+        print(f"dynkp {command}: {failed}", file=sys.stderr)
+        return SOME_FAILED
+    return DONE
+
+
+def result_line(run: Any, summary: str) -> str:
+    """Build the line that a run ends with.
+
+    Args:
+        run: a run of `dynkp.chat.post_run`.
+        summary: what it found.
+
+    Returns:
+        The output, the summary, the number of requests and the cost.
+    """
+    cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
+    return f"{run.paths.output}: {summary}; {run.outcome.requests:,} requests{cost}"
 
 
 def refuse_key(parser: OneLineErrors, arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from dynkp.cli.arguments import (
     check_inputs,
     positive,
 )
-from dynkp.cli.errors import log_to_stderr, resumable
+from dynkp.cli.errors import hide_library_bars, log_to_stderr, resumable
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,17 @@ DESCRIPTION = """\
 Prepare a student's training with a trained assistant (MulCoT-RD; docs/methods/mulcot_rd.md).
 
 cache    writes the assistant's soft labels, so that the student trains without it in memory
-augment  adds the chains that the assistant wrote to the training posts, where their prediction is right"""
+augment  adds the response chains that the assistant wrote to the training posts, where their prediction is right"""
 
 EPILOG = """\
 examples:
-  dynkp distill cache --model runs/assistant --student Qwen/Qwen2.5-VL-3B-Instruct --task masc \\
+  dynkp distill cache --model runs/assistant --student Qwen/Qwen2.5-VL-3B-Instruct \\
       --posts train.jsonl --image-dir images --output soft_labels
-      then train with soft_labels: soft_labels
-  dynkp predict --model runs/assistant --task masc --prompt chain --do-sample --temperature 0.7 \\
+      the task is the assistant's; then dynkp train --method mulcot_rd --soft_labels soft_labels
+  dynkp predict --model runs/assistant --prompt chain --do-sample --temperature 0.7 \\
       --posts train.jsonl --image-dir images --output chains.jsonl
-  dynkp distill augment --task masc --posts train.jsonl --image-dir images --chains chains.jsonl --output augmented.jsonl
-      the posts of train.jsonl, and one more for each chain that ends in its post's label
+  dynkp distill augment --posts train.jsonl --image-dir images --chains chains.jsonl --output augmented.jsonl
+      the posts of train.jsonl, and one more for each response chain that ends in its post's label
 """
 
 _CACHE = """\
@@ -50,13 +50,13 @@ Write the assistant's likeliest tokens at every token of the posts' answers, wit
 Files are written as they fill up. Stop the command, or have it killed, and start it again: it goes on where it was. Going on
 with other settings is an error. accelerate launch -m dynkp distill cache ... shares the posts out to all GPUs.
 
-At the end it says how much probability the likeliest k tokens leave out, and, with --student, how much of the divergence
-between the two is left with k tokens. Of several processes the first says it of what is written by then: the same command
-again says it of all."""
+At the end it prints how much probability the likeliest k tokens leave out, and, with --student, how much of the divergence
+between the two models k tokens keep. Of several processes, the first prints it of what is written by then; the same command
+again prints it of everything."""
 
 _AUGMENT = """\
-Add the assistant's chains to the training posts: each becomes a post with the chain as its rationale and the id ID#assistant,
-if the chain's prediction is right. The teacher's posts stay as they are."""
+Add the assistant's response chains to the training posts: each becomes a post with the response chain as its rationale and the
+id ID#assistant, if its prediction is right. The teacher's posts stay as they are."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser = CommandParser("distill", DESCRIPTION, EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="cache|augment")
     cache = commands.add_parser("cache", description=_CACHE, help="write soft labels")
-    _add_posts(cache)
+    _add_posts(cache, "the assistant's")
     cache.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="the assistant: a saved model, or an adapter (its base is found)"
     )
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add_no_progress(cache)
 
     augment = commands.add_parser("augment", description=_AUGMENT, help="add the assistant's response chains")
-    _add_posts(augment)
+    _add_posts(augment, "that of the predictions in --chains")
     augment.add_argument(
         "--chains", required=True, metavar="FILE", help="the assistant's answers to these posts: dynkp predict --prompt chain"
     )
@@ -96,11 +96,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_posts(parser: argparse.ArgumentParser) -> None:
+def _add_posts(parser: argparse.ArgumentParser, whose: str) -> None:
     add_posts(parser, "training posts with labels, and rationales where they have some")
     add_image_dir(parser)
     add_split(parser, "train")
-    parser.add_argument("--task", default="masc", help="masc (default), msc or keyphrases; as in training")
+    parser.add_argument("--task", help=f"masc, msc or keyphrases (default: {whose}, if it is recorded, or masc)")
+    parser.add_argument("--ignore-saved-task", action="store_true", help="follow --task even where it contradicts that")
     add_on_invalid(parser, "posts that cannot be used")
 
 
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = parser().parse_args(argv)
     log_to_stderr()
+    if arguments.command == "augment" or arguments.no_progress:
+        hide_library_bars()
     check_inputs(arguments, "posts", "image_dir")
     check_inputs(arguments, "chains", kind="file")
     with resumable(f"the same command goes on with {arguments.output}"):
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _cache(arguments: argparse.Namespace) -> None:
     from dynkp.batches.two_task_collator import TwoTaskCollator
-    from dynkp.data.reasoning_tasks import resolve_reasoning_task
+    from dynkp.data.reasoning_tasks import ReasoningTask, resolve_reasoning_task
     from dynkp.distillation.assistant import Assistant, check_vocabularies
     from dynkp.distillation.soft_labels import (
         SoftLabelWriter,
@@ -135,14 +138,24 @@ def _cache(arguments: argparse.Namespace) -> None:
         write_soft_labels,
     )
     from dynkp.files.json_files import write_json
-    from dynkp.models.checkpoints import find_checkpoint, load_processor
+    from dynkp.models.checkpoints import check_available, find_checkpoint, load_processor
+    from dynkp.models.saved_task import find_saved_task, task_to_use
 
     # Ranks share nothing but the folder, in which each has files of its own.
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if arguments.task is not None:
+        resolve_reasoning_task(arguments.task)
+    check_available(arguments.model, "--model")
+    if arguments.student is not None:
+        check_available(arguments.student, "--student")
     device = _device(arguments.device)
-    posts = _posts(arguments)
-    task = resolve_reasoning_task(arguments.task)
-    processor = load_processor(find_checkpoint(arguments.model))
+    checkpoint = find_checkpoint(arguments.model)
+    saved = None if arguments.ignore_saved_task else find_saved_task(checkpoint)
+    task = task_to_use(saved, checkpoint, arguments.task, default="masc")
+    if not isinstance(task, ReasoningTask):
+        raise ValueError(f"{arguments.model!r} was trained with task {task.name!r}; an assistant has one of MulCoT-RD's tasks")
+    posts = _posts(arguments, task)
+    processor = load_processor(checkpoint)
     assistant = Assistant.load(arguments.model, dtype=arguments.dtype, device=device)
     assert assistant.tokenizer is not None
     vocabulary = assistant.vocabulary
@@ -195,12 +208,11 @@ def _cache(arguments: argparse.Namespace) -> None:
 def _augment(arguments: argparse.Namespace) -> None:
     from datasets import concatenate_datasets
 
-    from dynkp.data.reasoning_tasks import resolve_reasoning_task
     from dynkp.data.sources import write_posts_jsonl
     from dynkp.prediction.prediction_files import read_predictions
 
-    posts = _posts(arguments, check_images=False)
-    task = resolve_reasoning_task(arguments.task)
+    task = _task_of_chains(arguments)
+    posts = _posts(arguments, task, check_images=False)
     chains = {str(row["id"]): row["raw"] for row in read_predictions(arguments.chains, "raw")}
     if unknown := sorted(chains.keys() - set(posts["id"])):
         raise ValueError(f"{arguments.chains} has chains of posts that {arguments.posts} has not: {', '.join(unknown[:5])}")
@@ -215,21 +227,37 @@ def _augment(arguments: argparse.Namespace) -> None:
     )
 
 
-def _posts(arguments: argparse.Namespace, check_images: bool = True) -> Any:
+def _task_of_chains(arguments: argparse.Namespace) -> Any:
+    """The task that `dynkp predict` recorded beside the response chains, unless another is asked for."""
     from dynkp.data.reasoning_tasks import resolve_reasoning_task
+    from dynkp.files.json_files import read_json
+
+    record = Path(f"{arguments.chains}.meta.json")
+    recorded = None
+    if record.is_file() and not arguments.ignore_saved_task:
+        recorded = read_json(record).get("settings", {}).get("task", {}).get("name")
+    if recorded and arguments.task not in (None, recorded):
+        raise ValueError(
+            f"{arguments.chains} was predicted with task {recorded!r}, not {arguments.task!r}: leave --task out, or add "
+            "--ignore-saved-task"
+        )
+    return resolve_reasoning_task(arguments.task or recorded or "masc")
+
+
+def _posts(arguments: argparse.Namespace, task: Any, check_images: bool = True) -> Any:
     from dynkp.data.sentiment_posts import load_sentiment_posts
     from dynkp.trainer.preparation import keep_answerable
 
     posts, _ = load_sentiment_posts(
         arguments.posts,
-        task=arguments.task,
+        task=task,
         image_dir=arguments.image_dir,
         split=arguments.split,
         on_invalid=arguments.on_invalid,
         check_images=check_images,
         progress=False,
     )
-    return keep_answerable(posts, "train", resolve_reasoning_task(arguments.task), arguments.on_invalid)
+    return keep_answerable(posts, "train", task, arguments.on_invalid)
 
 
 def _device(name: str) -> Any:

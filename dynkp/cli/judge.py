@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dynkp.cli.arguments import CommandParser, add_image_dir, add_no_progress, add_posts, check_inputs, positive, share
 from dynkp.cli.chat_options import (
-    COST_REACHED,
-    SOME_FAILED,
     add_sampling_options,
     add_server_options,
+    ask_and_write,
+    check_needed,
     common_settings,
     refuse_key,
+    result_line,
 )
-from dynkp.cli.errors import DONE, Interrupted, RunFailedError, log_to_stderr, resumable
+from dynkp.cli.errors import DONE, log_to_stderr, resumable
 
 # Named here too, so that the help does not load what they need; the tests hold the lists together.
 ANSWER_FORMATS = ("auto", "json_schema", "text")
@@ -139,10 +139,7 @@ def _parsed(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Names
         what, needed = "--human", ["posts", "predictions"]
     else:
         what, needed = "a model's judgement", ["posts", "predictions", "base_url", "model", "output"]
-    if missing := [f"--{name.replace('_', '-')}" for name in needed if not getattr(arguments, name)]:
-        parser.error(f"{what} needs {', '.join(missing)}")
-    if arguments.output and Path(arguments.output).is_dir():
-        parser.error(f"--output {arguments.output} is a folder; name a file")
+    check_needed(parser, arguments, what, needed)
     given = [arguments.posts, *arguments.predictions, *(arguments.read_human or []), *(arguments.key or [])]
     for option in ("output", "human"):
         path = getattr(arguments, option)
@@ -162,32 +159,20 @@ def _ask(arguments: argparse.Namespace) -> int:
         predictions=name_systems(arguments.predictions, arguments.names),
     )
     with JudgeRun(settings) as run:
-        outcome = run.ask()
-        if outcome.stopped == "interrupted":
-            raise Interrupted(f"{outcome.open:,} posts are open; the same command goes on")
-        failed = _written(run)
-    if outcome.stopped == "server":
-        raise RunFailedError(f"{outcome.reason}. The same command goes on.")
-    if outcome.stopped == "max_cost":
-        print(f"dynkp judge: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
-        return COST_REACHED
-    if failed:
-        print(f"dynkp judge: {failed:,} posts have no ranks, see {run.paths.errors}", file=sys.stderr)
-        return SOME_FAILED
-    return DONE
+        return ask_and_write("judge", run, _write)
 
 
-def _written(run: Any) -> int:
-    """Write and print the results; how many posts failed."""
+def _write(run: Any) -> str:
+    """Write and print the results; returns a message about posts that failed."""
     from dynkp.judging.ranks import rank_tables
     from dynkp.judging.run import FAILED, INVALID, UNREADABLE, judging_summary
 
     report = run.write()
     if report["ranked"]:
         print(rank_tables(report) + "\n")
-    cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
-    print(f"{run.paths.output}: {judging_summary(report)}; {run.outcome.requests:,} requests{cost}")
-    return report[FAILED] + report[INVALID] + report[UNREADABLE]
+    print(result_line(run, judging_summary(report)))
+    failed = report[FAILED] + report[INVALID] + report[UNREADABLE]
+    return f"{failed:,} posts have no ranks, see {run.paths.errors}" if failed else ""
 
 
 def _human(arguments: argparse.Namespace) -> int:

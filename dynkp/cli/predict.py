@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynkp.cli.arguments import above_zero, json_object, positive, share
+from dynkp.cli.arguments import (
+    CommandParser,
+    above_zero,
+    add_batch_size,
+    add_dtype_and_device,
+    add_image_dir,
+    add_no_progress,
+    add_old_spelling,
+    add_on_invalid,
+    add_posts,
+    add_split,
+    check_inputs,
+    json_object,
+    positive,
+    share,
+)
+from dynkp.cli.errors import RunFailedError, hide_library_bars, log_to_stderr, resumable
+from dynkp.cli.processes import this_process
 
 logger = logging.getLogger(__name__)
+
+ENGINES = ("transformers", "vllm")
 
 DESCRIPTION = """\
 Predict the keyphrases of posts with a trained model, and write one JSON row per post:
 
   {"id", "keyphrases", "raw", "reasoned", "output_tokens", "prompt_tokens", "output_words", "mode", "modality"}
 
-With --task msc, masc or keyphrases (docs/methods/mulcot_rd.md), answer the label prompt or the chain prompt instead:
+A model of MulCoT-RD (tasks msc, masc and keyphrases; docs/methods/mulcot_rd.md) answers --prompt label or --prompt chain:
 
   {"id", "prediction", "raw", "output_tokens", "prompt_tokens", "output_words", "prompt", "modality"}
+
+A model that this package trained is asked as it was trained: its folder's dynkp_task.json has its prompt, separator and
+modality. A request that contradicts it is an error, with one exception: a model trained on text and images may be shown one
+of them (--modality), to see what each is worth. A model without the file is asked with --task, by default dynamic_cot.
 
 Rows are appended as soon as they are done. Stop the command, or have it killed, and start it again: it goes on where it
 was. FILE.meta.json keeps the settings; going on with others is an error. Decoding is greedy unless you say otherwise."""
@@ -32,43 +51,34 @@ was. FILE.meta.json keeps the settings; going on with others is an error. Decodi
 EPILOG = """\
 examples:
   dynkp predict --model out --posts test.jsonl --image-dir images --output predictions.jsonl
-      a model that examples/train.py saved; an adapter's folder (LoRA) will do as well
+      a model that dynkp train saved; an adapter's folder (LoRA) will do as well
   accelerate launch -m dynkp predict --model out --posts test.jsonl --output predictions.jsonl
       the same on all GPUs: each process takes its share
-  dynkp predict --model llava-hf/llava-1.5-7b-hf --adapter aimkp --task aimkp --num-beams 5 --do-sample \\
-      --temperature 0.5 --decodes 3 --posts test.jsonl --image-dir images --output predictions.jsonl
+  dynkp predict --model out --num-beams 5 --do-sample --temperature 0.5 \\
+      --decodes 3 --posts test.jsonl --image-dir images --output predictions.jsonl
       AimKP's decoding: beams with sampling, three times; dynkp evaluate averages the scores
   dynkp predict --model out --mode direct --modality text --posts test.jsonl --output text_only.jsonl
-      without reasoning and without pictures
-  dynkp predict --model out --task masc --prompt chain --posts test.tsv --image-dir images --output chains.jsonl
-      sentiment towards an aspect, with reasons; --prompt label, the default, for the prediction alone
+      without reasoning and without images
+  dynkp predict --model out --prompt chain --posts test.tsv --image-dir images --output chains.jsonl
+      of MulCoT-RD: the response chain; --prompt label, the default, asks for the prediction alone
 then:
   dynkp evaluate --predictions predictions.jsonl --posts test.jsonl
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is made of its help."""
-    parser = argparse.ArgumentParser(
-        prog="dynkp predict", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> CommandParser:
+    """Build the parser; docs/cli.md is made of its help."""
+    parser = CommandParser("predict", DESCRIPTION, EPILOG)
     what = parser.add_argument_group("what")
     what.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="a saved model, a saved adapter (its base is found), or a Hub id"
     )
     what.add_argument("--adapter", metavar="DIR_OR_ID", help="a PEFT adapter on --model, or a released .pt file of one")
     what.add_argument("--merge-adapter", action="store_true", help="add the adapter to the weights first; faster")
-    what.add_argument(
-        "--posts", required=True, metavar="FILE", help="posts in any form that docs/data.md names; keyphrases are not needed"
-    )
-    what.add_argument("--image-dir", metavar="DIR", help="the folder that image names are relative to")
-    what.add_argument("--split", default="test", help="of a folder or Hub dataset (default: test)")
-    what.add_argument(
-        "--on-invalid",
-        choices=["error", "skip"],
-        default="error",
-        help="posts that cannot be predicted, such as those with a broken picture: stop (the default), or leave them out",
-    )
+    add_posts(what, "posts in any format that docs/data.md names; keyphrases are not needed")
+    add_image_dir(what)
+    add_split(what, "test")
+    add_on_invalid(what, "posts that cannot be predicted, such as those with a broken image")
     what.add_argument("--output", required=True, metavar="FILE", help="the predictions, as JSON lines")
 
     how = parser.add_argument_group("how")
@@ -80,21 +90,27 @@ def parser() -> argparse.ArgumentParser:
         "begins with <think>, since the tokens it could begin with are forbidden until something else is written",
     )
     how.add_argument(
-        "--modality", choices=["both", "text", "image"], default="both", help="what of a post to show (default: both)"
+        "--modality",
+        choices=["both", "text", "image"],
+        help="what of a post to show (default: what the model was trained on, or both for a model saved without its task)",
     )
     how.add_argument(
         "--task",
-        default="dynamic_cot",
-        help="as in training: dynamic_cot (the default) or aimkp for keyphrases; of MulCoT-RD msc (sentiment of posts), masc "
-        "(towards an aspect) or keyphrases",
+        help="the task the model was trained with (default: the one saved with it, or dynamic_cot): dynamic_cot or aimkp for "
+        "keyphrases; of MulCoT-RD msc (sentiment of posts), masc (towards an aspect) or keyphrases",
     )
     how.add_argument(
         "--prompt",
         choices=["label", "chain"],
         default="label",
-        help="of MulCoT-RD's tasks: the prediction alone, or with reasons",
+        help="of MulCoT-RD's tasks: the prediction alone, or the response chain, which has reasons",
     )
     how.add_argument("--separator", help="between keyphrases in the answer (default: the task's, '; ' or ', ')")
+    how.add_argument(
+        "--ignore-saved-task",
+        action="store_true",
+        help="follow --task, --separator and --modality even where they contradict what the model was trained with",
+    )
 
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="longest output (default: 512)")
@@ -112,18 +128,15 @@ def parser() -> argparse.ArgumentParser:
     )
 
     where = parser.add_argument_group("where")
-    where.add_argument("--batch-size", type=positive, metavar="N", help="posts at a time and process (default: 8; vllm: 256)")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    where.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as saved)")
+    add_batch_size(where, None, "posts per batch and process (default: 8; vllm: 256)")
+    add_dtype_and_device(where)
     where.add_argument(
-        "--device", type=_device, default="auto", help="auto (the default: a GPU if there is one), cpu, cuda, cuda:1, mps, xpu"
-    )
-    where.add_argument(
-        "--backend",
-        choices=["transformers", "vllm"],
+        "--engine",
+        choices=ENGINES,
         default="transformers",
         help="vllm (an extra) is much faster on a GPU; start it as one process, without beams",
     )
+    add_old_spelling(where, "--backend", "--engine", choices=ENGINES)
     where.add_argument(
         "--vllm-options",
         type=json_object,
@@ -131,216 +144,151 @@ def parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help="more arguments of vllm.LLM, such as '{\"tensor_parallel_size\": 4}'",
     )
-    where.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_no_progress(where)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run `dynkp predict`.
 
     Args:
         argv: the arguments after `dynkp predict`; those of the process if None.
 
-    Returns:
-        0, 1 where files or settings do not allow the run, 130 where it was interrupted.
+    Raises:
+        ValueError, OSError, ImportError: if files or settings do not allow the run.
+        RunFailedError: if memory runs out.
+        Interrupted: after Ctrl-C.
     """
-    arguments = _parsed(parser(), argv)
+    command = parser()
+    arguments = command.parse_args(argv)
+    _check_options(command, arguments)
     import torch
 
-    state = _process_group(arguments.device)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dynkp").setLevel(logging.INFO if state.is_main_process else logging.ERROR)
-    who = "dynkp predict" if state.is_main_process else f"dynkp predict, process {state.process_index + 1}"
+    log_to_stderr()
+    if arguments.no_progress:
+        hide_library_bars()
+    process = this_process(arguments.device)
     try:
-        _predict(arguments, state)
-    except KeyboardInterrupt:
-        print(f"\n{who}: interrupted; the same command goes on with {arguments.output}", file=sys.stderr)
-        return 130
+        with resumable(f"the same command goes on with {arguments.output}"):
+            _predict(command, arguments, process)
     except torch.OutOfMemoryError as error:
-        print(f"{who}: error: {error}\nThe same command with a smaller --batch-size goes on.", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{who}: error: {error}", file=sys.stderr)
-        return 1
+        raise RunFailedError(f"{error}. The same command with a smaller --batch-size goes on.") from error
     finally:
-        if state.num_processes > 1:
-            state.destroy_process_group()
-    return 0
+        process.destroy_process_group()
 
 
-def _predict(arguments: argparse.Namespace, state: Any) -> None:
-    from dynkp.models.checkpoints import find_checkpoint
+def _check_options(command: CommandParser, arguments: argparse.Namespace) -> None:
+    """Refuse options that do not fit together, whatever the model."""
+    for name in ("temperature", "top_p"):
+        if getattr(arguments, name) is not None and not arguments.do_sample:
+            command.error(f"--{name.replace('_', '-')} is for sampling: add --do-sample")
+    if arguments.decodes > 1 and not arguments.do_sample:
+        command.error(f"--decodes {arguments.decodes}: without --do-sample every decode is the same")
+    if arguments.engine == "vllm" and arguments.num_beams > 1:
+        command.error("--num-beams: vLLM does not sample with beams; take --engine transformers")
+    if arguments.vllm_options and arguments.engine != "vllm":
+        command.error("--vllm-options needs --engine vllm")
+    if Path(arguments.output).is_dir():
+        command.error(f"--output {arguments.output} is a folder; name a file")
+
+
+def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any) -> None:
+    from dynkp.models.checkpoints import check_available, find_checkpoint
+    from dynkp.prediction.empty_outputs import advice_on_empty_outputs
+    from dynkp.prediction.loading import run_settings
+    from dynkp.prediction.posts import load_posts_to_predict
     from dynkp.prediction.run import PredictionRun
+    from dynkp.prediction.summary import summarize_predictions
 
-    if arguments.backend == "vllm" and state.num_processes > 1:
+    if arguments.engine == "vllm" and process.num_processes > 1:
         raise ValueError(
-            f"--backend vllm in {state.num_processes} processes: start it as one process; --vllm-options "
-            f"'{{\"tensor_parallel_size\": {state.num_processes}}}' uses as many GPUs"
+            f"--engine vllm in {process.num_processes} processes: start it as one process; --vllm-options "
+            f"'{{\"tensor_parallel_size\": {process.num_processes}}}' uses as many GPUs"
         )
+    check_available(arguments.model, "--model")
+    check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
-    posts = _load_posts(arguments, state)
+    question = _question(command, arguments, checkpoint)
+    posts = load_posts_to_predict(
+        arguments.posts,
+        question.task,
+        image_dir=arguments.image_dir,
+        split=arguments.split,
+        on_invalid=arguments.on_invalid,
+        check_images=question.modality != "text",
+        progress=not arguments.no_progress,
+        is_first_process=process.is_main_process,
+        num_processes=process.num_processes,
+    )
+    settings = _engine_settings(arguments)
     run = PredictionRun(
         posts,
         arguments.output,
-        _settings(arguments, checkpoint),
-        batch_size=arguments.batch_size or (256 if arguments.backend == "vllm" else 8),
-        modality=arguments.modality,
+        run_settings(checkpoint, question, settings),
+        batch_size=arguments.batch_size or (256 if arguments.engine == "vllm" else 8),
+        modality=question.modality,
         decodes=arguments.decodes,
         seed=arguments.seed if arguments.do_sample else None,
     )
     with closing(run):
-        state.wait_for_everyone()  # all have looked at the settings before they are written
-        if state.is_main_process:
-            run.start(_info(arguments, state))
-        state.wait_for_everyone()
+        process.wait_for_everyone()  # all have looked at the settings before they are written
+        if process.is_main_process:
+            run.start(_info(arguments, process))
+        process.wait_for_everyone()
         batches = run.pending()
-        state.wait_for_everyone()  # all have seen what is pending before a row is added
+        process.wait_for_everyone()  # all have seen what is pending before a row is added
         if batches:
-            generator = _generator(arguments, checkpoint, state.device, run.num_images)
+            engine = _load_engine(checkpoint, question, settings, device=process.device, num_images=run.num_images)
             run.predict(
-                generator,
+                engine,
                 batches,
-                rank=state.process_index,
-                num_ranks=state.num_processes,
+                rank=process.process_index,
+                num_ranks=process.num_processes,
                 progress=not arguments.no_progress,
             )
-        state.wait_for_everyone()
-        rows = run.finish() if state.is_main_process else []
-    if state.is_main_process:
-        count = max(1, len(rows))
-        words = sum(row["output_words"] for row in rows) / count
-        if _reasons(arguments):
-            figures = f"{words:.1f} words each, {sum(row['prediction'] is None for row in rows) / count:.1%} unread"
-        else:
-            empty = sum(not row["keyphrases"] for row in rows) / count
-            reasoned = sum(row["reasoned"] for row in rows) / count
-            figures = f"{reasoned:.1%} reasoned, {words:.1f} words each, {empty:.1%} without keyphrase"
-        print(f"{arguments.output}: {len(rows):,} predictions{'' if batches else ', all done before'}; {figures}")
+        process.wait_for_everyone()
+        rows = run.finish() if process.is_main_process else []
+    if process.is_main_process:
+        done = "" if batches else ", all done before"
+        print(f"{arguments.output}: {len(rows):,} predictions{done}; {summarize_predictions(rows)}")
         if cut_off := sum(row["output_tokens"] >= arguments.max_new_tokens for row in rows):
             logger.warning("%d outputs were cut off at --max-new-tokens %d", cut_off, arguments.max_new_tokens)
+        keyphrases = [row for row in rows if "keyphrases" in row]
+        if advice := advice_on_empty_outputs(keyphrases, arguments.max_new_tokens, arguments.output):
+            logger.warning("%s", advice)
 
 
-@dataclass(frozen=True)
-class _Alone:
-    """What `accelerate.PartialState` says of several processes, for one."""
+def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint: Any) -> Any:
+    """What the model is asked: as it was trained, unless less or something else is asked for."""
+    from dynkp.data.reasoning_tasks import ReasoningTask
+    from dynkp.models.saved_task import find_saved_task, modality_to_use, task_to_use
+    from dynkp.prediction.loading import Question
 
-    device: Any
-    process_index = 0
-    num_processes = 1
-    is_main_process = True
-
-    def wait_for_everyone(self) -> None:
-        pass
-
-
-def _process_group(device: str) -> Any:
-    """This process among those that accelerate or torchrun started, if any."""
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        if device not in ("auto", "cpu") and found.type != device.partition(":")[0]:
-            raise SystemExit(f"dynkp predict: error: --device {device}: torch finds none here; take auto or cpu")
-        return _Alone(found if device == "auto" else torch.device(device))
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    # A process that is done waits for the others, for as long as it takes.
-    return PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    saved = None if arguments.ignore_saved_task else find_saved_task(checkpoint)
+    task = task_to_use(saved, checkpoint, arguments.task, arguments.separator)
+    if isinstance(task, ReasoningTask) and (arguments.mode != "auto" or arguments.separator is not None):
+        command.error(f"--mode and --separator are not for --task {task.name}; --prompt says whether to reason")
+    if arguments.prompt != "label" and not isinstance(task, ReasoningTask):
+        command.error(f"--prompt is not for --task {task.name}; --mode says whether to reason")
+    return Question(task, arguments.mode, arguments.prompt, modality_to_use(saved, checkpoint, arguments.modality))
 
 
-def _load_posts(arguments: argparse.Namespace, state: Any) -> Any:
-    """The posts that can be predicted. The first process looks at them, and tells the others."""
-    from dynkp.data.posts import validate_posts
-    from dynkp.data.sentiment_posts import read_sentiment_posts
-    from dynkp.data.sources import load_posts
+def _engine_settings(arguments: argparse.Namespace) -> Any:
+    from dataclasses import fields
 
-    where = {"image_dir": arguments.image_dir, "split": arguments.split}
-    if _reasons(arguments) and _task(arguments).labels:
-        posts: Any = read_sentiment_posts(arguments.posts, task=arguments.task, need_labels=False, **where)
-    else:
-        posts = load_posts(arguments.posts, **where)
-    if not len(posts):
-        raise ValueError(f"{arguments.posts}: there are no posts to predict")
-    # Whatever is wrong with the keyphrases, a prediction does not depend on them.
-    posts = posts.remove_columns([name for name in ("keyphrases", "rationale", "label") if name in posts.column_names])
-    answer: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            numbered = posts.add_column("_row", list(range(len(posts))))
-            valid, _ = validate_posts(
-                numbered,
-                on_invalid=arguments.on_invalid,
-                need_keyphrases=False,
-                check_images=arguments.modality != "text",
-                separator="; " if _reasons(arguments) else _task(arguments).separator,
-                progress=not arguments.no_progress,
-            )
-            answer = [valid["_row"][:]]
-        except ValueError as error:
-            answer = [str(error)]
-    if state.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
+    from dynkp.prediction.loading import EngineSettings
 
-        broadcast_object_list(answer)
-    if isinstance(answer[0], str):
-        raise ValueError(answer[0])
-    content = ("id", "text", "images", "aspect" if _reasons(arguments) else "prompt")
-    needed = [name for name in content if name in posts.column_names]
-    return posts.select(answer[0]).select_columns(needed)
+    return EngineSettings(**{field.name: getattr(arguments, field.name) for field in fields(EngineSettings)})
 
 
-def _task(arguments: argparse.Namespace) -> Any:
-    import dataclasses
+def _load_engine(*args: Any, **options: Any) -> Any:
+    from dynkp.prediction.loading import load_engine
 
-    from dynkp.data.reasoning_tasks import REASONING_TASKS
-    from dynkp.data.tasks import resolve_task
-
-    if arguments.task in REASONING_TASKS:
-        return REASONING_TASKS[arguments.task]
-    task = resolve_task(arguments.task)
-    return task if arguments.separator is None else dataclasses.replace(task, separator=arguments.separator)
+    return load_engine(*args, **options)
 
 
-def _reasons(arguments: argparse.Namespace) -> bool:
-    """Whether the task is one of MulCoT-RD's."""
-    from dynkp.data.reasoning_tasks import REASONING_TASKS
-
-    return arguments.task in REASONING_TASKS
-
-
-def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the prompts say besides the post."""
-    task = _task(arguments)
-    if not _reasons(arguments):
-        return {"name": task.name, "instruction": task.instruction, "separator": task.separator}
-    wanted = {"fields": dict(task.analyses)} if arguments.prompt == "chain" else {}
-    return {"name": task.name, "prompt": arguments.prompt, "question": task.question, **wanted}
-
-
-def _settings(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Any]:
-    """What a row depends on. Not the batch size: a run that ran out of memory may go on with a smaller one."""
-    from dynkp.models.fingerprints import weights_fingerprint
-
-    return {
-        "model": weights_fingerprint(checkpoint.model),
-        "adapter": checkpoint.adapter and weights_fingerprint(checkpoint.adapter),
-        "merge_adapter": arguments.merge_adapter,
-        "task": _asked(arguments),
-        "mode": arguments.mode,
-        "max_new_tokens": arguments.max_new_tokens,
-        "num_beams": arguments.num_beams,
-        "do_sample": arguments.do_sample,
-        "temperature": (arguments.temperature or 1.0) if arguments.do_sample else None,
-        "top_p": (arguments.top_p or 1.0) if arguments.do_sample else None,
-        "dtype": arguments.dtype,
-        "backend": arguments.backend,
-        "vllm_options": arguments.vllm_options,
-    }
-
-
-def _info(arguments: argparse.Namespace, state: Any) -> dict[str, Any]:
+def _info(arguments: argparse.Namespace, process: Any) -> dict[str, Any]:
+    """What is recorded with a run and not compared when it goes on."""
     import torch
     import transformers
 
@@ -350,88 +298,7 @@ def _info(arguments: argparse.Namespace, state: Any) -> dict[str, Any]:
         "model": arguments.model,
         "adapter": arguments.adapter,
         "posts": arguments.posts,
-        "device": str(state.device),
-        "processes": state.num_processes,
+        "device": str(process.device),
+        "processes": process.num_processes,
         "versions": {"dynkp": dynkp.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
-
-
-def _generator(arguments: argparse.Namespace, checkpoint: Any, device: Any, num_images: int) -> Any:
-    from dynkp.models.checkpoints import load_model, load_processor
-    from dynkp.prediction.generation_tasks import GenerationTask, KeyphraseGenerationTask, ReasoningGenerationTask
-    from dynkp.prediction.transformers_engine import TransformersEngine
-
-    processor = load_processor(checkpoint)
-    task, modality = _task(arguments), arguments.modality
-    if _reasons(arguments):
-        generation_task: GenerationTask = ReasoningGenerationTask(processor, task, prompt=arguments.prompt, modality=modality)
-    else:
-        generation_task = KeyphraseGenerationTask(processor, task, mode=arguments.mode, modality=modality)
-    sampling: dict[str, Any] = {}
-    if arguments.do_sample:
-        sampling = {"temperature": arguments.temperature or 1.0, "top_p": arguments.top_p or 1.0}
-    if arguments.backend == "vllm":
-        return _vllm_engine(arguments, checkpoint, generation_task, num_images, sampling)
-    model = load_model(checkpoint, dtype=arguments.dtype, device=device, merge_adapter=arguments.merge_adapter)
-    if sampling:
-        sampling |= {"do_sample": True, "top_k": 0}
-    return TransformersEngine(
-        model,
-        generation_task,
-        max_new_tokens=arguments.max_new_tokens,
-        num_beams=arguments.num_beams,
-        **sampling,
-    )
-
-
-def _vllm_engine(
-    arguments: argparse.Namespace, checkpoint: Any, generation_task: Any, num_images: int, sampling: Mapping[str, Any]
-) -> Any:
-    import tempfile
-
-    from dynkp.models.checkpoints import Checkpoint, load_model
-    from dynkp.prediction.vllm_engine import VllmEngine
-
-    folder = None
-    if arguments.merge_adapter:
-        folder = tempfile.TemporaryDirectory(prefix="dynkp-merged-")
-        load_model(checkpoint, dtype=arguments.dtype, merge_adapter=True).save_pretrained(folder.name)
-        generation_task.renderer.processor.save_pretrained(folder.name)
-        checkpoint = Checkpoint(folder.name)
-    return VllmEngine(
-        checkpoint,
-        generation_task,
-        max_new_tokens=arguments.max_new_tokens,
-        num_images=num_images,
-        dtype=arguments.dtype,
-        temperature=sampling.get("temperature", 0.0),
-        top_p=sampling.get("top_p", 1.0),
-        llm_options=arguments.vllm_options,
-        merged_model=folder,
-    )
-
-
-def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    arguments = parser.parse_args(argv)
-    for name in ("temperature", "top_p"):
-        if getattr(arguments, name) is not None and not arguments.do_sample:
-            parser.error(f"--{name.replace('_', '-')} is for sampling: add --do-sample")
-    if arguments.decodes > 1 and not arguments.do_sample:
-        parser.error(f"--decodes {arguments.decodes}: without --do-sample every decode is the same")
-    if _reasons(arguments) and (arguments.mode != "auto" or arguments.separator is not None):
-        parser.error(f"--mode and --separator are not for --task {arguments.task}; --prompt says whether to reason")
-    if arguments.prompt != "label" and not _reasons(arguments):
-        parser.error(f"--prompt is not for --task {arguments.task}; --mode says whether to reason")
-    if arguments.backend == "vllm" and arguments.num_beams > 1:
-        parser.error("--num-beams: vLLM does not sample with beams; take --backend transformers")
-    if arguments.vllm_options and arguments.backend != "vllm":
-        parser.error("--vllm-options needs --backend vllm")
-    if Path(arguments.output).is_dir():
-        parser.error(f"--output {arguments.output} is a folder; name a file")
-    return arguments
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:1, mps, xpu")
-    return text

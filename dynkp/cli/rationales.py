@@ -6,19 +6,20 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dynkp.cli.arguments import CommandParser, add_image_dir, add_no_progress, add_posts, check_inputs, positive, share
 from dynkp.cli.chat_options import (
-    COST_REACHED,
     SOME_FAILED,
     add_sampling_options,
     add_server_options,
+    ask_and_write,
+    check_needed,
     common_settings,
     refuse_key,
+    result_line,
 )
-from dynkp.cli.errors import DONE, Interrupted, RunFailedError, log_to_stderr, resumable
+from dynkp.cli.errors import DONE, log_to_stderr, resumable
 
 ACTIONS = ("ask", "export", "import", "write", "merge")
 # Tasks and filters are named here too, so that the help does not load what they need; the tests hold the lists together.
@@ -163,32 +164,19 @@ def _run(arguments: argparse.Namespace) -> Any:
 
 def _ask(arguments: argparse.Namespace) -> int:
     with _run(arguments) as run:
-        outcome = run.ask()
-        if outcome.stopped == "interrupted":
-            raise Interrupted(f"{outcome.open:,} posts are open; the same command goes on")
-        _write(run)
-    if outcome.stopped == "server":
-        raise RunFailedError(f"{outcome.reason}. The same command goes on.")
-    if outcome.stopped == "max_cost":
-        print(f"dynkp rationales: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
-        return COST_REACHED
-    if outcome.failed:
-        print(
-            f"dynkp rationales: {outcome.failed:,} posts failed, see {run.paths.errors}; --retry-failed asks them again",
-            file=sys.stderr,
-        )
-        return SOME_FAILED
-    return DONE
+        return ask_and_write("rationales", run, _write)
 
 
-def _write(run: Any) -> None:
+def _write(run: Any) -> str:
+    """Write and print the results; returns a message about posts that failed."""
     from dynkp.rationales.files import rationale_summary
 
     report = run.write()
-    cost = "" if run.outcome.cost is None else f"; cost {run.outcome.cost:.2f}"
-    print(f"{run.paths.output}: {rationale_summary(report)}; {run.outcome.requests:,} requests{cost}")
+    print(result_line(run, rationale_summary(report)))
     if run.settings.preview:
         print(f"{run.paths.preview}: {run.settings.preview} posts to look at")
+    failed = run.outcome.failed
+    return f"{failed:,} posts failed, see {run.paths.errors}; --retry-failed asks them again" if failed else ""
 
 
 def _write_only(arguments: argparse.Namespace) -> int:
@@ -242,10 +230,7 @@ def _parsed(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Names
         "write": ("posts", "model"),
         "merge": (),
     }[arguments.action]
-    if missing := [f"--{name.replace('_', '-')}" for name in needed if not getattr(arguments, name)]:
-        parser.error(f"{arguments.action} needs {', '.join(missing)}")
-    if Path(arguments.output).is_dir():
-        parser.error(f"--output {arguments.output} is a folder; name a file")
+    check_needed(parser, arguments, arguments.action, needed)
     if arguments.posts and os.path.abspath(arguments.posts) == os.path.abspath(arguments.output):
         parser.error("--output is the posts file itself; name another")
     return arguments

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     command = parser()
     arguments = command.parse_args(argv)
+    from dynkp.files.atomic import write_text
     from dynkp.recipes.catalog import find_recipe
 
     if not arguments.names:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name := recipe.deepspeed_file():
             files[name] = find_recipe(name).text()
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_text(folder / name, text)
             print(folder / name)
 
 

@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser
 
 from dynkp import KeyphraseConfig
 from dynkp.cli.arguments import OneLineErrors
-from dynkp.cli.errors import Interrupted, RunFailedError, log_to_stderr
+from dynkp.cli.errors import Interrupted, RunFailedError, hide_library_bars, log_to_stderr
 from dynkp.data.choices import did_you_mean
 from dynkp.data.paths import check_path
 from dynkp.models.checkpoints import check_available
@@ -308,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     if options is None:
         return
+    if options.args.disable_tqdm:
+        hide_library_bars()
     import torch
 
     from dynkp.training.run import train

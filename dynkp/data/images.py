@@ -132,7 +132,7 @@ def _read(value: Any, post_id: str | None, decode: bool) -> Image.Image:
     path = None
     try:
         if isinstance(value, Image.Image):
-            return _decode(value, decode=True)  # the cheap checks would spoil the caller's image
+            return _decode(value, decode=True)  # the cheap checks would change the caller's image
         file, path = _open_file(value)
         with file, Image.open(file, formats=IMAGE_FORMATS) as image:
             return _decode(image, decode)

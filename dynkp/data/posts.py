@@ -59,7 +59,7 @@ class Finding:
 
 @dataclass
 class PostReport:
-    """The result of `validate_posts`. For a stream it grows while the stream is read, and starts anew with each pass.
+    """The result of `validate_posts`. For a stream it grows while the stream is read, and is reset at the start of each pass.
 
     Attributes:
         total: number of posts read.
@@ -300,7 +300,7 @@ class _StreamCheck:
 
     def __call__(self, post: Mapping[str, Any], index: int) -> bool:
         report = self.validator.report
-        if index == 0:  # a new pass: the same ids come again
+        if index == 0:  # a new pass, with the same ids
             self.validator.first_seen.clear()
             vars(report).update(vars(PostReport()))
         images = post["images"] if self.check_images else []

@@ -96,7 +96,7 @@ class Normaliser:
         image_dir: the folder that image names are relative to.
         stem: posts without id become `<stem>-<row>`.
         local: whether the data was written on this machine: a downloaded dataset cannot name files of this machine.
-        stream: whether the rows are read as a stream: then ignored image names are announced at the first one.
+        stream: whether the rows are read as a stream: the first ignored image name is then logged at once.
         keep_names: whether image names are kept as they are, whatever they refer to.
 
     Attributes:

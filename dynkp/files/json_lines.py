@@ -53,7 +53,7 @@ def read_json_lines(path: str | os.PathLike[str], *, skip_torn: bool = False) ->
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "a.jsonl"
-        >>> written = file.write_text('{"id": 1}\\n{"id": 2}\\n{"id"')
+        >>> written = file.write_text('{"id": 1}\n{"id": 2}\n{"id"')
         >>> [row for _, row in read_json_lines(file, skip_torn=True)]
         [{'id': 1}, {'id': 2}]
     """
@@ -91,7 +91,7 @@ def write_json_lines(
         >>> write_json_lines(file, [{"id": 1}, {"id": 2}])
         2
         >>> file.read_text()
-        '{"id": 1}\\n{"id": 2}\\n'
+        '{"id": 1}\n{"id": 2}\n'
     """
     count = 0
     with atomic_file_or_stream(path) as partial, partial.open("w", encoding="utf-8", errors=errors, newline="\n") as file:

@@ -195,7 +195,7 @@ def read_answers(files: Sequence[str | os.PathLike[str]], keys: Sequence[str | o
         for post in posts:
             order = post["order"]
             if len(order) == 1:
-                judgements.append(Judgement(post["id"], order, dict.fromkeys(CRITERIA, [1]), annotator))
+                judgements.append(Judgement(post["id"], order, {name: [1] for name in CRITERIA}, annotator))
                 continue
             answer = found.get(post["id"])
             if answer is None or not answer.get("complete"):

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from dynkp.chat.client import RequestFailed, ServerUnusable
-from dynkp.chat.journal import AnswerJournal
-from dynkp.chat.post_stream import PostStream, SourcePost
+from dynkp.chat.post_run import PostRun
+from dynkp.chat.post_stream import SourcePost
 from dynkp.chat.request import ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from dynkp.chat.settings import RunPaths, RunSettings
 from dynkp.files.atomic import atomic_files, write_text
-from dynkp.files.json_files import write_json
 from dynkp.files.json_lines import json_line
 from dynkp.judging.candidates import load_candidates
 from dynkp.judging.prompts import JudgeConversation, read_ranks, response_format
@@ -69,7 +68,7 @@ class JudgeSettings(RunSettings):
                 raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(known)}")
 
 
-class JudgeRun:
+class JudgeRun(PostRun[JudgeSettings]):
     """A run of `dynkp judge`; a context manager, which locks the output.
 
     Args:
@@ -94,32 +93,21 @@ class JudgeRun:
         ```
     """
 
+    label = "Judging"
+
     def __init__(self, settings: JudgeSettings):
-        self.settings = settings
-        self.paths = RunPaths(settings.output)
-        self.paths.check_inputs(settings.posts, *settings.predictions.values())
-        self.stream = PostStream(
-            settings.posts, settings.image_dir, limit=settings.limit, allow_image_urls=settings.allow_image_urls
-        )
+        super().__init__(settings, RunPaths(settings.output), *settings.predictions.values())
         self.candidates, self.missing = load_candidates(
-            self.stream,
+            self.posts,
             settings.predictions,
             seed=settings.shuffle_seed,
             top=settings.top,
             allow_missing=settings.allow_missing,
         )
-        self._prices = settings.price_table()
         self.conversation = self._conversation(structured=False)
-        self.journal = AnswerJournal(self.paths.journal)
+        self._open_journal()
         self._probes = 0
         self.run: RequestRun | None = None
-        self.outcome: Outcome | None = None
-
-    def __enter__(self) -> JudgeRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.journal.close()
 
     def ask(self) -> Outcome:
         """Send the requests about all posts that have no ranks yet.
@@ -130,16 +118,16 @@ class JudgeRun:
         Raises:
             ValueError: If `base_url` is not set.
         """
-        self.settings.need_server()
+        self.settings.check_server()
         structured = self._structured()
         if structured is None:
             try:
                 structured = asyncio.run(self._try_formats())
             except (RequestFailed, ServerUnusable) as error:
-                self.outcome = Outcome(0, 0, len(self.stream), stopped="server", reason=str(error), requests=self._probes)
+                self.outcome = Outcome(0, 0, len(self.posts), stopped="server", reason=str(error), requests=self._probes)
                 return self.outcome
-        self.run = self._request_run(structured)
-        outcome = self.run.ask(self.settings.client, concurrency=self.settings.concurrency)
+        self.run = self._ranking_run(structured)
+        outcome = self._ask(self.run)
         self.outcome = Outcome(**{**asdict(outcome), "requests": outcome.requests + self._probes})
         return self.outcome
 
@@ -193,26 +181,12 @@ class JudgeRun:
             max_side=self.settings.max_side,
         )
 
-    def _request_run(self, structured: bool) -> RequestRun:
-        conversation = self.conversation = self._conversation(structured)
+    def _ranking_run(self, structured: bool) -> RequestRun:
+        self.conversation = self._conversation(structured)
         shown = {post_id: [one.keyphrases for one in candidates] for post_id, candidates in self.candidates.items()}
         text = json.dumps(shown, sort_keys=True)
-        asked = {
-            **conversation.describe(),
-            "allow_image_urls": self.settings.allow_image_urls,
-            "candidates": hashlib.blake2b(text.encode()).hexdigest(),
-        }
-        return RequestRun(
-            self.stream,
-            conversation,
-            self.journal,
-            settings=json.dumps(asked, sort_keys=True),
-            prices=self._prices,
-            max_cost=self.settings.max_cost,
-            retry_failed=self.settings.retry_failed,
-            label="Judging",
-            progress=self.settings.progress,
-        )
+        asked = {**self.conversation.describe(), "candidates": hashlib.blake2b(text.encode()).hexdigest()}
+        return self._request_run(self.conversation, asked)
 
     # --- files ---
 
@@ -223,7 +197,7 @@ class JudgeRun:
             The report; without `mean_ranks` if no post is ranked.
         """
         if self.run is None:
-            self.run = self._request_run(bool(self._structured()))
+            self.run = self._ranking_run(bool(self._structured()))
             replayed = self.run.replay()
             self.outcome = self.outcome or replayed
         assert self.outcome is not None
@@ -232,8 +206,8 @@ class JudgeRun:
         judgements: list[Judgement] = []
         with atomic_files(paths.errors, paths.output) as (errors, output):
             with output.open("w", encoding="utf-8", errors="replace") as ranks, errors.open("w", encoding="utf-8") as failures:
-                for place, source in enumerate(self.stream):
-                    key = self.run.keys.get(place)
+                for place, source in enumerate(self.posts):
+                    key = self.run.last_key(place)
                     if key is None:
                         counts["open"] += 1
                         continue
@@ -263,12 +237,7 @@ class JudgeRun:
                 seed=settings.shuffle_seed,
             )
         made = {name: getattr(settings, name) for name in ("model", "limit", "top", "shuffle_seed", "resamples")}
-        recorded = {
-            "cost": self.outcome.cost,
-            "requests": self.outcome.requests,
-            "settings": {"posts": Path(settings.posts).name, **made, **self.conversation.describe()},
-        }
-        write_json(paths.report, {**report, **recorded})
+        self._write_report(report, settings={"posts": Path(settings.posts).name, **made, **self.conversation.describe()})
         write_text(paths.table, rank_tables(report) + "\n" if judgements else "No post is ranked.\n")
         return report
 
@@ -279,7 +248,7 @@ class JudgeRun:
         candidates = self.candidates[source.id]
         order = [candidate.systems for candidate in candidates]
         if len(candidates) == 1:
-            return Judgement(source.id, order, dict.fromkeys(CRITERIA, [1]), self.settings.model)
+            return Judgement(source.id, order, {name: [1] for name in CRITERIA}, self.settings.model)
         try:
             return Judgement(source.id, order, read_ranks(row["text"], len(candidates)), self.settings.model)
         except ValueError as error:

@@ -103,7 +103,7 @@ def porter_stem(word: str) -> str:
 
 
 def _step_1a(word: str) -> str:
-    if not word.endswith("s") or word.endswith("ss") and not word.endswith("sses"):
+    if not word.endswith("s") or (word.endswith("ss") and not word.endswith("sses")):
         return word
     if word.endswith("ies"):
         return word[:-1] if len(word) == 4 else word[:-2]

@@ -136,7 +136,7 @@ class GenerationTask(ABC):
         tokenizer = self.tokenizer = renderer.tokenizer
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
-        # A vocabulary may hold the tags as special tokens; without them the answer could not be read.
+        # A vocabulary may contain the tags as special tokens; without them the answer could not be read.
         self.dropped_ids = special - {index for tag, index in tokenizer.get_added_vocab().items() if tag in TAGS}
         self.num_cut_off = 0
 

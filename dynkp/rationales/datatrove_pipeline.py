@@ -87,13 +87,13 @@ class AskTeacher(PipelineStep):
 
 
 def _read_post(self: Any, data: dict[str, Any], path: str, id_in_file: int | str) -> dict[str, Any]:
-    """datatrove's adapter for reading: the text is the whole post, because datatrove drops documents without text."""
+    """Adapter of datatrove's reader: the text is the whole post, because datatrove drops documents without text."""
     post = {"id": f"{Path(path).stem}-{id_in_file}", **data}
     return {"text": json_line(post), "id": str(post["id"]), "metadata": {_POST: post}}
 
 
 def _write_post(self: Any, document: Document) -> dict[str, Any]:
-    """datatrove's adapter for writing: the post with its rationale."""
+    """Adapter of datatrove's writer: the post with its rationale."""
     return document.metadata[_POST]
 
 

@@ -131,7 +131,7 @@ def _reason(
         finish_reason=row["finish_reason"],
     )
     if reason is None and index in copies:
-        return "near_copy", _near_copy_message(source.stream.index_of(copies[index]))
+        return "near_copy", _near_copy_message(source.stream.index_in_file(copies[index]))
     return reason, FILTERS.get(reason or "", "")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +131,7 @@ class NearCopies:
             order = np.argsort(mixed, kind="stable")
             ordered = mixed[order]
             bounds = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] ^ np.uint64(1), append=ordered[-1:] ^ np.uint64(1)))
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            for start, end in pairwise(bounds):
                 if end - start > 1:
                     self._compare(order[start:end], signatures, text_of, copies)
         # A later band may have found that the original of a copy is a copy itself.

@@ -15,15 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dynkp.chat.batch_files import Imported, export_requests, import_results
-from dynkp.chat.journal import AnswerJournal
-from dynkp.chat.post_stream import PostStream
+from dynkp.chat.batch_files import ImportCounts, export_requests, import_results
+from dynkp.chat.post_run import PostRun
 from dynkp.chat.request import ChatRequest
-from dynkp.chat.run import Outcome, RequestRun
+from dynkp.chat.run import Outcome
 from dynkp.chat.settings import RunPaths, RunSettings
 from dynkp.data.images import ImageError
 from dynkp.data.reasoning_tasks import REASONING_TASKS
-from dynkp.files.json_files import write_json
 from dynkp.rationales.files import write_rationales
 from dynkp.rationales.filters import DEFAULT_FILTERS, RationaleFilter
 from dynkp.rationales.prompts import DYNAMIC_COT, RationaleConversation, load_templates
@@ -56,7 +54,7 @@ class RationaleSettings(RunSettings):
     preview: int = 0
 
 
-class RationaleRun:
+class RationaleRun(PostRun[RationaleSettings]):
     """A run of `dynkp rationales`; a context manager, which locks the output.
 
     Args:
@@ -78,19 +76,11 @@ class RationaleRun:
         ```
     """
 
+    label = "Rationales"
+
     def __init__(self, settings: RationaleSettings):
-        self.settings = settings
         paths = RunPaths(settings.output)
-        self.paths = paths if settings.shard[1] == 1 else paths.of_shard(*settings.shard)
-        self.paths.check_inputs(settings.posts)
-        self.stream = PostStream(
-            settings.posts,
-            settings.image_dir,
-            shard=settings.shard,
-            limit=settings.limit,
-            allow_image_urls=settings.allow_image_urls,
-        )
-        prices = settings.price_table()
+        super().__init__(settings, paths if settings.shard[1] == 1 else paths.of_shard(*settings.shard), shard=settings.shard)
         templates = load_templates(settings.template, settings.task) if settings.template else None
         self.conversation = RationaleConversation(
             settings.task, settings.request_settings(), max_side=settings.max_side, templates=templates
@@ -102,26 +92,8 @@ class RationaleRun:
             field_names=self.conversation.field_names(),
             reasoning_task=REASONING_TASKS.get(settings.task),
         )
-        asked = {**self.conversation.describe(), "allow_image_urls": settings.allow_image_urls}
-        self.journal = AnswerJournal(self.paths.journal)
-        self.run = RequestRun(
-            self.stream,
-            self.conversation,
-            self.journal,
-            settings=json.dumps(asked, sort_keys=True),
-            prices=prices,
-            max_cost=settings.max_cost,
-            retry_failed=settings.retry_failed,
-            label="Rationales",
-            progress=settings.progress,
-        )
-        self.outcome: Outcome | None = None
-
-    def __enter__(self) -> RationaleRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.journal.close()
+        self._open_journal()
+        self.run = self._request_run(self.conversation, self.conversation.describe())
 
     def ask(self) -> Outcome:
         """Send the requests about all posts that have no answer yet.
@@ -132,8 +104,8 @@ class RationaleRun:
         Raises:
             ValueError: If `base_url` is not set.
         """
-        self.settings.need_server()
-        self.outcome = self.run.ask(self.settings.client, concurrency=self.settings.concurrency)
+        self.settings.check_server()
+        self.outcome = self._ask(self.run)
         return self.outcome
 
     def replay(self) -> Outcome:
@@ -152,13 +124,13 @@ class RationaleRun:
         Returns:
             The number of requests, and the files.
         """
-        return export_requests(self.run.unanswered(), folder, refuse=self._refuse)
+        return export_requests(self.run.next_requests(), folder, on_image_error=self._record_image_error)
 
-    def _refuse(self, request: ChatRequest, error: ImageError) -> None:
+    def _record_image_error(self, request: ChatRequest, error: ImageError) -> None:
         row = {"stage": request.stage, "model": self.settings.model, "failed": True, "invalid": True, "error": str(error)}
         self.journal.append(request.key, row)
 
-    def import_results(self, paths: Iterable[str | os.PathLike[str]]) -> Imported:
+    def import_results(self, paths: Iterable[str | os.PathLike[str]]) -> ImportCounts:
         """Add the results of batches to the journal.
 
         Args:
@@ -180,8 +152,8 @@ class RationaleRun:
         assert self.outcome is not None
         settings = self.settings
         report = write_rationales(
-            self.stream,
-            self.run.keys.get,
+            self.posts,
+            self.run.last_key,
             self.journal,
             self.paths,
             self.rationale_filter,
@@ -190,15 +162,8 @@ class RationaleRun:
             preview=settings.preview,
             progress=settings.progress,
         )
-        recorded = {
-            **report,
-            "cost": self.outcome.cost,
-            "requests": self.outcome.requests,
-            "keep_all": settings.keep_all,
-            "shard": list(settings.shard),
-            "settings": self._recorded_settings(),
-        }
-        write_json(self.paths.report, recorded)
+        recorded = {"keep_all": settings.keep_all, "shard": list(settings.shard), "settings": self._recorded_settings()}
+        self._write_report(report, **recorded)
         return report
 
     def _recorded_settings(self) -> dict[str, Any]:

@@ -92,11 +92,13 @@ class PostClusters:
         ]
         return {
             "keyphrases": dict(zip(self.keyphrases, self.frequencies, strict=True)),
-            **{
-                name: getattr(self, name)
-                for name in ("modalities", "projection", "several", "without_embedding")
-                + ("silhouette", "neighbour_share", "neighbour_chance")
-            },
+            "modalities": self.modalities,
+            "projection": self.projection,
+            "several": self.several,
+            "without_embedding": self.without_embedding,
+            "silhouette": self.silhouette,
+            "neighbour_share": self.neighbour_share,
+            "neighbour_chance": self.neighbour_chance,
             "posts": posts,
         }
 

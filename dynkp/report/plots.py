@@ -195,7 +195,7 @@ class Visits:
 
 
 def read_visits(path: str | Path, *, windows: int = 100, points: int = 5000, seed: int = 0) -> Visits:
-    """Read a log of visits and compute its statistics.
+    r"""Read a log of visits and compute its statistics.
 
     Args:
         path: `visits.jsonl`, or the run's folder that contains it. An incomplete last line, which a running or killed run
@@ -216,7 +216,7 @@ def read_visits(path: str | Path, *, windows: int = 100, points: int = 5000, see
         >>> log = pathlib.Path(tempfile.mkdtemp(), "visits.jsonl")
         >>> losses = {"full_loss": 1.0, "masked_loss": 1.5}
         >>> rows = [{"step": 1, "modality": "image", "stride": 1, "cosine": c, "kept": c > 0.4, **losses} for c in (0.2, 0.6)]
-        >>> _ = log.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+        >>> _ = log.write_text("".join(json.dumps(row) + "\n" for row in rows))
         >>> read_visits(log).over_steps()["image"]["kept_share"]
         0.5
     """

@@ -16,7 +16,7 @@ def percent(value: float | None) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows as a Markdown table.
+    r"""Lay out rows as a Markdown table.
 
     Args:
         rows: Rows of equally many cells, the column heads first; the first column is left-aligned, the others right-aligned.
@@ -28,7 +28,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
         >>> print(markdown_table([["system", "F1@1"], ["a|b", "61.90"]]))
         | system |  F1@1 |
         | ------ | ----: |
-        | a\\|b   | 61.90 |
+        | a\|b   | 61.90 |
     """
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(rows[0]))]
@@ -46,7 +46,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex_table(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows as a LaTeX tabular, which needs the packages booktabs and textcomp.
+    r"""Lay out rows as a LaTeX tabular, which needs the packages booktabs and textcomp.
 
     Args:
         rows: Rows of equally many cells, the column heads first.
@@ -56,13 +56,13 @@ def latex_table(rows: Sequence[Sequence[str]]) -> str:
 
     Example:
         >>> print(latex_table([["system", "F1@1"], ["a_b", "61.90"]]))
-        \\begin{tabular}{lr}
-        \\toprule
-        system & F1@1 \\\\
-        \\midrule
-        a\\_b & 61.90 \\\\
-        \\bottomrule
-        \\end{tabular}
+        \begin{tabular}{lr}
+        \toprule
+        system & F1@1 \\
+        \midrule
+        a\_b & 61.90 \\
+        \bottomrule
+        \end{tabular}
     """
     head, *body = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in rows]
     columns = "l" + "r" * (len(rows[0]) - 1)

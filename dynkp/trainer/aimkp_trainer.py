@@ -75,6 +75,7 @@ class AimKPTrainer(PostTrainer):
     """
 
     _name = "AimKP"
+    method = "aimkp"
     target_kinds: Sequence[str] = ("direct",)
     collator_class = MaskingCollator
     args: AimKPConfig

@@ -72,6 +72,7 @@ class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
     """
 
     _name = "Dynamic CoT and AimKP"
+    method = "dynamic_aimkp"
     args: DynamicAimKPConfig
 
     def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:

@@ -65,6 +65,7 @@ class DynamicCoTTrainer(PostTrainer):
     """
 
     _name = "Dynamic CoT"
+    method = "dynamic_cot"
     args: DynamicCoTConfig
 
     def __init__(self, model: Any, args: DynamicCoTConfig, **kwargs: Any):

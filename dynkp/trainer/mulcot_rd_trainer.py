@@ -79,6 +79,7 @@ class MulCoTRDTrainer(PostTrainer):
     """
 
     _name = "MulCoT-RD"
+    method = "mulcot_rd"
     target_kinds = ("label", "chain")
     args: MulCoTRDConfig
     task: ReasoningTask

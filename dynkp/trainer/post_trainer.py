@@ -38,6 +38,7 @@ from dynkp.mechanics.shared_prompt import (
     why_prompts_cannot_be_shared,
 )
 from dynkp.models.checkpoints import pad_images_to_squares
+from dynkp.models.saved_task import Modality, SavedTask
 from dynkp.objectives.token_loss import PostLosses, TargetLoss
 from dynkp.trainer.durable_checkpoints import DurableCheckpoints
 from dynkp.trainer.generative_evaluation import GenerativeEvaluation
@@ -75,6 +76,10 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
     _tag_names = ["dynkp"]
     # Losses are normalized here over the whole optimizer step; Trainer must not divide them again.
     loss_is_scaled_for_ga = True
+    # Saved with the model, for its predictions (dynkp.models.saved_task): the method, as `dynkp train --method` calls it, and
+    # which modalities of the posts are trained on.
+    method = "direct"
+    modality: Modality = "both"
     # Kinds of targets the method trains on; the collator builds no others.
     target_kinds: Sequence[str] = ("direct", "reasoning")
     # What `build_collator` returns an instance of.
@@ -374,7 +379,16 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
         # TRL's fused head scores only labelled positions, in tiles, on accelerators; on a CPU it would score padding too.
         return score_targets if device.type == "cpu" else fused_score_targets
 
-    # Resumption and evaluation
+    # Checkpoints and evaluation
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.saved_task().write(output_dir or self.args.output_dir)
+
+    def saved_task(self) -> SavedTask:
+        """Return what is saved beside the model about its task, so that predictions use the same prompts and targets."""
+        strategy = getattr(self.args, "strategy", None)
+        return SavedTask(self.task, self.modality, self.method, strategy, self.args.max_length)
 
     def resume_at(self, step: int) -> None:
         """Continue at an optimizer step: the posts of a stream that were trained on are not collated again."""

@@ -13,6 +13,8 @@ from dynkp.batches.reasoning_renderer import PromptKind
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.files.json_files import write_json
+from dynkp.models.checkpoints import check_available, find_checkpoint
+from dynkp.models.saved_task import find_saved_task
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
 from dynkp.report.scores import score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
@@ -48,6 +50,24 @@ def load(source: Any, args: MulCoTRDConfig, image_dir: str | None, split: str = 
         progress=not args.disable_tqdm,
     )
     return posts
+
+
+def check_assistant(args: MulCoTRDConfig) -> None:
+    """Refuse an assistant that does not exist, or was trained with another task than the student is to learn.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if the tasks differ.
+    """
+    if args.assistant is None:
+        return
+    check_available(args.assistant, "--assistant")
+    saved = find_saved_task(find_checkpoint(args.assistant))
+    if saved is not None and saved.task.name != args.task:
+        raise ValueError(
+            f"`assistant` {args.assistant!r} was trained with task {saved.task.name!r}, and `task` is {args.task!r}: take an "
+            "assistant of the student's task."
+        )
 
 
 def texts(posts: Dataset, args: MulCoTRDConfig) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
-from dynkp import DynamicCoTTrainer, KeyphraseConfig, MulCoTRDTrainer
+from dynkp import DynamicCoTTrainer, KeyphraseConfig, MulCoTRDConfig, MulCoTRDTrainer
 from dynkp.data.tasks import resolve_task
+from dynkp.models.saved_task import Modality
 from dynkp.training import drawn_posts, mulcot_rd
 from dynkp.training.models import load_model
 from dynkp.training.opening import announce
@@ -40,7 +42,9 @@ def train(options: TrainingOptions) -> None:
         raise ValueError(
             "`eval_modalities` is not for `method` mulcot_rd: dynkp predict --modality answers from text or image."
         )
-    if options.trainer_class is not MulCoTRDTrainer:  # whose configuration knows its tasks
+    if isinstance(args, MulCoTRDConfig):  # whose `task` is checked already
+        mulcot_rd.check_assistant(args)
+    else:
         resolve_task(args.task)
     train_posts, eval_posts = load_data(data, args)
     model, processor = load_model(options, train_posts)
@@ -53,6 +57,7 @@ def train(options: TrainingOptions) -> None:
         peft_config=get_peft_config(options.model),
         quantization_config=get_quantization_config(options.model) if options.model.model_name_or_path else None,
     )
+    trainer.modality = cast(Modality, data.modality)  # saved with the model
     announce(trainer, method, data.modality)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(args.output_dir)

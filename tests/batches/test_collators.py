@@ -1,9 +1,10 @@
-"""PairedTargetCollator: from rows to tensors.
+"""Invariants of PairedTargetCollator:
 
-Holds: prompts are padded left, targets right; rows are not changed; text that looks like a control token stays text and
-never changes the number of image tokens; every target ends its turn; direct targets are the tokens that TRL's own
-collators give for the same conversation, except where TRL would put something before the answer (Qwen3's empty
-thinking, Mllama's BOS) or nothing behind it (LLaVA-1.5); weights of the answer begin at `<answer>` to the byte.
+- prompts are padded on the left, targets on the right; rows are not changed;
+- text that looks like a control token stays text and never changes the number of image tokens;
+- every target ends its turn; direct targets are the tokens that TRL's own collators give for the same conversation, except
+  where TRL puts something before the answer (Qwen3's empty <think></think>, Mllama's BOS) or nothing behind it (LLaVA-1.5);
+- answer weights begin at `<answer>`, to the byte.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ QUESTION = TASKS["dynamic_cot"].instruction
 
 
 def test_whole_batch_of_llava() -> None:
-    """Two posts, one with a picture: 16 image tokens; every token of prompt and targets."""
+    """Two posts, one with an image: 16 image tokens; every token of prompt and targets."""
     _, processor = build("llava")
     tokenizer = processor.tokenizer
     batch = PairedTargetCollator(processor, answer_weight=2.0)(
@@ -129,7 +130,7 @@ def test_rows_are_not_changed(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_pictures_of_every_kind(family: str, tmp_path: Any) -> None:
+def test_images_of_every_kind(family: str, tmp_path: Any) -> None:
     """PIL, bytes, path and `image` instead of `images` give the same pixels; grey and transparent ones are made RGB."""
     _, processor = build(family)
     collator = PairedTargetCollator(processor)
@@ -148,14 +149,14 @@ def test_pictures_of_every_kind(family: str, tmp_path: Any) -> None:
         collator([post(images=[original.convert(mode)])])
 
 
-def test_an_unreadable_picture_names_the_post() -> None:
+def test_an_unreadable_image_names_the_post() -> None:
     _, processor = build("llava")
     with pytest.raises(ImageError, match="post 'bad'"):
         PairedTargetCollator(processor)([post(id="bad", images=[{"bytes": b"no picture", "path": None}])])
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_no_picture_at_all(family: str) -> None:
+def test_no_image_at_all(family: str) -> None:
     _, processor = build(family)
     batch = PairedTargetCollator(processor)([post(images=[]), post(images=None, id="q")])
     assert not any(name.startswith("pixel_values") for name in batch["prompt"])
@@ -163,7 +164,7 @@ def test_no_picture_at_all(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [family for family in VISION_FAMILIES if family != "mllama"])
-def test_several_pictures(family: str) -> None:
+def test_several_images(family: str) -> None:
     _, processor = build(family)
     collator, tokenizer = PairedTargetCollator(processor), tokenizer_of(processor)
     counts = [
@@ -180,7 +181,7 @@ def image_token_id(processor: Any, tokenizer: Any) -> int:
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
-def test_a_text_model_leaves_pictures_out(family: str) -> None:
+def test_a_text_model_leaves_images_out(family: str) -> None:
     _, tokenizer = build(family)
     collator = PairedTargetCollator(tokenizer)
     with_picture = post(images=[picture(1)])

@@ -1,8 +1,8 @@
 """A post's text is found exactly in its padded prompt.
 
-Holds for every family's tokenizer and template, for byte-level and SentencePiece-like vocabularies, and for texts that
+This holds for every family's tokenizer and template, for byte-level and SentencePiece-like vocabularies, and for texts that
 repeat the instruction, spell control tokens, begin with whitespace, or are full of emojis: the text's slots decode to the
-text and the slots around it to the rest of the prompt.
+text, and the slots around it to the rest of the prompt.
 """
 
 from __future__ import annotations

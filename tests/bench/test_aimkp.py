@@ -1,13 +1,16 @@
-"""`dynkp bench --suite aimkp` measures the trainer's own steps, and says in every row what it measured.
+"""`dynkp bench --suite aimkp` measures the trainer's own steps, and each row says what it measured.
 
 Holds at the quick size: ours and the published way agree in loss and gradients at every stride, and the warm-up with plain
-fine-tuning; a way that computes something else stops the suite. Times are never asserted: the machine is shared.
+fine-tuning; a way that computes something else stops the suite; libraries print nothing between the rows. Times are never
+asserted: the machine is shared.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from dynkp import cli
 from dynkp.bench import aimkp
 from dynkp.bench.measure import AGREEMENT, Setting
 from dynkp.bench.steps import train_masked
@@ -25,13 +27,29 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    """The suite in a process of its own, as a user runs it, and its rows."""
     file = tmp_path_factory.mktemp("bench") / "rows.json"
-    threads = torch.get_num_threads()
     arguments = ["--suite", "aimkp", "--quick", "--repeats", "1", "--device", "cpu", "--json", str(file)]
-    assert cli.main(["bench", *arguments]) == 0
-    torch.set_num_threads(threads)
-    return json.loads(file.read_text(encoding="utf-8"))
+    process = subprocess.run(
+        [sys.executable, "-m", "dynkp", "bench", *arguments], check=True, capture_output=True, text=True, timeout=600
+    )
+    return process, json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def rows(finished: tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return finished[1]
+
+
+def test_the_screen_shows_the_table_alone(
+    finished: tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]],
+) -> None:
+    process, rows = finished
+    assert process.stderr == ""
+    title, blank, *table, gap, provenance, end = process.stdout.splitlines()
+    assert title.startswith("aimkp: ") and (blank, gap, end) == ("", "", "") and "rounds; python" in provenance
+    assert len(table) == 2 + len(rows) and all(line.startswith("| ") and line.endswith(" |") for line in table)
 
 
 @pytest.fixture(scope="module")

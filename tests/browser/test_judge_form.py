@@ -1,5 +1,5 @@
-"""Invariants of the annotators' form in a browser: it is filled in, kept when the page is closed and opened again, and
-exported; the file reads back as what was entered; what posts say is shown as text; nothing is fetched.
+"""Invariants of the annotators' form in a browser: entries are kept when the page is closed and opened again, and exported; the
+exported file reads back as what was entered; text of posts is shown as text; nothing is fetched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Invariants of the browser tests themselves: a page is shown; one that throws, or asks another machine, is found out."""
+"""Invariants of the browser tests themselves: a page is shown; a script error or an outside request fails the test."""
 
 from __future__ import annotations
 

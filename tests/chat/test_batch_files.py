@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynkp.chat.batch_files import Imported, export_requests, import_results
+from dynkp.chat.batch_files import ImportCounts, export_requests, import_results
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.request import ChatRequest
 
@@ -67,7 +67,7 @@ def test_results_come_back_in_any_order(tmp_path: Path) -> None:
     for name, part in (("a", rows[:5]), ("b", rows[5:])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, part)) + "\n\n")
     with AnswerJournal(tmp_path / "journal") as journal:
-        assert import_results([tmp_path / "a", tmp_path / "b"], journal, model="m") == Imported(5, 5, 0)
+        assert import_results([tmp_path / "a", tmp_path / "b"], journal, model="m") == ImportCounts(5, 5, 0)
         for number, request in enumerate(REQUESTS):
             row = journal.read(request.key)
             assert row["stage"] == request.stage and row["model"] == "m"
@@ -78,7 +78,7 @@ def test_results_come_back_in_any_order(tmp_path: Path) -> None:
         # A second batch answers what had failed; the rest stays as it is.
         again = [result(row) for row in lines(files[0])]
         (tmp_path / "c").write_text("\n".join(map(json.dumps, again)))
-        assert import_results([tmp_path / "c"], journal, model="m") == Imported(5, 0, 5)
+        assert import_results([tmp_path / "c"], journal, model="m") == ImportCounts(5, 0, 5)
         assert not any(journal.has_failed(request.key) for request in REQUESTS)
 
 

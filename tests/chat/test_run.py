@@ -36,22 +36,7 @@ from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from tests.conftest import REPOSITORY
 from tests.support.chat_server import ChatServer, last_text, serve, serve_in_process
-
-
-def question(text: str, stage: str = "") -> ChatRequest:
-    return ChatRequest([{"role": "user", "content": text}], {"model": "m"}, stage)
-
-
-def once(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    if not post["text"]:
-        raise ValueError("the post is empty")
-    yield question(post["text"])
-
-
-def twice(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
-    answer = yield question(post["text"], "first")
-    if "even" in post["text"]:
-        yield question(f"{post['text']} again: {answer.text}", "second")
+from tests.support.conversations import once, question, twice
 
 
 def write_posts(folder: Path, texts: list[str]) -> Path:
@@ -63,7 +48,7 @@ def write_posts(folder: Path, texts: list[str]) -> Path:
 def ask(
     folder: Path,
     url: str,
-    dialogue: Any = once,
+    conversation: Any = once,
     *,
     concurrency: int = 4,
     attempts: int = 2,
@@ -73,12 +58,12 @@ def ask(
     """Run over `posts.jsonl`; the last answer of each post."""
     stream = PostStream(folder / "posts.jsonl")
     with AnswerJournal(folder / "journal") as journal:
-        run = RequestRun(stream, dialogue, journal, settings=settings, **{"progress": False, **options})
+        run = RequestRun(stream, conversation, journal, settings=settings, **{"progress": False, **options})
         outcome = run.ask(
             lambda: ChatClient(url, concurrency=concurrency, max_attempts=attempts, first_pause=0.01, timeout=20),
             concurrency=concurrency,
         )
-        keys = [run.keys.get(place) for place in range(len(stream))]
+        keys = [run.last_key(place) for place in range(len(stream))]
         return outcome, [None if key is None else journal.read(key) for key in keys]
 
 
@@ -110,27 +95,26 @@ def test_one_question_follows_another(tmp_path: Path) -> None:
         outcome, answers = ask(tmp_path, url, twice)
         assert outcome.requests == 30 and outcome.settled == 20
         assert [row["stage"] for row in answers if row] == ["second", "first"] * 10
-        # Without the notes of what is settled, the dialogues are replayed from their answers.
+        # Without the notes of what is settled, the conversations are replayed from their answers.
         (tmp_path / "journal" / "index.sqlite").unlink()
         again, same = ask(tmp_path, url, twice)
         assert again.requests == 0 and same == answers
 
 
 def test_a_post_may_need_no_question(tmp_path: Path) -> None:
-    def dialogue(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
+    def conversation(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
         if post["text"] != "known":
             yield question(post["text"])
 
     write_posts(tmp_path, ["a", "known", "b", "known"])
     with serve() as (url, _):
         for requests in (2, 0):
-            outcome, answers = ask(tmp_path, url, dialogue)
+            outcome, answers = ask(tmp_path, url, conversation)
             assert outcome == Outcome(settled=4, failed=0, open=0, requests=requests)
             assert ["text" in row for row in answers if row] == [True, False, True, False]
     with AnswerJournal(tmp_path / "other") as journal:
-        assert (
-            RequestRun(PostStream(tmp_path / "posts.jsonl"), dialogue, journal, settings="s", progress=False).replay().open == 2
-        )
+        run = RequestRun(PostStream(tmp_path / "posts.jsonl"), conversation, journal, settings="s", progress=False)
+        assert run.replay().open == 2
 
 
 @pytest.mark.parametrize("cursor", [None, "middle", "end", "other file"])
@@ -142,7 +126,7 @@ def test_a_run_goes_on_wherever_the_last_one_was_reading(tmp_path: Path, cursor:
             run = RequestRun(stream, once, journal, settings="s", progress=False)
             run.ask(lambda: ChatClient(url, concurrency=4), concurrency=4)
             # As if five answers had been lost on the way.
-            lost = [run.keys.get(place) for place in range(3, 8)]
+            lost = [run.last_key(place) for place in range(3, 8)]
             for key in lost:
                 assert key is not None
             whole = PostStream(path)
@@ -326,12 +310,12 @@ def test_without_a_server_answers_are_taken_stock_of(tmp_path: Path) -> None:
     with AnswerJournal(tmp_path / "journal") as journal:
         run = RequestRun(PostStream(path), twice, journal, settings="s", progress=False)
         assert run.replay() == Outcome(settled=0, failed=0, open=7)
-        first = list(run.unanswered())
+        first = list(run.next_requests())
         assert [request.stage for request in first] == ["first"] * 7
         for request in first:
             journal.append(request.key, {"model": "m", "stage": "first", **vars(ChatAnswer("so"))})
         run = RequestRun(PostStream(path), twice, journal, settings="s", progress=False)
-        second = list(run.unanswered())
+        second = list(run.next_requests())
         assert [request.messages[0]["content"] for request in second] == [f"even {n} again: so" for n in (0, 2, 4)]
         assert run.replay().settled == 4
 
@@ -360,7 +344,7 @@ from dynkp.chat.client import ChatClient
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.post_stream import PostStream
 from dynkp.chat.run import RequestRun
-from tests.chat.test_run import once
+from tests.support.conversations import once
 began = []
 class Client(ChatClient):
     async def ask(self, *given):

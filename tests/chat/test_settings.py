@@ -46,7 +46,7 @@ def test_what_cannot_work_is_refused() -> None:
         with pytest.raises(ValueError, match=f"extra_body must not have {name}"):
             RunSettings("p", "o", "m", extra_body={name: 1})
     with pytest.raises(ValueError, match="base_url is missing"):
-        RunSettings("p", "o", "m").need_server()
+        RunSettings("p", "o", "m").check_server()
 
 
 def test_files_are_named_after_the_output() -> None:

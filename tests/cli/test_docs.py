@@ -14,6 +14,8 @@ import pytest
 
 from dynkp import KeyphraseConfig
 from dynkp.cli import COMMANDS
+from dynkp.cli.train import TrainParser, read_config
+from dynkp.recipes.catalog import find_recipe
 from dynkp.training.options import METHODS, DataArguments, PredictionArguments, TinyModelArguments
 from tests.conftest import REPOSITORY
 
@@ -24,6 +26,16 @@ PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 def parser_of(command: str) -> argparse.ArgumentParser:
     module = importlib.import_module(COMMANDS[command][0])
     return (getattr(module, "parser", None) or module._parser)()
+
+
+def parse(command: str, words: list[str]) -> None:
+    """Parse the words of a command line; those of `train` by the parser of their method or recipe."""
+    parser = parser_of(command)
+    if command == "train":
+        chosen = dict(zip(words, words[1:], strict=False))
+        recipe = read_config(str(find_recipe(chosen["--recipe"], "training").path), "") if "--recipe" in chosen else {}
+        parser = TrainParser(chosen.get("--method", recipe.get("method", "dynamic_cot")))
+    parser.parse_args(words)
 
 
 def command_lines(text: str) -> list[list[str]]:
@@ -67,7 +79,7 @@ def test_the_reference_has_every_command_and_option() -> None:
 def test_command_lines_are_understood(page: Path) -> None:
     for command, *words in command_lines(page.read_text()):
         assert command in COMMANDS, f"{page.name}: dynkp {command}"
-        parser_of(command).parse_args(words)
+        parse(command, words)
 
 
 @pytest.mark.parametrize("command", ["train", "recipes", "predict", "rationales", "judge", "distill", "evaluate", "stats"])
@@ -78,4 +90,4 @@ def test_examples_in_the_help_are_understood(command: str) -> None:
     assert examples
     for line in examples:
         (words,) = command_lines(f"```bash\n{line}\n```")
-        parser_of(words[0]).parse_args(words[1:])
+        parse(words[0], words[1:])

@@ -111,7 +111,7 @@ def test_equals_generate_keyphrases(folder: Path, whole: list[dict[str, Any]]) -
 def test_a_finished_run_loads_no_model(
     folder: Path, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(predict, "_generator", lambda *_: pytest.fail("nothing is left to predict"))
+    monkeypatch.setattr(predict, "_load_engine", lambda *_, **__: pytest.fail("nothing is left to predict"))
     assert run(folder, folder / "whole" / "p.jsonl") == whole
     assert "14 predictions, all done before" in capsys.readouterr().out
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_is_more_than_its_weights(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
-        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, the file of their settings, is missing"),
+        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, which says what made them, is missing"),
         (b'{"id": "p1"}\n', b"{", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1"}\n', b"[]", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1", "raw": ""}\nnonsense\n{"id": "p2"}\n', True, "p.jsonl, line 2: not a prediction"),
@@ -357,7 +357,7 @@ def test_arguments_that_do_not_fit(
     [
         (["--model", "./nowhere"], "model='./nowhere': there is no such folder"),
         (["--model", "IMAGES"], "neither a config.json nor an adapter_config.json"),
-        (["--merge-adapter"], "comes with no adapter"),
+        (["--merge-adapter"], "there is no adapter for"),
         (["--task", "tags"], "task='tags' is not known"),
         (["--separator", "and"], "separator='and' must be one punctuation mark"),
         (["--posts", "/nowhere.jsonl"], "/nowhere.jsonl"),
@@ -373,19 +373,19 @@ def test_errors_name_what_is_wrong(
 
 
 def test_interrupted_by_hand(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def interrupt(*_: Any) -> Any:
+    def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "_generator", interrupt)
+    monkeypatch.setattr(predict, "_load_engine", interrupt)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(predict, "_generator", full)
+    monkeypatch.setattr(predict, "_load_engine", full)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 1
     assert "with a smaller --batch-size goes on" in capsys.readouterr().err
 

@@ -24,6 +24,7 @@ import pytest
 
 from dynkp import cli
 from dynkp.cli import rationales
+from dynkp.cli.chat_options import COST_REACHED, SOME_FAILED
 from dynkp.cli.errors import DONE, INTERRUPTED, RUN_FAILED, USER_ERROR
 from dynkp.rationales.filters import DEFAULT_FILTERS, FILTERS
 from dynkp.rationales.prompts import TASKS
@@ -71,7 +72,7 @@ def test_killed_five_times_by_a_server_that_breaks(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
         last = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert last.returncode == rationales.SOME_FAILED, last.stderr
+    assert last.returncode == SOME_FAILED, last.stderr
     rows, errors = read(tmp_path / "r.jsonl"), read(tmp_path / "r.errors.jsonl")
     assert [row["id"] for row in rows] == [f"p{n}" for n in range(posts) if n not in cursed]
     assert all(f"care about tag {row['id'][1:]} would" in row["rationale"] for row in rows)
@@ -91,11 +92,11 @@ def test_each_ending_has_its_status(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "prices.json").write_text('{"m": {"input": 10000, "output": 20000}}')
     with serve(cursed="cursed") as (url, server):
         cost = ("--prices", str(tmp_path / "prices.json"), "--max-cost", "11")
-        assert cli.main(arguments(tmp_path, "--base-url", url, *cost)) == rationales.COST_REACHED
+        assert cli.main(arguments(tmp_path, "--base-url", url, *cost)) == COST_REACHED
         said = capsys.readouterr()
         assert "--max-cost reached" in said.err and "not asked yet" in said.out and "cost " in said.out
         assert 1 <= len(read(tmp_path / "r.jsonl")) <= 5
-        assert cli.main(arguments(tmp_path, "--base-url", url)) == rationales.SOME_FAILED
+        assert cli.main(arguments(tmp_path, "--base-url", url)) == SOME_FAILED
         said = capsys.readouterr()
         assert "19 with a rationale, 1 failed" in said.out and "--retry-failed asks them again" in said.err
         server.cursed = ""
@@ -157,7 +158,7 @@ def test_the_key_is_nowhere(tmp_path: Path, status: int) -> None:
             env=environment,
         )
         assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
-    assert result.returncode == (rationales.SOME_FAILED if status == 200 else RUN_FAILED), result.stderr
+    assert result.returncode == (SOME_FAILED if status == 200 else RUN_FAILED), result.stderr
     assert KEY not in result.stdout + result.stderr
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     written = {"r.jsonl", "r.errors.jsonl", "r.report.json", "r.preview.html", "answers-00001.jsonl", "index.sqlite"}
@@ -190,7 +191,7 @@ def test_batches_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     results = [{"custom_id": row["custom_id"], "response": {"status_code": 200, "body": body}} for row in requests]
     (tmp_path / "results").write_text("".join(json.dumps(row) + "\n" for row in results[:4]))
     given = arguments(tmp_path, "--results", str(tmp_path / "results"), action="import")
-    assert cli.main(given) == rationales.SOME_FAILED
+    assert cli.main(given) == SOME_FAILED
     said = capsys.readouterr()
     assert "4 answers, 0 failures, 0 known before" in said.out and "1 posts need more requests" in said.err
     assert "1 with a rationale" in said.out and "3 near_copy" in said.out

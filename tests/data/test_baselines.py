@@ -1,8 +1,9 @@
-"""Baselines: the most frequent phrase counts posts and breaks ties by order; the nearest neighbour is the cosine's.
+"""Invariants of the baselines:
 
-Held: hand-made cases; the batched sparse product equals a dense one-by-one TF-IDF written out here; a post's
-prediction does not depend on the posts beside it; no shared word means no prediction; on the real tweets the
-hit rates are the known ones.
+- the most frequent keyphrase counts posts, and ties are resolved by order;
+- the nearest neighbour has the greatest cosine: the batched sparse product equals a dense TF-IDF written out here;
+- a post's prediction does not depend on the other posts; without a shared word there is no prediction;
+- on the real tweets the hit rates are the known ones.
 """
 
 from __future__ import annotations

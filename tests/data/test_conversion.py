@@ -1,11 +1,11 @@
 """Invariants of conversion:
 
-- CMKP's real posts go JSON Lines -> CMKP's raw files -> Parquet -> AimKP's JSON -> JSON Lines and come back as they were,
-  and the real Twitter-2015 posts with their pictures go into Parquet and out of it, byte for byte;
-- any posts survive Parquet and back with every column, whatever types the columns mix;
-- what a form cannot hold is an error that names the post, or is counted; nothing is left out in silence;
-- the output is whole or absent, also when the process is killed; memory does not grow with the posts;
-- what is written is what `load_posts`, and the Hub's loader, read.
+- CMKP's real posts are unchanged after JSON Lines -> CMKP's raw files -> Parquet -> AimKP's JSON -> JSON Lines, and the images
+  of the real Twitter-2015 posts are unchanged, byte for byte, after Parquet;
+- any posts are unchanged after Parquet, with every column, whatever types the columns mix;
+- a value that a format cannot represent is an error that names the post, or is counted; nothing is dropped silently;
+- the output is complete or absent, also when the process is killed; memory does not grow with the number of posts;
+- `load_posts` and the Hub's loader read what was written.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def without(row: dict, *names: str) -> dict:
 # --- real posts ---
 
 
-def test_cmkp_through_every_form(shared, tmp_path):
+def test_cmkp_through_every_format(shared, tmp_path):
     source = shared / "data/cmkp/test.jsonl"
     steps = ["test_src.txt", "a.parquet", "b.json", "c.jsonl", "again_src.txt"]
     reports = []
@@ -73,7 +73,7 @@ def test_cmkp_through_every_form(shared, tmp_path):
     assert load_posts(tmp_path / "test_src.txt")["keyphrases"] == [row["keyphrases"] for row in given]
 
 
-def test_pictures_into_parquet_and_out(shared, tmp_path):
+def test_images_into_parquet_and_out(shared, tmp_path):
     source = shared / "data/masc_t15"
     report = convert_posts(source / "test.jsonl", tmp_path / "t.parquet", image_dir=source / "images")
     assert (report.posts, report.images) == (607, 300)
@@ -269,7 +269,7 @@ def test_what_a_form_cannot_hold(tmp_path, post, form, message):
     assert len(list(read_whole_posts(tmp_path / form))) == 2
 
 
-def test_pictures_that_cannot_be_embedded(tmp_path):
+def test_images_that_cannot_be_embedded(tmp_path):
     (tmp_path / "half.png").write_bytes(picture()[:40])
     for name, message in (
         ("none.png", "there is no file"),
@@ -281,8 +281,8 @@ def test_pictures_that_cannot_be_embedded(tmp_path):
     assert os.listdir(tmp_path) == ["half.png"]
 
 
-def test_names_of_pictures(tmp_path):
-    """Names are kept, folders in them too; one that is taken by another picture, or leads out, gives way to a checksum."""
+def test_names_of_images(tmp_path):
+    """Names are kept, folders in them too; one that is taken by another image, or leads out, gives way to a checksum."""
     red, blue = picture("red"), picture("blue")
     images = [("a/x.png", red), ("a/x.png", red), ("a/x.png", blue), ("../x.png", blue), (None, red)]
     rows = [{**POST, "id": str(n), "image": {"bytes": data, "path": name}} for n, (name, data) in enumerate(images)]
@@ -347,7 +347,7 @@ def test_sources_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         convert_posts([POST], tmp_path / "x.jsonl", image_dir=tmp_path / "none")
     (tmp_path / "x.jsonl").write_text(json.dumps(POST))
-    with pytest.raises(ValueError, match="x.jsonl would replace the posts that are read"):
+    with pytest.raises(ValueError, match="x.jsonl' would replace the posts that are read"):
         convert_posts(tmp_path / "x.jsonl", f"{tmp_path}/./x.jsonl")
     (tmp_path / "x.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="there is no file"):

@@ -1,17 +1,15 @@
-"""Pictures of posts. Held here:
+"""Invariants of opening images:
 
-- `open_image` gives upright RGB pictures from every form a post may have, real photographs included;
-- `check_image` and `open_image` agree on which pictures are good, for every format and wherever a file is cut off;
-- bombs, URLs, pipes, devices, folders and formats that start other programs are refused, with code and post id;
-- no name leads out of the image folder.
+- `open_image` returns upright RGB images from every type of value that a post may have, real photographs included;
+- `check_image` and `open_image` agree on which images are valid, for every format and wherever a file is cut off;
+- decompression bombs, URLs, pipes, devices, folders and formats that start other programs are refused, with code and post id;
+- no name refers to a file outside the image folder.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dynkp.data.images import IMAGE_FORMATS, MAX_IMAGE_PIXELS, ImageError, check_image, locate_image, open_image
+from tests.support.images import png_claiming
 
 
 def encoded(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> bytes:
@@ -27,16 +26,6 @@ def encoded(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = 
     noise = Image.effect_noise(size, 60).convert(mode)
     noise.save(data, format, **options)
     return data.getvalue()
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises any size."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def refused(value, code: str) -> str:
@@ -50,14 +39,14 @@ def refused(value, code: str) -> str:
 
 
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
-def test_every_format_opens_as_rgb_and_passes_the_check(format):
+def test_every_formatat_opens_as_rgb_and_passes_the_check(format):
     data = encoded(format)
     image = open_image(data)
     assert (image.mode, image.size) == ("RGB", (64, 48))
     assert check_image(data) is None
 
 
-def test_every_form_gives_the_same_picture(tmp_path):
+def test_every_format_gives_the_same_image(tmp_path):
     data = encoded("PNG")
     path = tmp_path / "a.png"
     path.write_bytes(data)
@@ -87,14 +76,14 @@ def test_every_mode_becomes_rgb(mode):
     assert open_image(encoded("PNG", mode=mode)).mode == "RGB"
 
 
-def test_pictures_are_turned_as_their_exif_says():
+def test_images_are_turned_as_their_exif_says():
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side
     assert open_image(encoded(size=(64, 48), exif=exif)).size == (48, 64)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_exif_does_not_cost_the_picture():
+def test_damaged_exif_does_not_cost_the_image():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = bytearray(encoded(exif=exif))

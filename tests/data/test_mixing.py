@@ -1,5 +1,8 @@
-"""Mixtures of datasets. Held here: the weights are kept; equal seeds give equal mixtures; each post keeps what it had,
-whatever the others' columns; streams and files can be mixed; the YAML form goes through TRL's parser.
+"""Invariants of mixtures:
+
+- posts are drawn with the given weights, and equal seeds give equal mixtures;
+- each post keeps its columns, whatever columns the other datasets have; streams and files can be mixed;
+- the YAML configuration is read by TRL's parser.
 """
 
 from __future__ import annotations

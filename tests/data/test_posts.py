@@ -1,10 +1,10 @@
-"""Posts: the row format and its validation. Held here:
+"""Invariants of the row format and of validation:
 
 - rows of every kind get the same typed columns, so that datasets can be joined; normalising twice changes nothing;
 - nothing is lost silently: every row of arbitrary input is kept, or has a finding with its id;
-- each kind of invalid post is found under its code, in datasets and in streams, and dropped only when asked for;
-- TRL's prompt-completion rows keep exactly what they had;
-- streams stay streams, read one post at a time, may be passed twice, and split between workers;
+- each kind of invalid post is found under its code, in datasets and in streams, and dropped only if this is asked for;
+- TRL's prompt-completion rows keep exactly their columns;
+- streams stay streams, are read one post at a time, may be read twice, and can be split between workers;
 - a hundred thousand posts take seconds.
 """
 
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from dynkp.data.posts import Finding, InvalidPostsError, PostReport, normalise_posts, open_image, validate_posts
 from dynkp.data.rows import LOAD_FINDINGS, clean_keyphrase
+from tests.support.images import png_claiming
 
 GOOD = {"id": "good", "text": "my dog", "keyphrases": ["beagles", "dogs"]}
 
@@ -105,7 +106,7 @@ def test_columns_of_other_names_are_named():
     assert "not read" not in str(error.value)
 
 
-def test_pictures_in_every_form(image_dir):
+def test_images_in_every_format(image_dir):
     forms = [
         {"image": "a.png"},
         {"image": str(image_dir / "a.png")},
@@ -127,7 +128,7 @@ def test_pictures_in_every_form(image_dir):
     assert posts[0]["images"] == [{"bytes": None, "path": str(image_dir / "a.png")}], "kept as a path, not decoded"
 
 
-def test_pictures_in_memory_are_kept_upright():
+def test_images_in_memory_are_kept_upright():
     image = PILImage.new("RGB", (20, 10))
     image.getexif()[0x0112] = 6
     [stored] = normalise_posts([{"text": "t", "image": image}])[0]["images"]
@@ -181,7 +182,7 @@ def test_already_normal_posts_are_not_copied(image_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Dataset, "map", lambda *_, **__: pytest.fail("the posts were copied"))
         assert list(normalise_posts(posts)) == list(normalise_posts(posts, image_dir=image_dir)) == list(posts)
-    # A column that only looks normal is read, and so are pictures of another folder.
+    # A column that only looks normal is read, and so are images of another folder.
     assert normalise_posts(odd)["keyphrases"] == [["k"], ["k"]]
     (tmp_path / "other").mkdir()
     with pytest.raises(InvalidPostsError, match="path_outside"):
@@ -317,12 +318,10 @@ def test_each_kind_of_invalid_post_is_found(row, code, image_dir):
 
 
 def test_a_bomb_is_found_by_its_header():
-    from tests.data.test_images import png_claiming
-
     assert codes([{**GOOD, "id": "b", "image": png_claiming(60_000, 60_000)}]) == ["decompression_bomb"]
 
 
-def test_a_picture_too_large_in_memory_is_refused_before_it_is_touched():
+def test_an_image_too_large_in_memory_is_refused_before_it_is_touched():
     image = PILImage.Image()
     image._size = (60_000, 60_000)
     assert [item["code"] for item in normalise_posts([{**GOOD, "image": image}])[0][LOAD_FINDINGS]] == ["decompression_bomb"]

@@ -1,10 +1,10 @@
 """Invariants of reasoning tasks:
 
-- both prompts of a row are alike up to the last words, hold its pictures first, and do not depend on gold columns;
-- both targets are read back as the gold answer, whatever the rationale says and in whatever form it was written; a row
-  without rationale has no chain;
-- any string is parsed, in linear time; every form that the released chains of Twitter-2015 take is read;
-- an output that names no label, several labels, or was cut off in the middle of a chain predicts nothing;
+- both prompts of a post begin with the same images, text and question, and do not depend on gold columns;
+- both targets are read back as the gold answer, for any rationale in any format; a post without rationale has no
+  response-chain target;
+- any string is parsed, in linear time; every format of the released response chains of Twitter-2015 is read;
+- an output that names no label or several labels, or was cut off within a response chain, predicts nothing;
 - missing aspects and impossible answers are errors that name the post.
 """
 
@@ -85,7 +85,7 @@ def test_prompts_begin_alike_and_hold_no_gold(task: ReasoningTask) -> None:
 
 
 @pytest.mark.parametrize("task", REASONING_TASKS.values(), ids=lambda task: task.name)
-def test_a_post_without_text_or_pictures(task: ReasoningTask) -> None:
+def test_a_post_without_text_or_images(task: ReasoningTask) -> None:
     (message,) = task.label_prompt({"id": "1", "text": None, "images": None, "aspect": "x"})
     assert [part["type"] for part in message["content"]] == ["text"]
 

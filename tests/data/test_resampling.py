@@ -3,10 +3,10 @@
 - every training post stays or moves, none does both, and ids stay distinct;
 - no training post that stays has a keyphrase that only training had; every one that moves has;
 - posts without a keyphrase that training still has stay in the test set;
-- the overlap is at most the target, was above it before the last drop, and is what a plain count gives;
-- a smaller target gives a subset; the posts' order does not change what is chosen; other keyphrases' case and blanks neither;
+- the overlap is at most the target, was above it before the last drop, and equals a plain count;
+- a smaller target gives a subset; the posts' order, and the case and whitespace of keyphrases, do not change the result;
 - target 0 leaves only keyphrases that training does not have;
-- with CMKP's validation posts standing in for training, the figures of the design notes, exactly.
+- with CMKP's validation posts in place of training, the figures are exactly those of the design notes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Invariants of posts with a sentiment:
 
-- TomBERT's files, MVSA's folders and rows with chains become the same columns, with text, aspect, label and picture right;
-- the rows of Twitter-2015 written as TomBERT's file come back as they were;
+- TomBERT's files, MVSA's folders and rows with response chains get the same columns, with the right text, aspect, label and
+  image;
+- the rows of Twitter-2015, written as TomBERT's file, are read back unchanged;
 - MVSA's label is the majority's per modality, and of the two the one that is not neutral;
 - a line that cannot be parsed is an error with file and line; every row that cannot be used is a finding with its id, counted,
-  and dropped only when asked for; what is only about labels does not keep a post from being predicted.
+  and dropped only if this is asked for; findings about labels do not prevent prediction.
 """
 
 from __future__ import annotations

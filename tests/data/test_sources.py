@@ -1,11 +1,11 @@
-"""Sources of posts. Held here:
+"""Invariants of sources:
 
-- the same posts come out of every form they are written in (JSON, CMKP's and AimKP's files, Parquet, saved datasets,
-  folders, memory), read at once or as a stream, with the same ids;
-- the real CMKP and Twitter-2015 files give the counts their description states;
-- a row that cannot be parsed is an error with file and line, whatever the line holds;
-- what is written by `write_posts_jsonl` is read back as it was, pictures included;
-- nothing is fetched, and downloaded data cannot name files of this machine.
+- the same posts are read from every format (JSON, CMKP's and AimKP's files, Parquet, saved datasets, folders, memory), at
+  once or as a stream, with the same ids;
+- the real CMKP and Twitter-2015 files have the counts of their description;
+- a row that cannot be parsed is an error with file and line, whatever the line contains;
+- what `write_posts_jsonl` writes is read back unchanged, images included;
+- nothing is downloaded, and downloaded data cannot name files of this machine.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def jsonl(path, rows=ROWS, end: str = "\n"):
 
 
 def content(posts) -> list:
-    """What a dataset or stream holds, with pictures decoded."""
+    """What a dataset or stream holds, with images decoded."""
     return [
         (
             post["id"],
@@ -150,7 +150,7 @@ def _written(form: str, tmp_path):
         "rows",
     ],
 )
-def test_every_form_gives_the_same_posts(form, streaming, tmp_path, image_dir):
+def test_every_format_gives_the_same_posts(form, streaming, tmp_path, image_dir):
     posts = load_posts(_written(form, tmp_path), image_dir=image_dir, streaming=streaming)
     assert isinstance(posts, IterableDataset if streaming or form == "stream" else Dataset)
     assert content(posts) == EXPECTED
@@ -347,7 +347,7 @@ def test_hub_ids_go_to_load_dataset(monkeypatch):
             list(validate_posts(posts, progress=False)[0])
 
 
-def test_a_local_folder_of_pictures_with_metadata(tmp_path):
+def test_a_local_folder_of_images_with_metadata(tmp_path):
     (tmp_path / "a.png").write_bytes(picture("red"))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "t", "keyphrases": ["k"]}))
     for streaming in (False, True):
@@ -422,7 +422,7 @@ def test_llava_datasets_in_arrow(tmp_path):
 # --- Twitter-2015 ---
 
 
-def test_aspects_of_a_picture_become_its_keyphrases(shared):
+def test_aspects_of_an_image_become_its_keyphrases(shared):
     folder = shared / "data/masc_t15"
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     posts = load_masc_posts(folder / "test.jsonl", folder / "images")
@@ -455,7 +455,7 @@ def test_aspects_of_a_picture_become_its_keyphrases(shared):
     assert joined["images"] == [[]] * 607
 
 
-def test_masc_rows_that_share_a_picture_or_lack_fields(tmp_path):
+def test_masc_rows_that_share_an_image_or_lack_fields(tmp_path):
     row = {"image_id": "5", "image": "5.jpg", "text": "one", "aspect": "#A", "label": "neutral", "cot": ""}
     path = jsonl(tmp_path / "x.jsonl", [row, {**row, "text": "two"}, {**row, "aspect": " a", "cot": "c", "label": "positive"}])
     posts = load_masc_posts(path)
@@ -481,12 +481,12 @@ def test_what_is_written_is_read_back(shared, tmp_path):
         assert [open_image(image).tobytes() for image in images] == [open_image(image).tobytes() for image in written]
     assert sum(map(len, posts["images"])) > 5
     assert not validate_posts(again, image_dir=tmp_path / "images", progress=False)[1].findings
-    # Pictures that lie in the folder already are referred to, not copied.
+    # Images that lie in the folder already are referred to, not copied.
     write_posts_jsonl(again.to_iterable_dataset(), tmp_path / "y.jsonl", image_dir=tmp_path / "images")
     assert (tmp_path / "y.jsonl").read_bytes() == (tmp_path / "x.jsonl").read_bytes()
 
 
-def test_pictures_in_memory_are_written_under_names_of_ours(tmp_path):
+def test_images_in_memory_are_written_under_names_of_ours(tmp_path):
     posts = load_posts([{"id": "../../evil", "text": "t", "keyphrases": ["k"], "image": picture("red")}])
     with pytest.raises(ValueError, match=r"post '../../evil' has an image: pass image_dir="):
         write_posts_jsonl(posts, tmp_path / "x.jsonl")

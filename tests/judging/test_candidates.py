@@ -1,7 +1,7 @@
 """Invariants of candidates:
 
 - predictions that are equal but for case, whitespace and "#" are one candidate; the order shown depends only on seed, id and
-  predictions, in every process, and puts each first equally often;
+  predictions, in every process, and each candidate is first equally often;
 - predictions and posts are matched by id: unknown, repeated, missing ids and several decodes are errors that name the file.
 """
 

@@ -2,8 +2,8 @@
 
 - the form is self-contained and has no system's name; text of posts is text in it; the key beside it has the systems;
 - the same seed draws the same posts; posts on which all systems agree, and posts that cannot be judged, are not shown;
-- answers give the mean ranks worked out by hand, whatever the order shown; unfinished posts do not count; answers that belong
-  to no key, or make no sense, are refused by file and post.
+- answers give the mean ranks computed by hand, whatever the order shown; unfinished posts do not count; answers without a key,
+  or with invalid content, are errors that name file and post.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Invariants of a judge's questions:
+"""Invariants of the requests to a judge:
 
 - text of posts and predictions stays on its own line of the prompt, as JSON from which it can be read back, whatever it is;
   systems' names are nowhere in a request; images are sent;
-- an answer counts only if it ranks every candidate by every criterion, once; else the judge is told why and asked again, at
-  most as often as allowed; a post with one candidate is not asked about, one that cannot be judged is refused by id;
+- an answer is valid only if it ranks every candidate by every criterion, once; otherwise the judge is told the problem and
+  asked again, at most as often as allowed; no request is made for a post with one candidate; a post that cannot be judged is an
+  error that names it;
 - the schema sent with a request accepts the valid answers.
 """
 

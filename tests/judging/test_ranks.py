@@ -1,10 +1,10 @@
 """Invariants of ranks:
 
-- of a judge's numbers only their order counts; ties are resolved as named, by hand on small cases; systems with one answer
-  share a rank; a post weighs the same however many judged it; intervals are those of the resampled posts;
-- the position test is exact (all orders of small cases, counted), finds a judge who prefers a place, and does not find one who
-  does not; agreement is Krippendorff's alpha, by hand;
-- tables show every system, the best first, names with bars escaped.
+- only the order of a judge's numbers counts; ties are resolved as named, by hand on small cases; systems with equal predictions
+  share a rank; posts have equal weight, however many judges ranked them; intervals are those of the resampled posts;
+- the position test is exact (all orders of small cases, counted), finds a judge who prefers a position, and finds nothing for
+  one who does not; agreement is Krippendorff's alpha, by hand;
+- tables show every system, the best first, with special characters of names escaped.
 """
 
 from __future__ import annotations

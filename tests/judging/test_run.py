@@ -1,11 +1,11 @@
 """Invariants of a run of judging:
 
-- a judge who ranks by what he sees gives the mean ranks worked out by hand, whatever the order shown; every post is ranked or
-  among the errors with its reason; posts on which all systems agree cost nothing;
-- nothing is asked twice: not in a second run, nor with other names, order of systems, ties or resampling; other predictions,
-  seeds or allowed replies ask for what is new only;
-- `response_format` is sent where the server takes it, which is found out once; a server that is down says so;
-- settings that cannot work are refused before anything is asked.
+- a judge who ranks by the predictions' text gives the mean ranks computed by hand, whatever the order shown; every post is
+  ranked or among the errors with its reason; posts on which all systems agree need no request;
+- no request is sent twice: not in a second run, nor with other names, order of systems, ties or resampling; other predictions,
+  seeds or numbers of replies send the new requests only;
+- `response_format` is sent if the server supports it, which is tested once; a server that is down is reported;
+- invalid settings are errors before any request is sent.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Invariants of the metric as users meet it:
+"""Invariants of the metric as users load it:
 
-- `evaluate.load` gives it from the checkout, from a copy of the folder anywhere (what a Space is), without network, and
+- `evaluate.load` loads it from the checkout and from a copy of the folder anywhere (as a Space is), without a network, and
   `dynkp.load_metric` from the installed package; all give the same figures;
-- batches and one call agree; what is refused leaves the batches added before as they were;
-- the card's examples are true, and every docstring's example in the folder is.
+- batches and a single call give the same scores; an error leaves the batches added before unchanged;
+- the examples of the metric card, and of every docstring in the folder, are true.
 """
 
 from __future__ import annotations

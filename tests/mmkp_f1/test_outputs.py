@@ -1,4 +1,4 @@
-"""Invariants of what is said about outputs: shares and means of hand-counted outputs; nothing to count gives None."""
+"""Invariants of output statistics: shares and means of hand-counted outputs; a zero denominator gives None."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Invariant of the stemmer: it is NLTK's Porter stemmer in its default mode, for every string.
+"""Invariant of the stemmer: it equals NLTK's Porter stemmer in its default mode, for every string.
 
-Compared on every word of CMKP's posts, and on drawn words made of the rules' own suffixes, of letters that matter to the
-rules, and of any Unicode.
+Compared on every word of CMKP's posts, and on random words made of the rules' own suffixes, of letters on which the rules
+depend, and of any Unicode.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Invariants of the scores:
 
-- on real predictions every figure of the 2020 script (all, present, absent; seen and unseen by reference values) to every
+- on real predictions every figure of the 2020 script (all, present, absent; seen and unseen by reference values) in every
   printed digit, and AimKP's to the last bit;
-- every convention and subset equals a plain twin that is written as the formulas read (plain_scoring.py);
+- every convention and subset equals a plain twin written as the formulas read (plain_scoring.py);
 - the definitions, on numbers computed by hand;
-- scores do not depend on case, inflection, repeats, batches or the order of posts; a perfect prediction scores 1; a wrong
-  last prediction can go; conventions agree where they must;
-- what cannot be scored is refused with the argument's name and the post's index; whatever else a model writes has a score.
+- scores do not depend on case, inflection, repeats, batches or the order of posts; a perfect prediction scores 1; a wrong last
+  prediction can be removed; conventions agree where they must;
+- invalid input is an error that names the argument and the post's index; everything else that a model writes has a score.
 """
 
 from __future__ import annotations

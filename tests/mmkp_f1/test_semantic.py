@@ -1,7 +1,7 @@
 """Invariants of semantic scores:
 
-- on vectors chosen by hand, the numbers computed by hand; equal lists score 1, none 0;
-- with a real sentence-transformers model (all-MiniLM-L6-v2 from a Python package, offline) synonyms score above strangers;
+- with vectors chosen by hand, the numbers computed by hand; equal lists score 1, empty lists 0;
+- with a real sentence-transformers model (all-MiniLM-L6-v2 from a Python package, offline) synonyms score above other words;
 - each phrase is embedded once; without sentence-transformers the error names the extra.
 """
 

@@ -1,10 +1,10 @@
 """Invariants of intervals and tests:
 
 - an interval's score is the score; its bounds are those of resampling posts one at a time and scoring each resample anew,
-  the F1 of convention `cmkp` included, which is no mean;
-- means have the interval that theory gives them, and 95 % intervals cover the truth about 95 % of the time;
-- equal systems do not differ, p-values are uniform for interchangeable ones and exact where all exchanges can be listed;
-- the same seed gives the same figures, however the work is cut; 10,000 resamples of CMKP's test set take seconds.
+  including the F1 of convention `cmkp`, which is not a mean;
+- intervals of means agree with theory, and 95 % intervals cover the true value about 95 % of the time;
+- equal systems do not differ; p-values are uniform for interchangeable systems, and exact where all exchanges can be listed;
+- the same seed gives the same figures, in whatever parts they are computed; 10,000 resamples of CMKP's test set take seconds.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Processors by name: where torchvision is missing, training and prediction say so in one sentence; how pictures are to be
-seen is an option of training, and saved with the processor, so that prediction sees them alike.
+"""Invariants of loading:
+
+- if torchvision is missing, training and prediction say so in one sentence;
+- padding of images to squares is an option of training that is saved with the processor, so that prediction uses it too.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def test_other_missing_packages_are_not_called_torchvision(monkeypatch: pytest.M
         load_processor_by_name("somewhere")
 
 
-def test_pictures_are_padded_to_squares_and_stay_so(tmp_path: Path) -> None:
-    """A wide picture keeps its left and right ends, which the published crop loses."""
+def test_images_are_padded_to_squares_and_stay_so(tmp_path: Path) -> None:
+    """A wide image keeps its left and right ends, which the published crop loses."""
     _, processor = build("llava")
     wide = picture(1, (120, 40))
     asked = {"text": ["<image>"], "images": [[wide]], "return_tensors": "pt"}

@@ -1,10 +1,10 @@
 """Invariants of released adapters:
 
-- a file of the form MulCoT-RD's code writes (the whole PEFT state, embeddings cut to the tokenizer's length, in bfloat16 or
-  not, with the names of older transformers) gives the model it was saved from, output for output;
-- a file of the LoRA weights alone does too, and so does the command's `--adapter FILE.pt`;
-- names or shapes that do not fit, another base model, and files that would execute something are errors that say which and
-  what to do; nothing in a file is executed.
+- a file as MulCoT-RD's code writes it (the whole PEFT state, embeddings cut to the tokenizer's length, in bfloat16 or not,
+  with the names of older transformers) gives the model that it was saved from, with the same outputs;
+- so does a file of the LoRA weights only, and the command's `--adapter FILE.pt`;
+- names or shapes that do not match, another base model, and files that would execute something are errors that name the
+  problem and the remedy; nothing in a file is executed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Invariants of generation:
 
 - predictions are the plain greedy decoding of the training prompt, for every family, at any batch size;
-- they come in the posts' order with the posts' ids, and depend on text and images alone, never on gold columns;
+- they are in the posts' order with the posts' ids, and depend on text and images only, never on gold columns;
 - tags survive decoding, control tokens do not, and nothing after the end of turn is read;
-- mode "think" begins with <think>, "direct" never does, whatever the model wants;
-- the model is left as it was: modes, gradient checkpointing, PEFT;
-- all of this holds for reasoning tasks too, whose prompts depend on the aspect besides.
+- an output begins with <think> in mode "think", and never in mode "direct", whatever the model prefers;
+- the model is unchanged afterwards: modes, gradient checkpointing, PEFT;
+- all of this holds for reasoning tasks too, whose prompts also depend on the aspect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
 
 
 def posts(count: int = 7) -> list[dict]:
-    """Unequal lengths, one post in three without picture, gold columns as in training."""
+    """Unequal lengths, one post in three without image, gold columns as in training."""
     words = "sunset at the old harbour with a dog and a new phone".split()
     return [
         {
@@ -274,7 +274,7 @@ def test_peft_models_with_dropout():
     assert predict(adapted, processor, posts(3)) == expected  # LoRA starts at zero
 
 
-def test_pictures_follow_the_model_s_dtype():
+def test_images_follow_the_model_s_dtype():
     model, processor = build("llava", dtype=torch.bfloat16)
     assert len(predict(model, processor, posts(3))) == 3
 

@@ -3,9 +3,9 @@
 - every post is in the output or among the errors, once, in order, unless it is open; the counts say how many; the post's own
   columns are kept;
 - near-copies are rejected in favour of the first; with `keep_all` posts without rationale stay, with null;
-- a write that breaks off leaves the files as they were;
-- shards put together are the run over all posts, near-copies across shards included; unfinished, missing and unlike shards
-  are refused.
+- an interrupted write leaves the files unchanged;
+- merged shards equal the run over all posts, near-copies across shards included; unfinished, missing and mismatched shards
+  are errors.
 """
 
 from __future__ import annotations
@@ -138,27 +138,27 @@ def test_open_posts_are_in_neither_file(tmp_path: Path) -> None:
     assert read(tmp_path / "r.jsonl") == read(tmp_path / "r.errors.jsonl") == []
 
 
-def test_a_write_that_breaks_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_posts(tmp_path, "ggrg")
     with serve(reply=reply) as (url, _):
         run(tmp_path, url)
     before = (tmp_path / "r.jsonl").read_bytes(), (tmp_path / "r.errors.jsonl").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("dynkp.rationales.files._reason", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("dynkp.rationales.files._reason", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert before == ((tmp_path / "r.jsonl").read_bytes(), (tmp_path / "r.errors.jsonl").read_bytes())
 
 
 @pytest.mark.parametrize("keep_all", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_shards_put_together_are_the_whole_run(tmp_path: Path, count: int, keep_all: bool) -> None:
+def test_merged_shards_equal_the_whole_run(tmp_path: Path, count: int, keep_all: bool) -> None:
     write_posts(tmp_path, KINDS)
     with serve(reply=reply, cursed="cursed") as (url, server):
         run(tmp_path, url, keep_all=keep_all)
         names = ("r.jsonl", "r.errors.jsonl")
         whole = [without_originals(tmp_path / name) for name in names]
         if count == 1:
-            with pytest.raises(FileNotFoundError, match="there is no finished shard, such as r.1-of-2.jsonl"):
+            with pytest.raises(FileNotFoundError, match=r"there is no finished shard, such as r\.1-of-2\.jsonl"):
                 merge_shards(tmp_path / "r.jsonl", progress=False)
             return
         server.bodies.clear()
@@ -173,7 +173,7 @@ def test_shards_put_together_are_the_whole_run(tmp_path: Path, count: int, keep_
 
 
 @pytest.mark.parametrize("kinds", ["gggggg", "ggggrg"])
-def test_a_shard_that_lost_rows_is_noticed(tmp_path: Path, kinds: str) -> None:
+def test_a_shard_that_lost_rows_is_an_error(tmp_path: Path, kinds: str) -> None:
     write_posts(tmp_path, kinds)
     with serve(reply=reply) as (url, _):
         for number in (1, 2):
@@ -187,17 +187,17 @@ def test_a_shard_that_lost_rows_is_noticed(tmp_path: Path, kinds: str) -> None:
     assert (tmp_path / "r.jsonl").read_bytes() == before
 
 
-def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
+def test_mismatched_shards_are_errors(tmp_path: Path) -> None:
     write_posts(tmp_path, "gggg")
     with serve(reply=reply) as (url, _):
         run(tmp_path, url, shard=(1, 2))
         with pytest.raises(FileNotFoundError, match=r"of 2 shards of .*, \[2\] are missing"):
             merge_shards(tmp_path / "r.jsonl")
         run(tmp_path, shard=(2, 2))
-        with pytest.raises(ValueError, match="r.2-of-2.jsonl is not finished: 2 posts are open"):
+        with pytest.raises(ValueError, match=r"r\.2-of-2\.jsonl is not finished: 2 posts are open"):
             merge_shards(tmp_path / "r.jsonl")
         run(tmp_path, url, shard=(2, 2), max_tokens=9)
-        with pytest.raises(ValueError, match="r.2-of-2.jsonl was made with different settings"):
+        with pytest.raises(ValueError, match=r"r\.2-of-2\.jsonl was made with different settings"):
             merge_shards(tmp_path / "r.jsonl")
         run(tmp_path, url, shard=(1, 3))
         with pytest.raises(ValueError, match=r"shards of \[2, 3\]"):

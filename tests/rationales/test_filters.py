@@ -1,5 +1,5 @@
-"""Invariants of the filters: each rejects what it is for and, by the same words in an honest rationale, nothing else; a
-rationale is counted under the first rule it breaks; a filter that is off rejects nothing; real chains pass."""
+"""Invariants of the filters: each rejects what it is for, and not the same words in a valid rationale; a rationale is counted
+under the first filter that rejects it; a filter that is off rejects nothing; real response chains pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def first_rejection(text: str, *names: str, **options: object) -> str | None:
     return rationale_filter(text, keyphrases=["beagle"], **options)
 
 
-def test_an_honest_rationale_passes() -> None:
+def test_a_valid_rationale_passes() -> None:
     assert first_rejection(GOOD, finish_reason="stop") is None
 
 

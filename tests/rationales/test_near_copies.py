@@ -1,6 +1,7 @@
-"""Invariants of near-copies: what is found equals the comparison of all with all where similarities are far from the
-threshold; the earliest of several alike is the original; case, punctuation and blanks do not count; empty and short texts
-are no trouble; a bucket full of boilerplate costs no square of its size."""
+"""Invariants of near-copies: the copies found are those of comparing all pairs, where similarities are far from the threshold;
+the first of several similar texts is the original; case, punctuation and whitespace are ignored; empty and short texts are
+accepted; a bucket full of boilerplate does not take quadratic time.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Invariants of the prompts:
+"""Invariants of the requests to a teacher:
 
-- Table 1's content: keyphrases, text and images, and why people would use them, in one question; pictures at their place;
-- chains: five fields are asked for without telling the answer; only where the prediction is wrong it is told, and the stage
-  says so; the right answer asks nothing more;
-- a template of the user's own replaces each of these; braces in a post's text mean nothing; what is missing is named;
-- what requests depend on is described, and changes with it.
+- Dynamic CoT (Table 1): one request with keyphrases, text and images, that asks why people would use the keyphrases; images are
+  at their placeholder;
+- response chains: the first request asks for five fields without the answer; only if the prediction is wrong a second one gives
+  the answer, and the stage records it;
+- a user's template replaces each of these; braces in a post's text are not replaced; a missing column is named;
+- `describe` returns what requests depend on, and changes with it.
 """
 
 from __future__ import annotations

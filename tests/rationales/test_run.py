@@ -193,7 +193,7 @@ def test_batches_end_where_asking_ends(tmp_path: Path) -> None:
     assert read(tmp_path / "batch" / "r.jsonl") == rows
 
 
-def test_a_batch_leaves_broken_pictures_out(tmp_path: Path) -> None:
+def test_a_batch_leaves_broken_images_out(tmp_path: Path) -> None:
     rows = [{"text": f"post {n}", "keyphrases": ["dogs"], "image": f"{n}.jpg"} for n in range(3)]
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n\n")
     for number in range(3):
@@ -209,7 +209,7 @@ def test_a_batch_leaves_broken_pictures_out(tmp_path: Path) -> None:
         assert one.replay().open == 2
         assert one.write()["invalid_post"] == 1
     (error,) = read(tmp_path / "r.errors.jsonl")
-    assert (error["id"], error["reason"]) == ("posts-1", "invalid_post") and "format that is read" in error["error"]
+    assert (error["id"], error["reason"]) == ("posts-1", "invalid_post") and "supported format" in error["error"]
 
 
 def test_settings_that_cannot_work(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 - with a real text model, offline, posts about the same thing lie together; with a tiny CLIP, both texts and images count;
 - a keyphrase's case does not matter; a post with several keyphrases is shown once, under the most frequent;
 - the same seed gives the same figure; with two kinds of content, the mean of each is subtracted;
-- errors name the argument, or the post.
+- errors name the argument or the post.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def clip_folder(tmp_path_factory) -> str:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<s>", "</s>"])
-    tokenizer.train_from_iterator(sum(TEXTS.values(), []), trainer)
+    tokenizer.train_from_iterator(chain.from_iterable(TEXTS.values()), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=16

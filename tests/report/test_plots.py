@@ -1,7 +1,7 @@
 """`dynkp plot` and the numbers behind AimKP's Figures 3 and 7.
 
-Holds: means, shares, windows and correlations of a small log are those computed by hand; a long log is summed up in flat
-memory, to the same totals; a real run's log gives both figures; what is no log of AimKP's is a clear error.
+Holds: means, shares, windows and correlations of a small log are those computed by hand; the statistics of a long log need no
+more memory, also across chunks; a real run's log gives both figures; a file that is not a log of AimKP's is an error.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from PIL import Image
 
 from dynkp import cli
 from dynkp.report.plots import read_visits
-from tests.support.aimkp_trainers import aimkp
+from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.trainer.aimkp_trainer import AimKPTrainer
+from tests.support.trainers import trainer_of
 
 
 def visit(step: int, modality: str, cosine: float | None, rise_nats: float | None, **columns: Any) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def test_a_fall_in_perplexity_has_bins_of_its_own(tmp_path: Path) -> None:
     trend = read_visits(write(tmp_path, visits)).against_perplexity()["text"]["trend"]
     assert [row["visits"] for row in trend] == [1, 1, 2, 1]
     assert all(row["from"] < row["to"] for row in trend)
-    assert all(before["to"] <= after["from"] for before, after in zip(trend, trend[1:], strict=False))
+    assert all(before["to"] <= after["from"] for before, after in pairwise(trend))
 
 
 def test_numbers_of_figure_7_by_hand(tmp_path: Path) -> None:
@@ -113,7 +116,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 def test_a_run_gives_both_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = aimkp("llava", tmp_path / "out", max_steps=4, log_visits=True)
+    options = {"warmup_epochs": 0, "max_steps": 4, "log_visits": True}
+    trainer = trainer_of("llava", tmp_path / "out", classes=(AimKPTrainer, AimKPConfig), **options)
     trainer.train()
     names = {"three": tmp_path / "cosine.png", "seven": tmp_path / "figures" / "steps.svg"}
     arguments = ["--visits", str(tmp_path / "out"), "--figure3", str(names["three"]), "--figure7", str(names["seven"])]
@@ -133,7 +137,7 @@ def test_a_run_gives_both_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert {window["first_step"] for window in numbers[name]["windows"]} == {row["step"] for row in rows}
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     file = write(tmp_path, SMALL, end='{"id": "post-8", "st')
     assert read_visits(file).over_steps() == read_visits(write(tmp_path, SMALL)).over_steps()
 
@@ -148,7 +152,9 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
         (json.dumps(visit(1, "text", 0.5, 1.0)) + "\nid,step\n", "line 2: not valid JSON"),
     ],
 )
-def test_what_is_no_log_is_refused(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_log_is_an_error(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "visits.jsonl"
     file.write_text(content, encoding="utf-8")
     assert cli.main(["plot", "--visits", str(file), "--figure7", str(tmp_path / "steps.png")]) == 2

@@ -1,5 +1,5 @@
-"""Invariants of the preview page: it stands alone (pictures inside, shrunk, no script, nothing to fetch); all text is shown
-as text, whatever it holds; a broken picture or a missing rationale has its note."""
+"""Invariants of the preview page: it is self-contained (images embedded and shrunk, no script, nothing to fetch); text is shown
+as text, whatever it contains; a broken image or a missing rationale has its note."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_stands_alone_and_shows_text_as_text(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_shows_text_as_text(tmp_path: Path) -> None:
     picture(1, (1000, 500)).save(tmp_path / "1.png")
     (tmp_path / "broken.png").write_bytes(b"<b>broken</b>")
     posts = [

@@ -1,10 +1,10 @@
 """Invariants of sentiment scores and `dynkp evaluate --task sentiment`:
 
-- accuracy and F1 equal scikit-learn's own, on random predictions; what could not be read is wrong, and counted;
-- classification depends on the label prompt's answers alone; chains are scored where a post has a rationale, beside the floor,
-  which does not depend on the system;
+- accuracy and F1 equal scikit-learn's own, on random predictions; an output that could not be parsed is wrong, and counted;
+- classification depends on the label prompt's answers only; response chains are scored for posts with a rationale, beside the
+  baseline, which does not depend on the system;
 - rows and posts are matched by id; missing, repeated and unknown ones are errors or, if allowed, counted;
-- what is printed, written and reported is the same; options of the other task are refused.
+- what is printed, written and reported is the same; options of the other task are errors.
 """
 
 from __future__ import annotations

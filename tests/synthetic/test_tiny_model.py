@@ -1,6 +1,11 @@
-"""The tiny model: stock LLaVA classes, tied and evenly scaled; the reasoning tags are single tokens that decoding keeps;
-the chat template's prompt is a prefix of the whole turn and turns end in EOS; posts with and without picture and of any
-picture size run; weights depend on the seed alone; a saved folder loads with the Auto classes and answers alike."""
+"""Invariants of the tiny model:
+
+- its classes are stock LLaVA classes, with tied embeddings and scaled initial weights;
+- the reasoning tags are single tokens that decoding keeps; the chat template's prompt is a prefix of the whole turn, and turns
+  end in EOS;
+- posts with and without image, and images of any size, are processed;
+- weights depend on the seed only; a saved folder loads with the Auto classes and gives the same outputs.
+"""
 
 import numpy as np
 import pytest
@@ -69,7 +74,7 @@ def test_reasoning_tags_are_single_tokens_that_decoding_keeps(tiny):
     assert decoded.replace(" ", "") == "<think>aredfish</think><answer>fish</answer>"
 
 
-def test_byte_level_tokenizer_reads_back_any_text_but_for_blanks():
+def test_byte_level_tokenizer_reads_back_any_text_but_for_whitespace():
     _, processor = build_tiny_vlm(TEXTS, word_level=False, vocab_size=400, **SMALL)
     text = "Ünïcode 😀 #Tag\n<think>x</think>; y"
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -89,14 +94,14 @@ def test_prompt_is_a_prefix_and_turns_end_in_eos(tiny):
     prompt = processor.apply_chat_template(turns(), add_generation_prompt=True)
     assert prompt == "<s><image>a red fish\n<assistant>"
     assert processor.apply_chat_template(turns("left")) == prompt + "left</s>"
-    # TRL adds the picture itself where content is a plain string.
+    # TRL adds the image itself where content is a plain string.
     plain = [{"role": "user", "content": "a red fish"}]
     assert processor.apply_chat_template(plain, add_generation_prompt=True) == "<s>a red fish\n<assistant>"
     assert processor.apply_chat_template(turns([{"type": "text", "text": "left"}])) == prompt + "left</s>"
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "given"), [(32, 8, (32, 32)), (32, 16, (120, 40)), (64, 16, (30, 90))])
-def test_pictures_of_any_size_become_the_stated_number_of_tokens(image_size, patch_size, given):
+def test_images_of_any_size_become_the_stated_number_of_tokens(image_size, patch_size, given):
     model, processor = build_tiny_vlm(TEXTS, image_size=image_size, patch_size=patch_size, **SMALL)
     prompt = processor.apply_chat_template(turns(), add_generation_prompt=True)
     inputs = processor(images=[picture(*given)], text=[prompt], return_tensors="pt")
@@ -105,7 +110,7 @@ def test_pictures_of_any_size_become_the_stated_number_of_tokens(image_size, pat
     assert torch.isfinite(model(**inputs).logits).all()
 
 
-def test_picture_and_text_both_reach_the_logits(tiny):
+def test_image_and_text_both_reach_the_logits(tiny):
     model, processor = tiny
     prompt = processor.apply_chat_template(turns(), add_generation_prompt=True)
     inputs = processor(images=[picture()], text=[prompt], return_tensors="pt")

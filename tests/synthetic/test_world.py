@@ -1,5 +1,9 @@
-"""The drawn world: same seed same posts; the division of compositions holds in every split; text and picture are both
-needed (neither alone tells the icon); the rationale leads to the keyphrase; stage-0 rows name no slogan."""
+"""Invariants of drawn posts:
+
+- the same seed gives the same posts; the division of compositions holds in every split;
+- the icon depends on text and image together, on neither alone; the rationale leads to the keyphrase;
+- descriptions, for the first stage of training, contain no slogan.
+"""
 
 from collections import Counter
 
@@ -70,7 +74,7 @@ def test_shares_of_kinds(train, test):
     assert kinds["noise"] / len(test) == pytest.approx(0.6 * 0.15, abs=0.04)
 
 
-def test_keyphrase_follows_from_picture_and_text_except_in_noise(train, test):
+def test_keyphrase_follows_from_image_and_text_except_in_noise(train, test):
     cues = {cue: slogan for slogan, words in SLOGANS.items() for cue in words}
     for posts in (train, test):
         for post in posts.remove_columns("images"):
@@ -85,7 +89,7 @@ def test_keyphrase_follows_from_picture_and_text_except_in_noise(train, test):
                 assert (not shapes) != (not slogans)
             else:
                 assert [shapes, slogans] == [{gold[0]}, {gold[1]}]
-            # Neither the text nor the slogan names an icon: the picture is needed.
+            # Neither the text nor the slogan names an icon: the image is needed.
             assert not set(words) & set(SHAPES)
 
 
@@ -104,7 +108,7 @@ def test_text_alone_does_not_tell_the_icon(train):
     assert len(shapes_of_red) > 8
 
 
-def test_picture_shows_the_scene(train):
+def test_image_shows_the_scene(train):
     for post in train.select(range(30)):
         picture = np.asarray(post["images"][0], dtype=float)
         assert picture.shape == (32, 32, 3)

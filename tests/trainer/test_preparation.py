@@ -71,7 +71,7 @@ def test_invalid_posts_are_an_error_or_listed(tmp_path: Path) -> None:
     assert kept["id"] == ["post-0", "post-1"]
     assert "wrong" in (tmp_path / "invalid_posts.train.jsonl").read_text()
     with pytest.raises(ValueError, match="the eval set has no posts"):
-        prepare_posts(posts[2:], "eval", post_config(tmp_path, on_invalid="skip"), takes_images=False)
+        prepare_posts([], "eval", post_config(tmp_path, on_invalid="skip"), takes_images=False)
 
 
 @pytest.mark.parametrize("takes_images", [True, False])
