@@ -261,7 +261,7 @@ def test_a_checkpoint_is_more_than_its_weights(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
-        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, which says what made them, is missing"),
+        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, the file of their settings, is missing"),
         (b'{"id": "p1"}\n', b"{", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1"}\n', b"[]", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1", "raw": ""}\nnonsense\n{"id": "p2"}\n', True, "p.jsonl, line 2: not a prediction"),
