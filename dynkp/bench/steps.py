@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dynkp.batches.targets import Targets, mixed_targets
+from dynkp.batches.typed_batches import PostBatch
 from dynkp.objectives.switching import below_threshold
 from dynkp.objectives.token_loss import PostLosses
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
@@ -85,7 +86,7 @@ class TwoPassTrainer(DynamicCoTTrainer):
     per post, the second one in a batch padded to the longest of the chosen targets.
     """
 
-    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+    def compute_post_losses(self, model: nn.Module, inputs: PostBatch) -> PostLosses:
         """Compute one loss per post, as [`DynamicCoTTrainer.compute_post_losses`] defines it."""
         with torch.no_grad():
             direct_loss = super().compute_post_losses(model, inputs).total  # (B,), nats per token

@@ -149,7 +149,8 @@ class PostConfig(SFTConfig):
                 )
 
 
-KeyphraseConfig = PostConfig  # its name before it configured training on sentiment too
+KeyphraseConfig = PostConfig
+"""The name of [`PostConfig`] in earlier versions, before it configured training on sentiment too."""
 
 
 def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:

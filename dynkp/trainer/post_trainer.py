@@ -425,7 +425,8 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
 
-KeyphraseTrainer = PostTrainer  # its name before it trained sentiment too
+KeyphraseTrainer = PostTrainer
+"""The name of [`PostTrainer`] in earlier versions, before it trained on sentiment too."""
 
 
 def fused_score_targets(
