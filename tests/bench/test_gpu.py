@@ -114,6 +114,7 @@ def test_aimkp_s_ways_agree(name: str, tmp_path: Path) -> None:
         {
             "prompt": {key: part_of(value, post, count) for key, value in batch["prompt"].items()},
             "layouts": batch["layouts"][post : post + 1],
+            "id": batch["id"][post : post + 1],
         }
         for post in range(count)
     ]
