@@ -1,7 +1,7 @@
-"""How every command ends that does not end well: one line on standard error, and an exit status.
+"""Errors and interruptions of all commands: one line on standard error, and an exit status.
 
-Commands raise; `dynkp.cli.main` reports, in one place. A command that can be continued after Ctrl-C says how with
-`resumable`. What libraries would print between our lines is kept off the screen by `silence_libraries`.
+Commands raise, and `dynkp.cli.main` prints. `resumable` adds to an interruption how the run is continued. `silence_libraries`
+keeps off the screen what libraries print by themselves.
 """
 
 from __future__ import annotations
