@@ -18,10 +18,11 @@ import torch
 import transformers
 
 from dynkp import cli
-from dynkp.bench import gpu, run
+from dynkp.bench import gpu
 from dynkp.bench.measure import Setting
 from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, config_of, draw_batch
 from dynkp.bench.steps import TwoPassTrainer, train, train_masked
+from dynkp.cli import bench as command
 from dynkp.trainer import post_trainer
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.aimkp_trainer import AimKPTrainer
@@ -182,8 +183,8 @@ def test_without_time_rows_say_so(few: None) -> None:
 
 
 def test_real_shapes_are_refused_on_a_cpu() -> None:
-    with pytest.raises(SystemExit, match="--quick"):
-        run.main(["--suite", "gpu", "--device", "cpu"])
+    with pytest.raises(ValueError, match="--quick"):
+        command.main(["--suite", "gpu", "--device", "cpu"])
 
 
 def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

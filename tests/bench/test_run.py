@@ -19,6 +19,7 @@ from dynkp.bench import dynamic_cot, measure, run
 from dynkp.bench.measure import AGREEMENT, Setting, first_round, median_seconds, peak_bytes
 from dynkp.bench.steps import train
 from dynkp.bench.workload import QUICK, build_model, build_processor
+from dynkp.cli import bench as command
 
 CPU = Setting(torch.device("cpu"), threads=1, repeats=1, quick=True)
 
@@ -138,7 +139,7 @@ def test_clocks() -> None:
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--threads", "-1"], ["--suite", "speed"]])
 def test_arguments_out_of_range_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run.main(arguments)
+        command.main(arguments)
     assert arguments[0] in capsys.readouterr().err
 
 
@@ -154,6 +155,6 @@ def test_all_is_every_suite_but_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run.importlib, "import_module", one_row)
     threads = torch.get_num_threads()
-    assert run.main(["--quick", "--device", "cpu"]) == 0
+    command.main(["--quick", "--device", "cpu"])
     torch.set_num_threads(threads)
     assert ran == [module for name, (module, _) in run.SUITES.items() if name != "gpu"]
