@@ -333,7 +333,7 @@ def how_to_continue(argv: Sequence[str], output_dir: str) -> str:
         argv: the arguments of the run.
         output_dir: where its checkpoints are.
     """
-    from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+    from dynkp.trainer.durable_checkpoints import last_complete_checkpoint
 
     try:
         checkpoint = last_complete_checkpoint(output_dir)

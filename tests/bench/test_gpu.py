@@ -21,7 +21,7 @@ from dynkp.bench import gpu, run
 from dynkp.bench.measure import Setting
 from dynkp.bench.real_shapes import SHAPES, TINY, draw_batch
 from dynkp.bench.steps import TwoPassTrainer, train, train_masked
-from dynkp.trainer import keyphrase_trainer
+from dynkp.trainer import post_trainer
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.aimkp_trainer import AimKPTrainer
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
@@ -190,7 +190,7 @@ def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 
     def fused(*inputs: Any) -> torch.Tensor:
         calls.append(inputs)
-        return keyphrase_trainer.fused_score_targets(*inputs)
+        return post_trainer.fused_score_targets(*inputs)
 
     for step in (partial(train, naive, batch), partial(train, ours, batch), partial(train_masked, masked, batch, 2)):
         calls.clear()
@@ -198,7 +198,7 @@ def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         found = [gradients(bench.model)]
         assert not calls
         with monkeypatch.context() as patch:
-            patch.setattr(keyphrase_trainer, "score_targets", fused)  # which the trainers take on a CPU
+            patch.setattr(post_trainer, "score_targets", fused)  # which the trainers take on a CPU
             losses.append(float(step()))
             found.append(gradients(bench.model))
         assert len(calls) >= 2
