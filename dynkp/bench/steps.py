@@ -73,8 +73,11 @@ def fine_tune(model: nn.Module, prompt: dict[str, Any], targets: Targets, share:
     inputs = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], ids[:, :-1]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = model(**inputs, logits_to_keep=length, use_cache=False).logits
-    loss = share * nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+    def logits() -> torch.Tensor:  # not a variable, which would keep them in memory during the backward pass
+        return model(**inputs, logits_to_keep=length, use_cache=False).logits.flatten(0, 1)
+
+    loss = share * nn.functional.cross_entropy(logits(), ids.flatten())
     loss.backward()
     return loss.detach()
 
