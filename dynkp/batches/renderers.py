@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from dynkp.batches.target_tokens import TargetTokenizer
 from dynkp.data.images import open_image
 from dynkp.data.tasks import TAGS
 
@@ -35,10 +36,14 @@ class ChatRenderer(ABC):
     Args:
         processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]): processor of a
             vision-language model, or tokenizer of a text model. With a tokenizer, images are left out.
-        opening (`str`, *optional*, defaults to `""`): text written behind every prompt: the first characters of an answer
-            that the model continues. Targets are not affected.
+        opening (`str`, *optional*, defaults to `""`): the beginning of a target, such as `<think>`, which the model continues:
+            collators put its tokens behind every prompt. Prompts as texts, and targets, are not affected.
+        trailing_template_tokens (`bool`, *optional*, defaults to `True`): whether a target has the whitespace that the chat
+            template writes in front of the end-of-turn token (LLaVA) and behind it (Qwen); without it, a target is the answer
+            and the end-of-turn token.
 
     Attributes:
+        opening (`str`): the beginning of a target behind every prompt.
         processor: the processor or tokenizer.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         takes_images (`bool`): whether the model reads images.
@@ -50,9 +55,10 @@ class ChatRenderer(ABC):
 
     prompt_name = "prompt"
 
-    def __init__(self, processor: Processor, opening: str = ""):
+    def __init__(self, processor: Processor, opening: str = "", trailing_template_tokens: bool = True):
         self.processor = processor
         self.opening = opening
+        self.trailing_template_tokens = trailing_template_tokens
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         self.takes_images = isinstance(processor, ProcessorMixin)
         if self.processor.chat_template is None:
@@ -109,7 +115,7 @@ class ChatRenderer(ABC):
         return messages if self.takes_images else [text_only(message) for message in messages]
 
     def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
-        """Render a post's prompt, up to the place where the model's answer begins (or, with `opening`, continues).
+        """Render a post's prompt, up to the place where the model's answer begins; `opening` is not part of it.
 
         Args:
             row (`Mapping`): the post.
@@ -118,7 +124,17 @@ class ChatRenderer(ABC):
         Raises:
             ValueError: naming the post, if no prompt can be made of it.
         """
-        return self._render(self.prompt_messages(row, num_images), add_generation_prompt=True) + self.opening
+        return self._render(self.prompt_messages(row, num_images), add_generation_prompt=True)
+
+    @cached_property
+    def tokenize_target(self) -> TargetTokenizer:
+        """Tokenizes targets, and the beginnings of targets."""
+        return TargetTokenizer(self.tokenizer)
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """The tokens of `opening`, as targets begin with them."""
+        return self.tokenize_target(self.opening).input_ids if self.opening else []
 
     def render_target(self, row: Mapping[str, Any], num_images: int, content: str) -> str:
         """Render an answer to a post's prompt as a training target: the answer as it is, then the end of turn.
@@ -140,6 +156,8 @@ class ChatRenderer(ABC):
             target = content + self.end_of_turn
         elif not self._ends_turn(target):
             target += self.tokenizer.eos_token
+        if not self.trailing_template_tokens:
+            target = target[: len(target) - len(target.lstrip())] + content.strip() + self.end_of_turn.strip()
         return target
 
     @cached_property

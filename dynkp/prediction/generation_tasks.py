@@ -5,10 +5,10 @@
 Guarantees: a prompt is rendered by the renderer that training uses, from the post's text, images and aspect alone; its
 keyphrases, label and rationale are never part of it.
 
-When asked for keyphrases, the model decides whether to reason (mode "auto"), or is made to. Mode "think" writes `<think>`
-behind the rendered prompt, as it stands in front of a reasoning target, and the model continues from there. Mode "direct"
-forbids, as long as the output is whitespace only, every token that `<think>` could begin with, and everywhere the tags of
-reasoning that are tokens of their own.
+When asked for keyphrases, the model decides whether to reason (mode "auto"), or is made to. Mode "think" puts the
+tokens of `<think>` behind the prompt, those that a reasoning target begins with, and the model continues from there. Mode
+"direct" forbids, as long as the output is whitespace only, every token that `<think>` could begin with, and everywhere the
+tags of reasoning that are tokens of their own.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ class GenerationTask(ABC):
         renderer: renders the prompts.
         modality: as in `generate_keyphrases`.
         prefix: text that is part of an output although it was written for the model.
-        prefix_tokens: number of tokens of the prefix that are part of the prompt.
 
     Attributes:
         renderer: the renderer.
@@ -126,12 +125,11 @@ class GenerationTask(ABC):
         ValueError: if `modality` is unknown.
     """
 
-    def __init__(self, renderer: ChatRenderer, modality: Modality = "both", prefix: str = "", prefix_tokens: int = 0):
+    def __init__(self, renderer: ChatRenderer, modality: Modality = "both", prefix: str = ""):
         if modality not in ("both", "text", "image"):
             raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
         self.modality = modality
         self.prefix = prefix
-        self.prefix_tokens = prefix_tokens
         self.renderer = renderer
         self.collator = ChatCollator(renderer)
         tokenizer = self.tokenizer = renderer.tokenizer
@@ -186,7 +184,7 @@ class GenerationTask(ABC):
         self.num_cut_off += end is None
         tokens = tokens[:end]
         raw = self.prefix + self.tokenizer.decode([token for token in tokens if token not in self.dropped_ids])
-        return self.read(post_id, raw, len(tokens), prompt_tokens - self.prefix_tokens)
+        return self.read(post_id, raw, len(tokens), prompt_tokens - len(self.renderer.opening_ids))
 
     def warn_about_cut_off_outputs(self, max_new_tokens: int) -> None:
         """Log a warning if outputs had no end of turn.
@@ -242,7 +240,7 @@ class KeyphraseGenerationTask(GenerationTask):
             renderer = KeyphraseRenderer(processor, task, opening)
         # <think> is read as part of the output, whoever wrote it: an output cut off inside its reasoning has no answer.
         prefix = THINK if template_thinks else opening.lstrip()
-        super().__init__(renderer, modality, prefix, len(renderer.tokenizer(opening, add_special_tokens=False)["input_ids"]))
+        super().__init__(renderer, modality, prefix)
         self.mode = mode
         self.task = renderer.task
 

@@ -182,7 +182,12 @@ class KeyphraseTrainer(SFTTrainer):
 
     def collator_options(self) -> dict[str, Any]:
         """What the collator is built with, beside the processor."""
-        return {"task": self.task, "kinds": self.target_kinds, "max_length": self.args.max_length}
+        return {
+            "task": self.task,
+            "kinds": self.target_kinds,
+            "max_length": self.args.max_length,
+            "trailing_template_tokens": self.args.trailing_template_tokens,
+        }
 
     # What a method implements
 
