@@ -8,6 +8,8 @@ Guarantees:
 - Training and generation use the same renderer, so a post has the same prompt in both.
 - A control token of the tokenizer that is spelled out in a post or a rationale stays ordinary text.
 - A target ends with the end of turn.
+- Where the chat template itself writes `<think>` behind the prompt, a target continues from there: a reasoning target goes on
+  with the rationale, any other target closes the reasoning first.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from dynkp.batches.target_tokens import TargetTokenizer
 from dynkp.data.images import open_image
-from dynkp.data.tasks import TAGS
+from dynkp.data.tasks import END_THINK, TAGS, THINK
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """The processor of a vision-language model, or the tokenizer of a text model."""
@@ -139,12 +141,18 @@ class ChatRenderer(ABC):
     def render_target(self, row: Mapping[str, Any], num_images: int, content: str) -> str:
         """Render an answer to a post's prompt as a training target: the answer as it is, then the end of turn.
 
+        Behind a prompt that ends with `<think>`, an answer that begins with `<think>` goes on without it, and any other answer
+        begins with `</think>`.
+
         Args:
             row (`Mapping`): the post.
             num_images (`int`): number of images that the model gets, at least 0.
             content (`str`): the answer.
         """
         messages = self.prompt_messages(row, num_images)
+        if self.opens_reasoning:
+            end = self.end_of_turn
+            return _behind_think(content) + (end if self.trailing_template_tokens else end.strip())
         prompt = self._render(messages, add_generation_prompt=True)
         reply: Any = [{"type": "text", "text": content}] if self.takes_images else content
         full = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
@@ -159,6 +167,12 @@ class ChatRenderer(ABC):
         if not self.trailing_template_tokens:
             target = target[: len(target) - len(target.lstrip())] + content.strip() + self.end_of_turn.strip()
         return target
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether the chat template writes `<think>` behind every prompt, as those of thinking models do."""
+        question: Any = [{"type": "text", "text": "?"}] if self.takes_images else "?"
+        return self._render([{"role": "user", "content": question}], add_generation_prompt=True).rstrip().endswith(THINK)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -203,6 +217,15 @@ class ChatRenderer(ABC):
             str,
             self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False),
         )
+
+
+def _behind_think(content: str) -> str:
+    """Return an answer as it continues behind a `<think>` that is part of the prompt."""
+    answer = content.lstrip()
+    if answer.startswith(THINK):
+        return answer.removeprefix(THINK).lstrip()
+    # A completion of the user's own may close the reasoning itself.
+    return content if END_THINK in content else END_THINK + answer
 
 
 def text_only(message: Mapping[str, Any]) -> dict[str, Any]:
