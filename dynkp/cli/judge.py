@@ -28,7 +28,8 @@ Rank what several systems predicted for each post, 1 for the best, by correctnes
 paper's Table 8): by a large vision-language model behind any server with OpenAI's chat interface, or by people.
 
 The prompt shows the post, its author's keyphrases and the systems' predictions, named by letters, in an order drawn for each
-post. Equal predictions share a letter, and no request is made for a post on which all systems agree. It writes, for --output R.jsonl,
+post. Equal predictions share a letter, and no request is made for a post on which all systems agree. For --output R.jsonl,
+it writes
 
   R.jsonl          each post's ranks, and the order shown
   R.errors.jsonl   the posts without ranks, each with the reason

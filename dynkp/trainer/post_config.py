@@ -79,6 +79,13 @@ class PostConfig(SFTConfig):
             "the optimizer step."
         },
     )
+    trailing_template_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether losses (ℓ and L) include the whitespace that the chat template writes around the end-of-turn "
+            "token: the line break behind Qwen's '<|im_end|>', LLaVA's blank before '</s>'. False leaves it out of targets."
+        },
+    )
     freeze_vision_tower: bool = field(
         default=True,
         metadata={
