@@ -35,7 +35,11 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=above_zero, default=120.0, metavar="SECONDS", help="longest wait for an answer (default: 120)"
     )
     server.add_argument(
-        "--max-attempts", type=positive, default=6, metavar="N", help="attempts per request before its post fails (6)"
+        "--max-attempts",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="attempts per request before its post fails (12, which take 150 s: longer than a server's restart)",
     )
     server.add_argument(
         "--retry-pause", type=above_zero, default=0.5, metavar="SECONDS", help="before the second attempt, then doubled (0.5)"

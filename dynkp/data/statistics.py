@@ -14,6 +14,7 @@ from typing import Any
 
 from dynkp.data.rows import fold_keyphrase
 from dynkp.data.sources import load_posts
+from dynkp.mmkp_f1.answers import normalise_phrase
 from dynkp.mmkp_f1.scoring import stem_phrase
 
 
@@ -120,7 +121,7 @@ def load_keyphrases(source: str, split: str = "train") -> list[str]:
             lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{source}: not UTF-8 ({error.reason}): convert the file") from error
-        phrases = [line.strip() for line in lines if line.strip()]
+        phrases = [phrase for line in lines if (phrase := normalise_phrase(line))]
     else:
         posts = load_posts(source, split=split)
         phrases = [phrase for row in posts.select_columns(["keyphrases"]) for phrase in row["keyphrases"] or []]

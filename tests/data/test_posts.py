@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from dynkp.data.posts import Finding, InvalidPostsError, PostReport, normalise_posts, open_image, validate_posts
-from dynkp.data.rows import LOAD_FINDINGS, clean_keyphrase
+from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS
+from dynkp.mmkp_f1.answers import normalise_phrase
 from tests.support.images import png_claiming
+from tests.support.spellings import SPELLINGS
 
 GOOD = {"id": "good", "text": "my dog", "keyphrases": ["beagles", "dogs"]}
 
@@ -209,8 +212,8 @@ def test_missing_image_folder_is_named():
 def test_cleaning_is_what_the_answer_parser_does(phrase):
     from dynkp.data.tasks import keyphrase_problem
 
-    cleaned = clean_keyphrase(phrase)
-    assert clean_keyphrase(cleaned) == cleaned
+    cleaned = normalise_phrase(phrase)
+    assert normalise_phrase(cleaned) == cleaned
     problem = keyphrase_problem(cleaned)
     assert problem is None or not problem.startswith("begins or ends"), (phrase, problem)
 
@@ -529,3 +532,21 @@ def test_real_tweets_are_valid(shared):
         assert len(posts) == report.without_image == count and not report.findings
         assert sum(map(len, posts["keyphrases"])) == keyphrases
         assert posts["keyphrases"] == [row["keyphrases"] for row in rows]
+
+
+# --- spellings ---
+
+
+@pytest.mark.parametrize("spellings", SPELLINGS, ids=lambda spellings: spellings[0])
+def test_equivalent_spellings_are_equal_after_loading_and_repeats_are_found(spellings):
+    rows = [
+        {"id": str(i), "text": unicodedata.normalize("NFD", spellings[0]), "keyphrases": [s]} for i, s in enumerate(spellings)
+    ]
+    typed = Dataset.from_list(
+        [{"images": [], "rationale": None, **row} for row in rows], features=Features({**IDENTITY, **CONTENT})
+    )
+    for posts in (rows, Dataset.from_list(rows), typed, Dataset.from_list(rows).to_iterable_dataset()):
+        for post in normalise_posts(posts):
+            assert (post["text"], post["keyphrases"]) == (spellings[0], [spellings[0]])
+    with pytest.raises(InvalidPostsError, match="repeats"):
+        validate_posts([{"text": "a", "keyphrases": [spellings[0], spelling]} for spelling in spellings[1:]], progress=False)
