@@ -40,7 +40,7 @@ Rows with a column decode (dynkp predict --decodes 3) are scored decode by decod
 def parser() -> argparse.ArgumentParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("evaluate", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("predictions and posts")
     what.add_argument(
         "--task", choices=["keyphrases", "sentiment"], default="keyphrases", help="what was predicted (default: keyphrases)"
     )
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--allow-missing", action="store_true", help="score posts without a prediction as predicted empty, and say how many"
     )
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("scores")
     how.add_argument(
         "--convention",
         choices=["cmkp", "aimkp", "padded", "unpadded"],

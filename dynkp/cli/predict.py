@@ -69,7 +69,7 @@ then:
 def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("predict", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("model, posts and output")
     what.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="a saved model, a saved adapter (its base is found), or a Hub id"
     )
@@ -81,7 +81,7 @@ def parser() -> CommandParser:
     add_on_invalid(what, "posts that cannot be predicted, such as those with a broken image")
     what.add_argument("--output", required=True, metavar="FILE", help="the predictions, as JSON lines")
 
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("prompt")
     how.add_argument(
         "--mode",
         choices=["auto", "think", "direct"],
@@ -127,7 +127,7 @@ def parser() -> CommandParser:
         help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, with a column decode",
     )
 
-    where = parser.add_argument_group("where")
+    where = parser.add_argument_group("engine")
     add_batch_size(where, None, "posts per batch and process (default: 8; vllm: 256)")
     add_dtype_and_device(where)
     where.add_argument(

@@ -6,7 +6,7 @@ import logging
 
 from datasets import Dataset, IterableDataset
 
-from dynkp import KeyphraseConfig, MulCoTRDConfig, load_posts
+from dynkp import MulCoTRDConfig, PostConfig, load_posts
 from dynkp.data.mixing import load_mixture
 from dynkp.data.tasks import resolve_task
 from dynkp.training import mulcot_rd
@@ -15,7 +15,7 @@ from dynkp.training.options import DataArguments, check_modality
 logger = logging.getLogger(__name__)
 
 
-def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def load_data(data: DataArguments, args: PostConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Load the training posts and, if there are any, the evaluation posts.
 
     Args:
@@ -49,7 +49,7 @@ def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | Ite
     return train_posts, eval_posts
 
 
-def _load_train_posts(data: DataArguments, args: KeyphraseConfig) -> Dataset | IterableDataset:
+def _load_train_posts(data: DataArguments, args: PostConfig) -> Dataset | IterableDataset:
     """One dataset of posts, or a mixture of several."""
     if isinstance(args, MulCoTRDConfig):
         if data.datasets or data.streaming:

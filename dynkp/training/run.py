@@ -8,7 +8,7 @@ from typing import cast
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
-from dynkp import DynamicCoTTrainer, KeyphraseConfig, MulCoTRDConfig, MulCoTRDTrainer
+from dynkp import DynamicCoTTrainer, MulCoTRDConfig, MulCoTRDTrainer, PostConfig
 from dynkp.data.tasks import resolve_task
 from dynkp.models.saved_task import Modality
 from dynkp.training import drawn_posts, mulcot_rd
@@ -69,7 +69,7 @@ def train(options: TrainingOptions) -> None:
         evaluate(trainer, eval_posts, options)
 
 
-def checkpoint_to_resume(args: KeyphraseConfig) -> str | bool | None:
+def checkpoint_to_resume(args: PostConfig) -> str | bool | None:
     """Find what `--resume_from_checkpoint` stands for.
 
     Args:
