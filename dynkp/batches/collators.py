@@ -56,7 +56,7 @@ class ChatCollator:
         renderer = self.renderer
         texts = [renderer.prompt(row, len(post_images)) for row, post_images in zip(rows, images, strict=True)]
         kwargs: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        kwargs["add_special_tokens"] = False  # the template has written the BOS token already
+        kwargs["add_special_tokens"] = renderer.add_special_tokens
         if renderer.takes_images:
             # Processors want at least one image in the batch, or no `images` at all.
             kwargs["images"] = list(images) if any(images) else None

@@ -42,7 +42,7 @@ def post_lengths(collator: PairedTargetCollator, posts: Iterable[Mapping[str, An
     placeholders: dict[tuple[tuple[int, int], ...], int] = {}
 
     def tokens(text: str) -> int:
-        return len(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(renderer.tokenizer(text, add_special_tokens=renderer.add_special_tokens)["input_ids"])
 
     def placeholders_of(sizes: tuple[tuple[int, int], ...]) -> int:
         if sizes not in placeholders:

@@ -6,6 +6,7 @@
 Guarantees:
 
 - Training and generation use the same renderer, so a post has the same prompt in both.
+- A prompt has the BOS token that the tokenizer would put in front of a text, once, whether the template writes it or not.
 - A control token of the tokenizer that is spelled out in a post or a rationale stays ordinary text.
 - A target ends with the end of turn.
 - Where the chat template itself writes `<think>` behind the prompt, a target continues from there: a reasoning target goes on
@@ -119,6 +120,8 @@ class ChatRenderer(ABC):
     def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
         """Render a post's prompt, up to the place where the model's answer begins; `opening` is not part of it.
 
+        It is tokenized with `add_special_tokens` set to [`add_special_tokens`].
+
         Args:
             row (`Mapping`): the post.
             num_images (`int`): number of images that the model gets, at least 0.
@@ -126,7 +129,33 @@ class ChatRenderer(ABC):
         Raises:
             ValueError: naming the post, if no prompt can be made of it.
         """
-        return self._render(self.prompt_messages(row, num_images), add_generation_prompt=True)
+        return self._missing_bos[0] + self._render(self.prompt_messages(row, num_images), add_generation_prompt=True)
+
+    @property
+    def add_special_tokens(self) -> bool:
+        """Whether the tokenizer must add the BOS token to rendered prompts."""
+        return self._missing_bos[1]
+
+    @cached_property
+    def _missing_bos(self) -> tuple[str, bool]:
+        """The BOS token that prompts lack, as text; and whether the tokenizer must add it instead."""
+        bos, index = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        if bos is None or self._question.startswith(bos):
+            return "", False
+        plain, own, written = (
+            list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            for text, special in (("a", False), ("a", True), (f"{bos}a", False))
+        )
+        if own[:1] != [index] or plain[:1] == [index]:
+            return "", False  # the tokenizer adds none (Qwen)
+        # SentencePiece tokenizes a word behind a written BOS token in another way; and some tokenizers add an EOS token too.
+        return ("", True) if own == [index, *plain] != written else (bos, False)
+
+    @cached_property
+    def _question(self) -> str:
+        """The prompt that the chat template writes for a question."""
+        question: Any = [{"type": "text", "text": "?"}] if self.takes_images else "?"
+        return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
 
     @cached_property
     def tokenize_target(self) -> TargetTokenizer:
@@ -171,8 +200,7 @@ class ChatRenderer(ABC):
     @cached_property
     def opens_reasoning(self) -> bool:
         """Whether the chat template writes `<think>` behind every prompt, as those of thinking models do."""
-        question: Any = [{"type": "text", "text": "?"}] if self.takes_images else "?"
-        return self._render([{"role": "user", "content": question}], add_generation_prompt=True).rstrip().endswith(THINK)
+        return self._question.rstrip().endswith(THINK)
 
     @cached_property
     def end_of_turn(self) -> str:
