@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -403,3 +404,64 @@ def test_a_million_posts_go_on(tmp_path: Path) -> None:
     assert built < 20  # the index, from the answers alone
     assert seconds < 10
     assert mebibytes < 1024
+
+
+def test_any_exception_at_a_post_is_its_failure(tmp_path: Path) -> None:
+    errors = [
+        ValueError("v"),
+        TypeError("t"),
+        RecursionError("r"),
+        KeyError("k"),
+        MemoryError(),
+        OSError(24, "files"),
+        OverflowError(),
+    ]
+
+    def conversation(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
+        kind, number = post["text"].split()
+        if kind == "before":
+            raise errors[int(number)]
+        if kind == "body":
+            yield ChatRequest([{"role": "user", "content": 7}], {"model": "m"})
+        answer = yield question(post["text"])
+        assert answer.text
+        if kind == "after":
+            raise errors[int(number)]
+
+    texts = [f"{kind} {number}" for number in range(len(errors)) for kind in ("before", "good", "after")]
+    write_posts(tmp_path, [*texts, "body 1", "good 100"])
+    with serve() as (url, _):
+        for _ in range(2):  # the second one replays what the first has asked
+            outcome, answers = ask(tmp_path, url, conversation)
+            assert (outcome.stopped, outcome.settled, outcome.failed) == (None, len(texts) + 2, 2 * len(errors) + 1)
+            failed = [row["failed"] for row in answers if row]
+            assert failed == [not text.startswith("good") for text in [*texts, "body 1", "good 100"]]
+            (tmp_path / "journal" / "index.sqlite").unlink()
+
+
+def test_workers_survive_cancellations_of_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = ChatClient._send
+    swallowed = []
+
+    async def broken(self: ChatClient, body: Any) -> ChatAnswer:
+        if "cancelled" in last_text(dict(body)):
+            raise asyncio.CancelledError
+        if "swallows" in last_text(dict(body)):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                swallowed.append(True)
+        return await send(self, body)
+
+    monkeypatch.setattr(ChatClient, "_send", broken)
+    write_posts(tmp_path, [f"{'cancelled' if number % 2 else 'good'} {number}" for number in range(40)])
+    with serve() as (url, _):
+        outcome, answers = ask(tmp_path, url)
+        assert (outcome.stopped, outcome.settled, outcome.failed) == (None, 40, 20)
+        # An error that ends the run, such as a full disk, ends it also where a worker swallows its cancellation.
+        write_posts(tmp_path, ["swallows 1", "swallows 2", "good 101", "good 102"])
+        monkeypatch.setattr(AnswerJournal, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+        began = time.monotonic()
+        with pytest.raises(OSError, match="no space left"):
+            ask(tmp_path, url, settings="other")
+        assert swallowed and time.monotonic() - began < 20
