@@ -124,9 +124,12 @@ class RequestRun:
         self._stopped: str | None = None
         self._reason = ""
         self._failures_in_a_row: list[bytes] = []
+        self._last_error: Exception | None = None
         # Requests that failed because the last run's server was unusable.
         self._retry_keys = {bytes.fromhex(key) for key in journal.cursor().get("again", ())}
         self._failed_now: set[bytes] = set()
+        # Requests that failed because the server could not be reached.
+        self._unreachable_keys: set[bytes] = set()
         self._in_flight: dict[bytes, asyncio.Future[None]] = {}
         self._highest_cost: float | None = None
         self._under_way = 0
@@ -270,6 +273,8 @@ class RequestRun:
             tasks = [asyncio.create_task(self._scan(workers)), *work, sync := asyncio.create_task(self._sync())]
             try:
                 await _all_or_first_error([task for task in tasks if task is not sync])
+                if self._failures_in_a_row and self._failures_in_a_row[-1] in self._unreachable_keys:
+                    self._end("server", self._last_failures())
                 self._show()
             finally:
                 self._closing = True
@@ -279,9 +284,15 @@ class RequestRun:
         return self._outcome()
 
     def _save_retry_keys(self) -> None:
-        keys = self._retry_keys.union(self._failures_in_a_row if self._stopped == "server" else ())
-        if keys:
-            self.journal.set_cursor({**self.journal.cursor(), "again": sorted(key.hex() for key in keys)})
+        cursor = self.journal.cursor()
+        keys = self._keys_to_retry()
+        if keys != cursor.get("again", []):
+            self.journal.set_cursor({**cursor, "again": keys})
+
+    def _keys_to_retry(self) -> list[str]:
+        """The failed requests that the next run sends again, since the server failed, not they."""
+        keys = self._retry_keys | self._unreachable_keys
+        return sorted(key.hex() for key in keys.union(self._failures_in_a_row if self._stopped == "server" else ()))
 
     def _interrupt(self) -> None:
         if self._stop.is_set():
@@ -311,7 +322,7 @@ class RequestRun:
                 if time.monotonic() - noted > _SECONDS_BETWEEN_SYNCS:
                     noted = time.monotonic()
                     place = {"posts": identity, "offset": source.end, "index": source.index + 1}
-                    cursor = {**place, "again": sorted(key.hex() for key in self._retry_keys)}
+                    cursor = {**place, "again": self._keys_to_retry()}
                     await loop.run_in_executor(None, self.journal.set_cursor, cursor)
             if not more:
                 break
@@ -395,6 +406,7 @@ class RequestRun:
                 return None
             self.journal.append(key, row | asdict(answer))
             self._failures_in_a_row.clear()
+            self._retry_keys.discard(key)
             return answer
         finally:
             del self._in_flight[key]
@@ -406,9 +418,16 @@ class RequestRun:
         if not isinstance(error, RequestFailed):
             return
         self._failures_in_a_row.append(key)
+        if error.unreachable:
+            self._unreachable_keys.add(key)
+        self._last_error = error
         limit = max(_FAILURES_IN_A_ROW, 2 * self._client.pace.maximum) if self._client.answered else _FAILURES_AT_FIRST
-        if (failures := len(self._failures_in_a_row)) >= limit:
-            self._end("server", f"{failures} posts in a row failed, the last: {error}")
+        if len(self._failures_in_a_row) >= limit:
+            self._end("server", self._last_failures())
+
+    def _last_failures(self) -> str:
+        failures = len(self._failures_in_a_row)
+        return f"{failures} {'post' if failures == 1 else 'posts in a row'} failed, the last: {self._last_error}"
 
     async def _ask_within_cost(self, request: ChatRequest) -> ChatAnswer:
         """Send a request unless it would raise the cost above the limit if it cost as much as the dearest one so far."""

@@ -36,7 +36,7 @@ from dynkp.chat.prices import Price
 from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from tests.conftest import REPOSITORY
-from tests.support.chat_server import ChatServer, last_text, serve, serve_in_process
+from tests.support.chat_server import ChatServer, last_text, respond, serve, serve_in_process
 from tests.support.conversations import once, question, twice
 
 
@@ -181,8 +181,6 @@ def test_a_post_that_fails_again_is_asked_once_more_only(tmp_path: Path) -> None
 def test_a_server_that_fails_everyone_ends_the_run(tmp_path: Path, texts: str, reason: str) -> None:
     class Refusing(ChatServer):
         async def answer(self, writer: Any, body: Any) -> bool:
-            from tests.support.chat_server import respond
-
             if texts == "cursed":
                 return await super().answer(writer, body)
             await respond(writer, 401, {"error": {"message": "who are you?"}})
@@ -465,3 +463,43 @@ def test_workers_survive_cancellations_of_libraries(tmp_path: Path, monkeypatch:
         with pytest.raises(OSError, match="no space left"):
             ask(tmp_path, url, settings="other")
         assert swallowed and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("posts", [1, 3, 30])
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_dead_server_is_reported_and_its_posts_are_asked_again(
+    tmp_path: Path, posts: int, status: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            await respond(writer, 503, {"error": {"message": "starting"}})
+            return True
+
+    write_posts(tmp_path, [f"post {n}" for n in range(posts)])
+    with serve(Away) as (url, _):
+        outcome, _ = ask(tmp_path, "http://127.0.0.1:9/v1" if status is None else url)
+    failed = min(posts, 10)
+    assert outcome.stopped == "server" and outcome.failed >= failed
+    assert "failed, the last: 2 attempts, the last: " in outcome.reason
+    assert caplog.text.count("cannot be reached") == 1
+    with serve() as (url, server):
+        outcome, answers = ask(tmp_path, url)
+        assert (outcome.stopped, outcome.failed, outcome.settled, len(server.bodies)) == (None, 0, posts, posts)
+        outcome, _ = ask(tmp_path, url)
+        assert len(server.bodies) == posts
+
+
+def test_posts_that_met_a_restart_are_asked_again(tmp_path: Path) -> None:
+    class Restarts(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            if 10 <= len(self.bodies) < 20:
+                await respond(writer, 502, {"error": {"message": "bad gateway"}})
+                return True
+            return await super().answer(writer, body)
+
+    write_posts(tmp_path, [f"post {n}" for n in range(40)])
+    with serve(Restarts) as (url, _):
+        outcome, _ = ask(tmp_path, url, attempts=1)
+        assert outcome.stopped is None and 0 < outcome.failed <= 10
+        outcome, _ = ask(tmp_path, url)
+        assert (outcome.failed, outcome.settled) == (0, 40)
