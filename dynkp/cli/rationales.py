@@ -177,8 +177,12 @@ def _write(run: Any) -> str:
     print(result_line(run, rationale_summary(report)))
     if run.settings.preview:
         print(f"{run.paths.preview}: {run.settings.preview} posts to look at")
-    failed = run.outcome.failed
-    return f"{failed:,} posts failed, see {run.paths.errors}; --retry-failed asks them again" if failed else ""
+    parts = []
+    if failed := report["request_failed"]:
+        parts.append(f"{failed:,} posts failed (--retry-failed asks them again)")
+    if invalid := report["invalid_post"]:
+        parts.append(f"{invalid:,} posts are invalid (correct them, and the same command asks about them)")
+    return f"{', '.join(parts)}, see {run.paths.errors}" if parts else ""
 
 
 def _write_only(arguments: argparse.Namespace) -> int:
