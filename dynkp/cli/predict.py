@@ -191,7 +191,9 @@ def _check_options(command: CommandParser, arguments: argparse.Namespace) -> Non
 
 
 def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any) -> None:
-    from dynkp.models.checkpoints import check_available, find_checkpoint
+    from transformers import ProcessorMixin
+
+    from dynkp.models.checkpoints import check_available, find_checkpoint, load_processor
     from dynkp.prediction.empty_outputs import advice_on_empty_outputs
     from dynkp.prediction.loading import run_settings
     from dynkp.prediction.posts import load_posts_to_predict
@@ -207,13 +209,16 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
     check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
     question = _question(command, arguments, checkpoint)
+    processor = load_processor(checkpoint)
+    takes_images = isinstance(processor, ProcessorMixin)
     posts = load_posts_to_predict(
         arguments.posts,
         question.task,
         image_dir=arguments.image_dir,
         split=arguments.split,
         on_invalid=arguments.on_invalid,
-        check_images=question.modality != "text",
+        use_images=takes_images and question.modality != "text",
+        processor=processor if takes_images else None,
         progress=not arguments.no_progress,
         is_first_process=process.is_main_process,
         num_processes=process.num_processes,

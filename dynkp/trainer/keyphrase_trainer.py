@@ -32,6 +32,7 @@ from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from dynkp.batches.collators import PairedTargetCollator, SkippingCollator
+from dynkp.batches.image_sizes import SizeCheck
 from dynkp.data.tasks import KeyphraseTask, resolve_task
 from dynkp.mechanics.gradient_order import gradients_in_order
 from dynkp.mechanics.shared_prompt import (
@@ -111,6 +112,7 @@ class KeyphraseTrainer(SFTTrainer):
             tokenizer.pad_token = tokenizer.eos_token
         self.task = self.task_of(args, task)
         takes_images = isinstance(processing_class, ProcessorMixin)
+        self._refuses_size = SizeCheck(processing_class) if takes_images else None
         train_dataset = self.prepare(train_dataset, "train", args, takes_images)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self.prepare(dataset, name, args, takes_images) for name, dataset in eval_dataset.items()}
@@ -171,7 +173,7 @@ class KeyphraseTrainer(SFTTrainer):
 
     def prepare(self, dataset: Any, name: str, args: KeyphraseConfig, takes_images: bool) -> Dataset | IterableDataset:
         """The posts of a set that can be trained on, or an error that names the others."""
-        return prepare_posts(dataset, name, args, takes_images, separator=self.task.separator)
+        return prepare_posts(dataset, name, args, takes_images, separator=self.task.separator, refuses=self._refuses_size)
 
     # What `build_collator` makes.
     collator_class: type[PairedTargetCollator] = PairedTargetCollator
