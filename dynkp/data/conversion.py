@@ -226,8 +226,7 @@ def convert_posts(
             report.not_written.update(lost)
         if not report.posts:
             raise ValueError(f"no post could be written: {report.summary()}" if report.skipped else "there are no posts")
-        if without_content == index + 1 and not join:
-            unread = ", ".join(sorted(met - {*IDENTITY, *CONTENT})) or "none"
+        if without_content == index + 1 and not join and (unread := ", ".join(sorted(met - {*IDENTITY, *CONTENT}))):
             raise ValueError(
                 f"no post has a text, keyphrases or an image. These are read from the columns 'text', 'keyphrases' and "
                 f"'images'; not read: {unread}"

@@ -274,7 +274,7 @@ def validate_posts(
             write_json_lines(report_file, ())
         check = _StreamCheck(validator, on_invalid, report_file, check_images, refuses)
         checked = posts.filter(check, with_indices=True)
-        return checked.remove_columns(LOAD_FINDINGS), report
+        return checked.remove_columns(LOAD_FINDINGS) if use_images else checked, report
 
     valid = _check_all(posts, validator, check_images, refuses, progress)
     report.dropped = report.total - len(valid)

@@ -296,6 +296,8 @@ def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **
         if format == "parquet":
             more = {"data_files": {split.partition("[")[0]: files}}
         posts = load_dataset(path, split=split, streaming=streaming, **more)
+        if LOAD_FINDINGS in (posts.column_names or ()):  # a column of this package, not of a file
+            posts = posts.remove_columns(LOAD_FINDINGS)
         # pyarrow reads ahead of the consumer without limit: if a training step is slower than the disk, a whole file is in
         # memory, at several times its size. By row groups, one group is. Not over a network, where each group would be a
         # request, nor for posts without ids, which are numbered file by file.
@@ -370,7 +372,9 @@ def _read(files: Iterable[str], format: str) -> Iterator[tuple[str, dict[str, An
         elif format == "masc":
             yield from _masc_posts(_read_json(path), "first")
         else:
-            yield from _read_json(path)
+            for fallback_id, row in _read_json(path):
+                row.pop(LOAD_FINDINGS, None)  # a column of this package, not of a file
+                yield fallback_id, row
 
 
 def read_lines(path: str) -> Iterator[tuple[str, str]]:

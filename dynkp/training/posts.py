@@ -58,7 +58,8 @@ def _load_train_posts(data: DataArguments, args: KeyphraseConfig) -> Dataset | I
         return mulcot_rd.load(data.train_file, args, data.image_dir)
     if data.datasets:
         separator = resolve_task(args.task).separator if args.separator is None else args.separator
-        train_posts = load_mixture(data, on_invalid=args.on_invalid, separator=separator)
+        train_posts = load_mixture(data, on_invalid=args.on_invalid, separator=separator, use_images=False)
+        # The trainer checks the images, and knows whether its model reads any.
         args.unique_ids = False  # each dataset was checked by itself, and a mixture may repeat its posts
         return train_posts
     return load_posts(data.train_file, image_dir=data.image_dir, streaming=data.streaming)
