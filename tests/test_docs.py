@@ -7,6 +7,7 @@ them. The built site itself is tested in tests/browser/test_site.py.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -22,8 +23,8 @@ from mkdocs.exceptions import PluginError
 
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
+from dynkp.trainer.post_config import PostConfig
 from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -40,7 +41,7 @@ def hook(name: str) -> ModuleType:
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [(KeyphraseConfig, "dynamic_cot"), (DynamicCoTConfig, "dynamic_cot"), (MulCoTRDConfig, "mulcot_rd")],
+    [(PostConfig, "dynamic_cot"), (DynamicCoTConfig, "dynamic_cot"), (MulCoTRDConfig, "mulcot_rd")],
 )
 def test_every_own_option_is_in_the_page_with_its_help(config: type, name: str) -> None:
     page = hook("options").on_page_markdown((DOCS / "methods" / f"{name}.md").read_text())
@@ -109,6 +110,18 @@ def test_the_paper_index_has_the_defaults_of_the_code(method: str) -> None:
 
 # Where weights are put or read from, and how a schedule's arguments are passed on.
 NOT_OF_A_PAPER = {"assistant", "assistant_dtype", "assistant_device", "lr_scheduler_kwargs"}
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    layout = (DOCS / "contributing.md").read_text().partition("\n## Layout\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)/` \|", layout, re.MULTILINE)
+    tree = ast.parse((REPOSITORY / "tests" / "test_architecture.py").read_text())
+    [rooms] = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "ROOMS"
+    ]
+    assert listed == [room for room in rooms if room != "examples"]
 
 
 def test_equations_become_mathml() -> None:

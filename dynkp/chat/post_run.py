@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.run import Conversation, Outcome, RequestRun
 from dynkp.chat.settings import RunPaths, RunSettings
 from dynkp.files.json_files import write_json
-
-if TYPE_CHECKING:
-    from typing import Self
 
 Settings = TypeVar("Settings", bound=RunSettings)
 

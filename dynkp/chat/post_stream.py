@@ -104,7 +104,7 @@ class SourcePost:
 
 
 class PostStream:
-    """A stream of the posts in a file; every iteration reads the file again.
+    r"""A stream of the posts in a file; every iteration reads the file again.
 
     Args:
         path: A JSON Lines file of posts.
@@ -120,7 +120,7 @@ class PostStream:
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "posts.jsonl"
-        >>> written = file.write_text('{"id": "1", "text": "my dog"}\\n{"text": "my cat"}\\n')
+        >>> written = file.write_text('{"id": "1", "text": "my dog"}\n{"text": "my cat"}\n')
         >>> [source.id for source in PostStream(file)]
         ['1', 'posts-1']
     """

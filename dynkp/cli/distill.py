@@ -23,7 +23,7 @@ from dynkp.cli.arguments import (
     check_inputs,
     positive,
 )
-from dynkp.cli.errors import log_to_stderr, resumable
+from dynkp.cli.errors import hide_library_bars, log_to_stderr, resumable
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = parser().parse_args(argv)
     log_to_stderr()
+    if arguments.command == "augment" or arguments.no_progress:
+        hide_library_bars()
     check_inputs(arguments, "posts", "image_dir")
     check_inputs(arguments, "chains", kind="file")
     with resumable(f"the same command goes on with {arguments.output}"):

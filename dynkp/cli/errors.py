@@ -114,6 +114,15 @@ class _DeepSpeedToStandardError(logging.Filter):
         return False
 
 
+def hide_library_bars() -> None:
+    """Switch off the progress bars of datasets and transformers, for commands that are to show none."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
 def silence_libraries() -> None:
     """Keep off the screen what libraries print as they are imported; call it before they are."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler: two lines "USDT: ..." per measurement

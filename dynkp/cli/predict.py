@@ -25,7 +25,7 @@ from dynkp.cli.arguments import (
     positive,
     share,
 )
-from dynkp.cli.errors import RunFailedError, log_to_stderr, resumable
+from dynkp.cli.errors import RunFailedError, hide_library_bars, log_to_stderr, resumable
 from dynkp.cli.processes import this_process
 
 logger = logging.getLogger(__name__)
@@ -165,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     log_to_stderr()
+    if arguments.no_progress:
+        hide_library_bars()
     process = this_process(arguments.device)
     try:
         with resumable(f"the same command goes on with {arguments.output}"):

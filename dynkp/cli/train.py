@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser
 
 from dynkp import KeyphraseConfig
 from dynkp.cli.arguments import OneLineErrors
-from dynkp.cli.errors import Interrupted, RunFailedError, log_to_stderr
+from dynkp.cli.errors import Interrupted, RunFailedError, hide_library_bars, log_to_stderr
 from dynkp.data.choices import did_you_mean
 from dynkp.data.paths import check_path
 from dynkp.models.checkpoints import check_available
@@ -308,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     if options is None:
         return
+    if options.args.disable_tqdm:
+        hide_library_bars()
     import torch
 
     from dynkp.training.run import train
@@ -331,7 +333,7 @@ def how_to_continue(argv: Sequence[str], output_dir: str) -> str:
         argv: the arguments of the run.
         output_dir: where its checkpoints are.
     """
-    from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+    from dynkp.trainer.durable_checkpoints import last_complete_checkpoint
 
     try:
         checkpoint = last_complete_checkpoint(output_dir)

@@ -4,8 +4,8 @@
 |---|---|---|
 | `id` | str | unique |
 | `images` | list of `{"bytes", "path"}` | may be empty |
-| `text` | str | may be empty |
-| `keyphrases` | list of str | whitespace and "#" stripped from both ends, as the answer parser does |
+| `text` | str | in Unicode's composed form (NFC); may be empty |
+| `keyphrases` | list of str | normalised by `normalise_phrase`, as the answer parser does |
 | `rationale` | str or None | |
 
 Rows with `prompt` and `completion` (TRL's conversational format, with `reasoning_completion`) keep these columns as they are
@@ -40,7 +40,7 @@ from PIL import ImageOps
 
 from dynkp.data.images import MAX_IMAGE_PIXELS, ImageError, locate_image, to_rgb
 from dynkp.data.tasks import TASKS
-from dynkp.mmkp_f1.answers import STRIPPED
+from dynkp.mmkp_f1.answers import canonical_text, normalise_phrase
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +73,6 @@ _PROBE = 100
 _QUESTION = TASKS["aimkp"].instruction
 
 
-def clean_keyphrase(phrase: str) -> str:
-    """Strip whitespace and "#" from both ends, as the answer parser does, so that the keyphrase can be read back.
-
-    Args:
-        phrase: a keyphrase.
-
-    Example:
-        >>> clean_keyphrase(" #NBA Finals ")
-        'NBA Finals'
-    """
-    return phrase.strip(STRIPPED)
-
-
 def fold_keyphrase(phrase: str) -> str:
     """Return the form of a keyphrase by which keyphrases are compared: case and whitespace do not matter.
 
@@ -96,7 +83,7 @@ def fold_keyphrase(phrase: str) -> str:
         >>> fold_keyphrase("#NBA  Finals")
         'nba finals'
     """
-    return " ".join(clean_keyphrase(phrase).split()).casefold()
+    return " ".join(normalise_phrase(phrase).split()).casefold()
 
 
 class Normaliser:
@@ -173,7 +160,7 @@ class Normaliser:
         post = {
             "id": _post_id(row.get("id"), report) or fallback_id,
             "images": self._images(row, report),
-            "text": _string(row.get("text"), "text", report) or "",
+            "text": canonical_text(_string(row.get("text"), "text", report) or ""),
             "keyphrases": _keyphrases(row.get("keyphrases"), report),
             "rationale": rationale if rationale and rationale.strip() else None,
             LOAD_FINDINGS: problems,
@@ -359,7 +346,7 @@ def _keyphrases(value: Any, report: Any) -> list[str]:
     phrases = []
     for phrase in value:
         if isinstance(phrase, str):
-            phrases.append(clean_keyphrase(_unicode(phrase, "a keyphrase", report)))
+            phrases.append(normalise_phrase(_unicode(phrase, "a keyphrase", report)))
         else:
             report("wrong_type", f"a keyphrase must be a string, got {type(phrase).__name__} {phrase!r:.80}")
     return phrases
@@ -590,8 +577,10 @@ def _is_normal(posts: Dataset, normaliser: Normaliser) -> bool:
         return False
     if "" in pc.unique(table.column("id")).to_pylist():
         return False
+    if "text" in expected and any(text != canonical_text(text) for text in _non_ascii(table.column("text"))):
+        return False
     phrases = pc.list_flatten(table.column("keyphrases")).to_pylist() if "keyphrases" in expected else []
-    if not all(phrase is not None and phrase == clean_keyphrase(phrase) for phrase in phrases):
+    if not all(phrase is not None and phrase == normalise_phrase(phrase) for phrase in phrases):
         return False
     # Bytes stay in Arrow: only the paths of images without bytes are read.
     for chunk in pc.list_flatten(table.column("images")).chunks:
@@ -603,6 +592,10 @@ def _is_normal(posts: Dataset, normaliser: Normaliser) -> bool:
             except ImageError:
                 return False
     return True
+
+
+def _non_ascii(texts: pa.ChunkedArray) -> list[str]:
+    return texts.filter(pc.invert(pc.string_is_ascii(texts))).to_pylist()
 
 
 def _normalise_stream(posts: IterableDataset, options: Mapping[str, Any]) -> IterableDataset:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dynkp.data.posts import load_valid_posts
-from dynkp.data.rows import clean_keyphrase, fold_keyphrase
+from dynkp.data.rows import fold_keyphrase
+from dynkp.mmkp_f1.answers import normalise_phrase
 from dynkp.mmkp_f1.scoring import stem_phrase
 
 
@@ -124,7 +125,7 @@ def load_keyphrases(source: str, split: str = "train") -> list[str]:
         if any("<sep>" in line for line in lines):
             raise ValueError(f"{source}: lines with '<sep>' are CMKP's posts, not keyphrases: name the file X_src.txt")
         # No keyphrase has ";": these are CMKP's lines of one post each (X_trg.txt).
-        phrases = [phrase for line in lines for piece in line.split(";") if (phrase := clean_keyphrase(piece))]
+        phrases = [phrase for line in lines for piece in line.split(";") if (phrase := normalise_phrase(piece))]
     else:
         posts = load_valid_posts(source, split=split)
         phrases = [phrase for row in posts.select_columns(["keyphrases"]) for phrase in row["keyphrases"] or []]

@@ -19,7 +19,7 @@ from typing import Any
 from dynkp.data.choices import did_you_mean
 
 # The parser is part of the metric, which imports nothing else of dynkp.
-from dynkp.mmkp_f1.answers import ANSWER, END_ANSWER, END_THINK, STRIPPED, TAG, THINK, Answer, parse_answer
+from dynkp.mmkp_f1.answers import ANSWER, END_ANSWER, END_THINK, TAG, THINK, Answer, normalise_phrase, parse_answer
 from dynkp.mmkp_f1.answers import TAGS as TAGS
 from dynkp.mmkp_f1.answers import count_words as count_words
 
@@ -42,10 +42,11 @@ def keyphrase_problem(phrase: Any, separator: str = "; ") -> str | None:
     """
     if not isinstance(phrase, str):
         return f"is not a string but {type(phrase).__name__}"
-    if not phrase.strip(STRIPPED):
+    normalised = normalise_phrase(phrase)
+    if not normalised:
         return "is empty"
-    if phrase != phrase.strip(STRIPPED):
-        return "begins or ends with whitespace or '#'"
+    if phrase != normalised:
+        return "begins or ends with whitespace, '#' or an invisible character, or is not in Unicode's composed form (NFC)"
     if separator.strip() in phrase:
         return f"contains the separator {separator.strip()!r}"
     if tag := TAG.search(phrase):

@@ -119,9 +119,9 @@ def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "new" / "a.txt"
-        >>> write_text(file, "one line\\n")
+        >>> write_text(file, "one line\n")
         >>> file.read_text()
-        'one line\\n'
+        'one line\n'
     """
     with atomic_file_or_stream(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
@@ -194,7 +194,11 @@ def _remove_leftovers(targets: Sequence[Path]) -> None:
     """Remove the partial files that killed processes of this host left of the targets."""
     for folder in {target.parent for target in targets}:
         names = {_short(target.name) for target in targets if target.parent == folder}
-        for entry in os.listdir(folder):
+        try:
+            entries = os.listdir(folder)
+        except PermissionError:  # a folder may be writable and not readable
+            continue
+        for entry in entries:
             match = _PARTIAL_NAME.fullmatch(entry)
             if match and match["name"] in names and not _is_being_written(folder / entry, int(match["process"])):
                 with suppress(OSError):  # another user's, or another process removes it at this moment

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .answers import END_THINK, THINK, answer_phrases, count_words
+from .answers import END_THINK, THINK, answer_phrases, count_words, normalise_phrase
 from .scoring import stem_phrase
 
 
@@ -26,7 +26,7 @@ def list_statistics(predictions: Sequence[Sequence[str]]) -> dict[str, float | N
         >>> list_statistics([["dogs", "dog", "cat", "sun"], []])
         {'empty_share': 0.5, 'keyphrases_per_post': 2.0, 'repeat_share': 0.25}
     """
-    stems = [[stem for phrase in phrases if (stem := stem_phrase(phrase))] for phrases in predictions]
+    stems = [[stem for phrase in phrases if (stem := stem_phrase(normalise_phrase(phrase)))] for phrases in predictions]
     listed = sum(map(len, stems))
     distinct = sum(len(set(phrases)) for phrases in stems)
     return {

@@ -6,8 +6,11 @@ Holds   the figures equal those of the 2020 script (`cmkp`) and of AimKP's scrip
         time; memory does not grow with the number of posts unless per-post scores are kept. Neither torch nor any part of the
         package outside this folder is imported.
 
-Phrases are compared as their words' Porter stems (NLTK's default mode, which lower-cases), joined by one space. Phrases are
-numbered, and counted in arrays of numbers, several thousand posts at a time. README.md has the formulas.
+Phrases are normalised by `normalise_phrase` ("#" and characters without width are stripped, NFC), gold ones, predictions and
+training ones alike, and compared as their words' Porter stems (NLTK's default mode, which lower-cases), joined by one space.
+Texts are normalised to NFC, and characters without width are stripped from their words; "#" is kept in texts, as in the
+official scripts. Phrases are numbered, and counted in arrays of numbers, several thousand posts at a time. README.md has the
+formulas.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .answers import ZERO_WIDTH, canonical_text, normalise_phrase
 from .porter import porter_stem
 
 CONVENTIONS = ("cmkp", "aimkp", "padded", "unpadded")
@@ -137,7 +141,7 @@ class KeyphraseScorer:
         self._seen: frozenset[str] | None = None
         if train_keyphrases is not None:
             phrases = checked_strings("train_keyphrases", train_keyphrases)
-            self._seen = frozenset(stem_phrase(phrase) for phrase in phrases)
+            self._seen = frozenset(stem_phrase(normalise_phrase(phrase)) for phrase in phrases)
         elif wanting := needed & {"seen", "unseen"}:
             raise ValueError(f"the subset {min(wanting)!r} needs train_keyphrases, the training set's phrases: give them")
         self._needs_texts = min(needed & {"present", "absent"}, default=None)
@@ -502,6 +506,8 @@ _stem_word = _stems.__getitem__
 def stem_phrase(phrase: str) -> str:
     """Stem every whitespace-separated word of a phrase or text, and join the stems by one space.
 
+    The text is normalised to NFC first, and characters without width are stripped from both ends of every word.
+
     Args:
         phrase: The phrase or text.
 
@@ -509,7 +515,10 @@ def stem_phrase(phrase: str) -> str:
         >>> stem_phrase("Wildflower  Hours")
         'wildflow hour'
     """
-    return " ".join(map(_stem_word, phrase.split()))
+    if phrase.isascii():
+        return " ".join(map(_stem_word, phrase.split()))
+    words = (word.strip(ZERO_WIDTH) for word in canonical_text(phrase).split())
+    return " ".join(_stem_word(word) for word in words if word)
 
 
 class _PhraseNumbers(dict[str, int]):
@@ -520,7 +529,7 @@ class _PhraseNumbers(dict[str, int]):
         self.numbers: dict[str, int] = {}
 
     def __missing__(self, phrase: str) -> int:
-        number = self[phrase] = self.numbers.setdefault(stem_phrase(phrase), len(self.numbers))
+        number = self[phrase] = self.numbers.setdefault(stem_phrase(normalise_phrase(phrase)), len(self.numbers))
         return number
 
     def of(self, lists: list[list[str]]) -> _Array:
@@ -608,7 +617,7 @@ def check_gold(gold: list[list[str]]) -> None:
         ValueError: If a post has none, or an empty one; the error names the first such post.
     """
     for index, phrases in enumerate(gold):
-        if not phrases or not all(map(str.strip, phrases)):
+        if not phrases or not all(map(normalise_phrase, phrases)):
             raise ValueError(
                 f"references[{index}]={phrases!r:.200} must contain at least one keyphrase and no empty one: "
                 "remove posts without gold keyphrases"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .answers import normalise_phrase
 from .scoring import check_gold, check_lengths, checked_cuts, checked_phrase_lists
 
 _Array = np.ndarray[Any, Any]
@@ -31,7 +32,8 @@ def semantic_scores(
     With cos the cosine of two phrases' embeddings, negative values replaced by 0: P of a post is the mean over its first k
     predictions (repeats and empty ones dropped) of the largest cos with a gold phrase; R is the mean over its gold phrases of
     the largest cos with one of those predictions; both are 0 without predictions; F1 = 2PR/(P+R). Means over posts are
-    reported. Phrases are embedded as written, with whitespace normalised. With most models, unrelated phrases have cos well
+    reported. Phrases are embedded as `normalise_phrase` returns them, with
+    single spaces. With most models, unrelated phrases have cos well
     above 0, so scores are meaningful only in comparisons of systems by the same model.
 
     Args:
@@ -85,7 +87,7 @@ def semantic_scores(
 
 
 def _distinct(phrases: Sequence[str]) -> list[str]:
-    written = (" ".join(phrase.split()) for phrase in phrases)
+    written = (" ".join(normalise_phrase(phrase).split()) for phrase in phrases)
     return list(dict.fromkeys(phrase for phrase in written if phrase))
 
 

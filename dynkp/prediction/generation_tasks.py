@@ -24,6 +24,7 @@ from dynkp.batches.reasoning_renderer import PromptKind, ReasoningRenderer
 from dynkp.batches.renderers import ChatRenderer, Processor
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask
 from dynkp.data.tasks import END_THINK, TAGS, THINK, KeyphraseTask, count_words
+from dynkp.mmkp_f1.answers import canonical_text
 
 logger = logging.getLogger(__name__)
 
@@ -336,6 +337,8 @@ def prompt_columns(row: Mapping[str, Any], index: int = 0, modality: Modality = 
     """
     kept = {column: row[column] for column in _PROMPT_COLUMNS if column in row}
     kept["id"] = str(kept.get("id", index))
+    if isinstance(kept.get("text"), str):
+        kept["text"] = canonical_text(kept["text"])  # as training posts are loaded
     if modality != "both":
         if kept.get("prompt") is not None:
             raise ValueError(

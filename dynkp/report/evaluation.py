@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynkp.files.json_lines import write_json_lines
+from dynkp.mmkp_f1.answers import normalise_phrase
 from dynkp.mmkp_f1.evaluation import allowed_subsets
 from dynkp.mmkp_f1.outputs import list_statistics
 from dynkp.mmkp_f1.scoring import KeyphraseScorer, PostScores
@@ -58,9 +59,9 @@ def gold_posts(posts: Iterable[Mapping[str, Any]]) -> list[GoldPost]:
     """
     gold = [GoldPost(str(row["id"]), list(row["keyphrases"] or []), row.get("text") or "") for row in posts]
     check_ids(post.id for post in gold)
-    if without := [post.id for post in gold if not any(phrase.strip() for phrase in post.keyphrases)]:
+    if without := [post.id for post in gold if not any(normalise_phrase(phrase) for phrase in post.keyphrases)]:
         raise ValueError(f"posts without keyphrases, which cannot be scored: {listed(without)}. Remove these posts")
-    if partly := [post.id for post in gold if not all(phrase.strip() for phrase in post.keyphrases)]:
+    if partly := [post.id for post in gold if not all(normalise_phrase(phrase) for phrase in post.keyphrases)]:
         raise ValueError(f"posts with an empty keyphrase: {listed(partly)}. Remove the empty keyphrases")
     return gold
 

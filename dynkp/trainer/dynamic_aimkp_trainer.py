@@ -1,4 +1,4 @@
-"""Dynamic CoT and AimKP in one: the target that Dynamic CoT chooses, under AimKP's masks and filter."""
+"""Dynamic CoT and AimKP combined: the target that Dynamic CoT selects, with AimKP's masks and filter."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 
 @dataclass
 class DynamicAimKPConfig(AimKPConfig, DynamicCoTConfig):
-    """Configuration of [`DynamicAimKPTrainer`]: the options of both methods. No paper has published values for the two."""
+    """Configuration of [`DynamicAimKPTrainer`]: the options of both methods. No paper has published values for both.
+
+    Raises:
+        ValueError: if an option is out of range, or not supported by this method.
+    """
 
     task: str = field(
         default="dynamic_cot",
-        metadata={"help": "Template of prompt and targets: 'dynamic_cot' (default) or 'aimkp' (answers joined by ', ')."},
+        metadata={"help": "Task, that is prompt and targets: 'dynamic_cot' (default) or 'aimkp' (keyphrases joined by ', ')."},
     )
     loss_normalization: str = field(
         default="sample",
         metadata={
             "help": "'sample' (default, Dynamic CoT's): mean over a target's tokens, then over posts. 'token' (AimKP's): mean "
-            "over all target tokens of the optimizer step; long rationales then outweigh direct answers."
+            "over all target tokens of the optimizer step; long rationales then outweigh direct targets."
         },
     )
 
@@ -37,26 +41,33 @@ class DynamicAimKPConfig(AimKPConfig, DynamicCoTConfig):
         super().__post_init__()
         if self.strategy == "multitask":
             raise ValueError(
-                "`strategy` is 'multitask', which teaches a post two targets, while a masked variant is filtered by the "
+                "`strategy` is 'multitask', which trains a post on two targets, while masked variants are filtered by the "
                 "gradient of one. Choose 'dynamic', 'direct', 'cot' or 'random:p'."
             )
 
 
 class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
-    """Dynamic CoT's switch and AimKP's masking together.
+    """Dynamic CoT's switch together with AimKP's masking.
 
-    While AimKP's warm-up lasts, a step is Dynamic CoT's. Afterwards the direct answer's loss given the full input decides
-    what a post is taught (Dynamic CoT, Eq. 5), and this target's losses given the full input, the text masked and the
-    pictures masked are filtered and added up (AimKP, Eq. 3 and 4). The switch costs a forward pass over the direct answers'
-    tokens alone, behind the prompt that the full view computes anyway.
+    During AimKP's warm-up, a step is Dynamic CoT's. Afterwards the direct loss given the full input selects the target of each
+    post (Dynamic CoT, Eq. 5), and this target's losses given the full input, the text masked and the images masked are filtered
+    and combined (AimKP, Eq. 3 and 4). The switch costs a forward pass over the tokens of the direct targets alone, behind the
+    prompt that is computed for the full view anyway.
 
-    Takes and logs what both take and log; `strategy="direct"` is AimKP.
+    It logs what both trainers log; the loss of the selected targets is `full_loss`. `strategy="direct"` is AimKP.
+
+    Args:
+        *args: as for [`~dynkp.trainer.post_trainer.PostTrainer`].
+        **kwargs: as for [`~dynkp.trainer.post_trainer.PostTrainer`].
+
+    Raises:
+        ValueError: as for [`~dynkp.trainer.aimkp_trainer.AimKPTrainer`] and
+            [`~dynkp.trainer.dynamic_cot_trainer.DynamicCoTTrainer`].
 
     Example:
-
     ```python
-    >>> trainer = DynamicAimKPTrainer(model, DynamicAimKPConfig(output_dir="out", gamma=0.4), train_dataset=posts)
-    >>> trainer.train()
+    trainer = DynamicAimKPTrainer(model, DynamicAimKPConfig(output_dir="out", gamma=0.4), train_dataset=posts)
+    trainer.train()
     ```
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 
@@ -14,7 +14,7 @@ from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, re
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.files.json_files import write_json
 from dynkp.models.checkpoints import check_available, find_checkpoint
-from dynkp.models.saved_task import find_saved_task
+from dynkp.models.saved_task import Modality, find_saved_task
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
 from dynkp.report.scores import score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
@@ -106,7 +106,7 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOp
                 prompt=kind,
                 batch_size=options.prediction.predict_batch_size,
                 max_new_tokens=limit,
-                modality=options.data.modality,
+                modality=cast(Modality, options.data.modality),
                 progress=state.is_main_process and not trainer.args.disable_tqdm,
             )
         )

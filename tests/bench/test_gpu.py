@@ -22,7 +22,7 @@ from dynkp.bench import gpu, run
 from dynkp.bench.measure import Setting
 from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, config_of, draw_batch
 from dynkp.bench.steps import TwoPassTrainer, train, train_masked
-from dynkp.trainer import keyphrase_trainer
+from dynkp.trainer import post_trainer
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.aimkp_trainer import AimKPTrainer
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
@@ -114,6 +114,7 @@ def test_aimkp_s_ways_agree(name: str, tmp_path: Path) -> None:
         {
             "prompt": {key: part_of(value, post, count) for key, value in batch["prompt"].items()},
             "layouts": batch["layouts"][post : post + 1],
+            "id": batch["id"][post : post + 1],
         }
         for post in range(count)
     ]
@@ -198,7 +199,7 @@ def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 
     def fused(*inputs: Any) -> torch.Tensor:
         calls.append(inputs)
-        return keyphrase_trainer.fused_score_targets(*inputs)
+        return post_trainer.fused_score_targets(*inputs)
 
     for step in (partial(train, naive, batch), partial(train, ours, batch), partial(train_masked, masked, batch, 2)):
         calls.clear()
@@ -206,7 +207,7 @@ def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         found = [gradients(bench.model)]
         assert not calls
         with monkeypatch.context() as patch:
-            patch.setattr(keyphrase_trainer, "score_targets", fused)  # which the trainers take on a CPU
+            patch.setattr(post_trainer, "score_targets", fused)  # which the trainers take on a CPU
             losses.append(float(step()))
             found.append(gradients(bench.model))
         assert len(calls) >= 2

@@ -1,6 +1,6 @@
 """Invariants of the client:
 
-- each passing failure (429, 5xx, timeout, closed connection, half a body, invalid JSON) is followed by another attempt, up to
+- each transient failure (429, 5xx, timeout, closed connection, half a body, invalid JSON) is followed by another attempt, up to
   `max_attempts`; 429 does not count; a refusal of the request itself (400) is not repeated;
 - 401 ends the run, and so does 404 while nothing has been answered; 404 later fails one request;
 - the key is in the header and nowhere else: not in an answer or an error, whatever the server echoes, in whatever spelling;
@@ -78,7 +78,7 @@ def test_an_answer_and_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", ["429", "500", 503, 529, "half", "garbage", "closed", "silence"])
-def test_passing_failures_are_tried_again(fault: Any) -> None:
+def test_transient_failures_are_tried_again(fault: Any) -> None:
     (answer,), client, _ = ask([fault, fault, ""])
     assert isinstance(answer, ChatAnswer)
     assert (client.sent, client.answered) == (3, 1)
@@ -146,7 +146,7 @@ def test_a_stopped_run_sends_nothing_again() -> None:
 
 
 @pytest.mark.parametrize("step", [400, 401, 500, ""])
-def test_an_echoed_key_is_blotted_out(
+def test_an_echoed_key_is_redacted(
     step: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)

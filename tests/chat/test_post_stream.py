@@ -2,9 +2,9 @@
 
 - posts come in order, with their number, id and place; reading from a place gives what follows it; shards and a limit divide
   them, and together give them all;
-- a line that is no post is a post with findings, and so is one whose picture must not be read;
-- the fingerprint changes with the line, the settings, and each picture's size or time, and with nothing else;
-- addresses are pictures only where allowed; memory does not grow with the file.
+- a line that is no post is a post with findings, and so is one whose image must not be read;
+- the fingerprint changes with the line, the settings, and each image's size or time, and with nothing else;
+- addresses are images only where allowed; memory does not grow with the file.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_a_line_that_is_no_post_does_not_end_the_run(tmp_path: Path) -> None:
     assert findings[3] == ["text must be a string, got int 3", "keyphrases must be a list of strings, got str 'dog'"]
 
 
-def test_pictures_stay_in_their_folder(tmp_path: Path) -> None:
+def test_images_stay_in_their_folder(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     picture(1).save(tmp_path / "images" / "1.png")
     names = ["1.png", "../posts.jsonl", "http://host/1.png"]
@@ -104,7 +104,7 @@ def test_addresses_where_they_are_allowed(tmp_path: Path) -> None:
     assert len(two.findings()) == 1
 
 
-def test_the_fingerprint_is_that_of_line_settings_and_pictures(tmp_path: Path) -> None:
+def test_the_fingerprint_is_that_of_line_settings_and_images(tmp_path: Path) -> None:
     picture(1).save(tmp_path / "1.png")
     path = written(tmp_path, [{"id": "a", "image": "1.png"}, {"id": "b", "image": "none.png"}, {"id": "a", "image": "1.png"}])
 

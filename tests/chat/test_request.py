@@ -1,8 +1,8 @@
 """Invariants of requests and answers:
 
-- the key changes with every thing the answer depends on, picture bytes included, and not with file names;
-- a picture that is small, upright and of a common format is sent as it is; others are shrunk, turned and sent as JPEG;
-- a picture is encoded once for all posts that have it;
+- the key changes with every thing the answer depends on, image bytes included, and not with file names;
+- an image that is small, upright and of a common format is sent as it is; others are shrunk, turned and sent as JPEG;
+- an image is encoded once for all posts that have it;
 - reasoning is separated from the answer in each way that servers have; what is no chat completion is a `ValueError`.
 """
 
@@ -65,7 +65,7 @@ def test_half_a_surrogate_pair_has_a_key() -> None:
     assert request("\ud83d").key != request("?").key
 
 
-def test_the_body_has_pictures_as_data_urls(tmp_path: Path) -> None:
+def test_the_body_has_images_as_data_urls(tmp_path: Path) -> None:
     name = saved(tmp_path, "one.png")
     body = request(image=RequestImage.load(name, 64)).body()
     assert body["model"] == "m" and body["max_tokens"] == 9 and "stage" not in body
@@ -82,12 +82,12 @@ def test_an_address_is_handed_on() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "image/png"), ("a.jpg", "image/jpeg"), ("a.webp", "image/webp")])
-def test_a_small_picture_is_sent_as_it_is(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_small_image_is_sent_as_it_is(tmp_path: Path, name: str, kind: str) -> None:
     path = saved(tmp_path, name)
     assert encode_image(path, 56) == (kind, Path(path).read_bytes())
 
 
-def test_a_large_picture_is_shrunk(tmp_path: Path) -> None:
+def test_a_large_image_is_shrunk(tmp_path: Path) -> None:
     kind, data = encode_image(saved(tmp_path, "a.png", (560, 420)), 100)
     assert kind == "image/jpeg"
     assert Image.open(io.BytesIO(data)).size == (100, 75)
@@ -99,7 +99,7 @@ def test_an_uncommon_format_becomes_a_jpeg(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(data)).size == (56, 42)
 
 
-def test_a_turned_picture_is_sent_upright(tmp_path: Path) -> None:
+def test_a_turned_image_is_sent_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     kind, data = encode_image(saved(tmp_path, "a.jpg", exif=exif), 100)
@@ -107,8 +107,8 @@ def test_a_turned_picture_is_sent_upright(tmp_path: Path) -> None:
     assert (kind, sent.size, dict(sent.getexif())) == ("image/jpeg", (42, 56), {})
 
 
-def test_a_broken_picture_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
+def test_a_broken_image_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match="in a supported format"):
         request(image=RequestImage.load(str(tmp_path / "a.png"), 64)).body()
     with pytest.raises(ImageError, match="cannot be read"):
@@ -116,7 +116,7 @@ def test_a_broken_picture_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
-def test_a_line_is_a_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_line_is_a_image(tmp_path: Path, size: tuple[int, int]) -> None:
     _, data = encode_image(saved(tmp_path, "line.png", size), 100)
     assert sorted(Image.open(io.BytesIO(data)).size) == [1, 100]
 
@@ -130,7 +130,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
         encode_image(str(tmp_path / "missing.png"), 64)
 
 
-def test_a_picture_is_encoded_once_for_all_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_is_encoded_once_for_all_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = []
     monkeypatch.setattr(chat_request, "encode_image", lambda *given: encoded.append(given) or ("image/png", b"x" * 100))
     images = chat_request._EncodedImages(max_bytes=1000)

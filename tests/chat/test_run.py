@@ -48,7 +48,7 @@ def write_posts(folder: Path, texts: list[str]) -> Path:
 def ask(
     folder: Path,
     url: str,
-    dialogue: Any = once,
+    conversation: Any = once,
     *,
     concurrency: int = 4,
     attempts: int = 2,
@@ -58,7 +58,7 @@ def ask(
     """Run over `posts.jsonl`; the last answer of each post."""
     stream = PostStream(folder / "posts.jsonl")
     with AnswerJournal(folder / "journal") as journal:
-        run = RequestRun(stream, dialogue, journal, settings=settings, **{"progress": False, **options})
+        run = RequestRun(stream, conversation, journal, settings=settings, **{"progress": False, **options})
         outcome = run.ask(
             lambda: ChatClient(url, concurrency=concurrency, max_attempts=attempts, first_pause=0.01, timeout=20),
             concurrency=concurrency,
@@ -95,27 +95,26 @@ def test_one_question_follows_another(tmp_path: Path) -> None:
         outcome, answers = ask(tmp_path, url, twice)
         assert outcome.requests == 30 and outcome.settled == 20
         assert [row["stage"] for row in answers if row] == ["second", "first"] * 10
-        # Without the notes of what is settled, the dialogues are replayed from their answers.
+        # Without the notes of what is settled, the conversations are replayed from their answers.
         (tmp_path / "journal" / "index.sqlite").unlink()
         again, same = ask(tmp_path, url, twice)
         assert again.requests == 0 and same == answers
 
 
 def test_a_post_may_need_no_question(tmp_path: Path) -> None:
-    def dialogue(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
+    def conversation(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
         if post["text"] != "known":
             yield question(post["text"])
 
     write_posts(tmp_path, ["a", "known", "b", "known"])
     with serve() as (url, _):
         for requests in (2, 0):
-            outcome, answers = ask(tmp_path, url, dialogue)
+            outcome, answers = ask(tmp_path, url, conversation)
             assert outcome == Outcome(settled=4, failed=0, open=0, requests=requests)
             assert ["text" in row for row in answers if row] == [True, False, True, False]
     with AnswerJournal(tmp_path / "other") as journal:
-        assert (
-            RequestRun(PostStream(tmp_path / "posts.jsonl"), dialogue, journal, settings="s", progress=False).replay().open == 2
-        )
+        run = RequestRun(PostStream(tmp_path / "posts.jsonl"), conversation, journal, settings="s", progress=False)
+        assert run.replay().open == 2
 
 
 @pytest.mark.parametrize("cursor", [None, "middle", "end", "other file"])

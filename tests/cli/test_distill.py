@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from dynkp.cli import main
-from dynkp.distillation.soft_labels import SoftLabelCache
+from dynkp.data.reasoning_tasks import REASONING_TASKS
+from dynkp.data.tasks import TASKS
+from dynkp.distillation.soft_labels import SoftLabelCache, task_fingerprint
+from dynkp.models.saved_task import SavedTask
 from tests.support.reasoning_trainers import reasoning_rows
 from tests.support.tiny_models import build
 
@@ -148,3 +151,36 @@ def test_chains_of_other_posts_are_named(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "chains.jsonl").write_text(json.dumps({"id": "stranger", "raw": ""}) + "\n", encoding="utf-8")
     assert main(arguments("augment", tmp_path, chains=tmp_path / "chains.jsonl")) == 2
     assert "stranger" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# The task that is saved with the assistant, and recorded with its predictions
+
+
+def test_the_assistant_s_task_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_posts(tmp_path)
+    model = save(tmp_path / "assistant")
+    SavedTask(REASONING_TASKS["msc"], method="mulcot_rd").write(model)
+    assert main(arguments("cache", tmp_path, model=model)) == 0
+    assert SoftLabelCache(tmp_path / "out").settings["task"] == task_fingerprint(REASONING_TASKS["msc"])
+    assert main(arguments("cache", tmp_path, model=model, task="masc")) == 2
+    error = capsys.readouterr().err
+    assert "was trained with task 'msc', not 'masc': leave --task out, or add --ignore-saved-task" in error
+    words = arguments("cache", tmp_path, model=model, task="masc", output=tmp_path / "other")
+    assert main([*words, "--ignore-saved-task"]) == 0
+    assert SoftLabelCache(tmp_path / "other").settings["task"] == task_fingerprint(REASONING_TASKS["masc"])
+    SavedTask(TASKS["aimkp"], method="aimkp").write(model)
+    assert main(arguments("cache", tmp_path, model=model, output=tmp_path / "third")) == 2
+    assert "was trained with task 'aimkp'; an assistant has one of MulCoT-RD's tasks" in capsys.readouterr().err
+    assert len(rows) == 4
+
+
+def test_the_task_of_response_chains_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_posts(tmp_path)
+    chains = tmp_path / "chains.jsonl"
+    chains.write_text(json.dumps({"id": "post-0", "raw": '"Prediction": positive'}) + "\n", encoding="utf-8")
+    record = tmp_path / "chains.jsonl.meta.json"
+    record.write_text(json.dumps({"settings": {"task": {"name": "msc", "prompt": "chain"}}}))
+    assert main(arguments("augment", tmp_path, chains=chains)) == 0
+    assert main(arguments("augment", tmp_path, chains=chains, task="masc")) == 2
+    assert "was predicted with task 'msc', not 'masc': leave --task out" in capsys.readouterr().err
+    assert main([*arguments("augment", tmp_path, chains=chains, task="masc"), "--ignore-saved-task"]) == 0

@@ -3,6 +3,7 @@
 - what is written equals `generate_keyphrases` on the same model, whatever the batch size's order of work;
 - a run that was stopped, killed or torn goes on: no row twice, none lost, and the file ends as if nothing had happened;
 - settings never mix: another model, decoding or other posts are refused by name, and leave the file alone;
+- a model is asked as it was trained, with the task that is saved with it, and a contradiction is refused;
 - two processes write the rows that one writes; an adapter gives the same rows as it is, merged, and named alone;
 - vLLM's adapter keeps to the published interface: what it is given, and what becomes of its answer (no vLLM is installed
   here, so a stand-in with that interface takes its place).
@@ -37,6 +38,7 @@ from dynkp.prediction.run import PredictionRun
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from tests.conftest import REPOSITORY
 from tests.support.posts import picture
+from tests.support.training_runs import write_jsonl
 
 TEXTS = ["a red fish in the sea", "goal for united", "sunset at the harbour"]
 COLUMNS = ["id", "keyphrases", "raw", "reasoned", "output_tokens", "prompt_tokens", "output_words", "mode", "modality"]
@@ -390,6 +392,109 @@ def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch
     assert "with a smaller --batch-size goes on" in capsys.readouterr().err
 
 
+# --- the task that is saved with a model ---
+
+
+@pytest.fixture(scope="module")
+def aimkp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that AimKP taught 24 posts by heart, and the posts."""
+    folder = tmp_path_factory.mktemp("aimkp")
+    words = ("beagle", "harbour", "guitar", "marathon", "cactus", "rainbow", "chess", "volcano")
+    rows = [
+        {"id": str(n), "text": f"post number {n} about a {words[n % 8]} in the city", "keyphrases": [words[n % 8], "life"]}
+        for n in range(24)
+    ]
+    posts = write_jsonl(folder / "posts.jsonl", rows)
+    options = "--method aimkp --tiny_hidden_size 64 --tiny_vocab_size 400 --tiny_attention_dropout 0 --max_steps 60"
+    options += " --warmup_epochs 100 --per_device_train_batch_size 24 --learning_rate 0.005 --weight_decay 0 --warmup_steps 5"
+    options += " --save_strategy no --use_cpu true --disable_tqdm true"
+    assert cli.main(["train", *options.split(), "--train_file", posts, "--output_dir", str(folder / "model")]) == 0
+    return folder
+
+
+def f1_at_1(folder: Path, output: Path, *more: str) -> float:
+    """What `dynkp predict` and `dynkp evaluate` make of the model."""
+    words = ["--model", str(folder / "model"), "--posts", str(folder / "posts.jsonl"), "--output", str(output), *more]
+    assert cli.main(["predict", *words, "--max-new-tokens", "24", "--device", "cpu", "--no-progress"]) == 0
+    scores = output.with_suffix(".scores")
+    words = ["--predictions", str(output), "--posts", str(folder / "posts.jsonl"), "--resamples", "0", "--json", str(scores)]
+    assert cli.main(["evaluate", *words]) == 0
+    return json.loads(scores.read_text())["subsets"]["all"]["f1@1"]
+
+
+def test_a_model_is_asked_as_it_was_trained(aimkp_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Asked with Dynamic CoT's prompt, as before the task was saved, an AimKP model falls without a sign of it."""
+    assert f1_at_1(aimkp_model, tmp_path / "default.jsonl") == pytest.approx(2 / 3)  # one of two keyphrases, always right
+    assert "was trained by aimkp with task 'aimkp', whose prompt and answers are used" in caplog.text
+    rows = read(tmp_path / "default.jsonl")
+    assert all(len(row["keyphrases"]) == 2 and ", " in row["raw"] for row in rows), "read with AimKP's separator"
+    assert f1_at_1(aimkp_model, tmp_path / "named.jsonl", "--task", "aimkp") == pytest.approx(2 / 3)
+    assert read(tmp_path / "named.jsonl") == rows
+    otherwise = ["--task", "dynamic_cot", "--ignore-saved-task"]
+    assert f1_at_1(aimkp_model, tmp_path / "otherwise.jsonl", *otherwise) < 0.4
+    caplog.clear()
+    (aimkp_model / "model/dynkp_task.json").rename(aimkp_model / "model/moved.json")
+    try:
+        assert f1_at_1(aimkp_model, tmp_path / "without.jsonl") < 0.4
+        assert "has no dynkp_task.json, so task 'dynamic_cot' is taken" in caplog.text
+    finally:
+        (aimkp_model / "model/moved.json").rename(aimkp_model / "model/dynkp_task.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--task", "dynamic_cot"],
+            "was trained with task 'aimkp', not 'dynamic_cot': leave --task out, or add --ignore-saved",
+        ),
+        (["--task", "masc"], "was trained with task 'aimkp', not 'masc'"),
+        (["--separator", "; "], "was trained with separator ', ', not '; '"),
+        (["--task", "aimpk"], "Did you mean 'aimkp'?"),
+    ],
+)
+def test_a_contradiction_is_refused(
+    aimkp_model: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--model",
+        str(aimkp_model / "model"),
+        "--posts",
+        str(aimkp_model / "posts.jsonl"),
+        "--output",
+        str(tmp_path / "p"),
+    ]
+    assert cli.main(["predict", *words, "--device", "cpu", *more]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1] and not (tmp_path / "p").exists()
+
+
+def test_one_modality_of_two_is_an_ablation_and_the_other_of_one_a_contradiction(
+    aimkp_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f1_at_1(aimkp_model, tmp_path / "image.jsonl", "--modality", "image") < 0.4
+    assert {row["modality"] for row in read(tmp_path / "image.jsonl")} == {"image"}
+    specialist = tmp_path / "specialist"
+    shutil.copytree(aimkp_model / "model", specialist)
+    saved = json.loads((specialist / "dynkp_task.json").read_text())
+    (specialist / "dynkp_task.json").write_text(json.dumps({**saved, "modality": "text"}))
+    (tmp_path / "posts.jsonl").write_text((aimkp_model / "posts.jsonl").read_text())
+    (tmp_path / "model").symlink_to(specialist)
+    f1_at_1(tmp_path, tmp_path / "text.jsonl")
+    assert {row["modality"] for row in read(tmp_path / "text.jsonl")} == {"text"}, "its own, without being asked"
+    words = ["--model", str(specialist), "--posts", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "both.jsonl")]
+    assert cli.main(["predict", *words, "--device", "cpu", "--modality", "both"]) == 2
+    assert "was trained on the posts' text alone, not on modality 'both': leave --modality out" in capsys.readouterr().err
+
+
+def test_outputs_without_any_keyphrase_say_what_to_look_at(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = run(folder, tmp_path / "p.jsonl", "--mode", "think")
+    assert all(not row["keyphrases"] for row in rows)
+    assert "No output holds a keyphrase: 13 of 14 were cut off at 6 tokens, so raise --max-new-tokens." in caplog.text
+
+
 # --- vLLM ---
 
 
@@ -476,6 +581,15 @@ def test_vllm_prompts_and_answers(folder: Path, tmp_path: Path, vllm: StandIn) -
     parameters = vllm.record["parameters"][0]
     assert (parameters.temperature, parameters.seed, parameters.max_tokens, parameters.logit_bias) == (0.0, None, 6, None)
     assert processor.tokenizer.eos_token_id in parameters.stop_token_ids
+
+
+def test_the_engine_s_old_option_still_works(
+    folder: Path, tmp_path: Path, vllm: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = run(folder, tmp_path / "new.jsonl", "--engine", "vllm")
+    assert capsys.readouterr().err.count("--backend") == 0
+    assert run(folder, tmp_path / "new.jsonl", "--backend", "vllm") == new, "the same settings: the run goes on"
+    assert "--backend is now called --engine; the old name still works." in capsys.readouterr().err
 
 
 def test_vllm_sampling_is_seeded_by_post(folder: Path, tmp_path: Path, vllm: StandIn) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynkp import cli
-from dynkp.data.statistics import split_statistics, statistics_table
+from dynkp.data.statistics import load_keyphrases, split_statistics, statistics_table
 
 
 def stats(tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -86,3 +86,8 @@ def test_something_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["stats"])
     assert "--train, --test or both" in capsys.readouterr().err
+
+
+def test_keyphrase_files_are_normalised_as_posts_are(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("#nba\n\uff03cafe\u0301\ncaf\u00e9\n#\n", encoding="utf-8")
+    assert load_keyphrases(str(tmp_path / "train.txt")) == ["nba", "caf\u00e9"]

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from dynkp.data.posts import Finding, InvalidPostsError, PostReport, normalise_posts, open_image, validate_posts
-from dynkp.data.rows import LOAD_FINDINGS, clean_keyphrase, fold_keyphrase, without_images
+from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS, fold_keyphrase, without_images
+from dynkp.mmkp_f1.answers import normalise_phrase
 from tests.support.images import png_claiming
+from tests.support.spellings import SPELLINGS
 
 GOOD = {"id": "good", "text": "my dog", "keyphrases": ["beagles", "dogs"]}
 
@@ -241,7 +244,7 @@ def test_columns_that_only_resemble_images_are_no_finding(image_dir):
 def test_a_keyphrase_of_a_megabyte_takes_no_time():
     start = time.process_time()
     for phrase in ("# " * 500_000, "#" * 1_000_000, "# " * 250_000 + "a" + " #" * 250_000):
-        clean_keyphrase(phrase)
+        normalise_phrase(phrase)
         fold_keyphrase(phrase)
     assert time.process_time() - start < 1
 
@@ -292,8 +295,8 @@ def test_missing_image_folder_is_named():
 def test_cleaning_is_what_the_answer_parser_does(phrase):
     from dynkp.data.tasks import keyphrase_problem
 
-    cleaned = clean_keyphrase(phrase)
-    assert clean_keyphrase(cleaned) == cleaned
+    cleaned = normalise_phrase(phrase)
+    assert normalise_phrase(cleaned) == cleaned
     problem = keyphrase_problem(cleaned)
     assert problem is None or not problem.startswith("begins or ends"), (phrase, problem)
 
@@ -612,3 +615,21 @@ def test_real_tweets_are_valid(shared):
         assert len(posts) == report.without_image == count and not report.findings
         assert sum(map(len, posts["keyphrases"])) == keyphrases
         assert posts["keyphrases"] == [row["keyphrases"] for row in rows]
+
+
+# --- spellings ---
+
+
+@pytest.mark.parametrize("spellings", SPELLINGS, ids=lambda spellings: spellings[0])
+def test_equivalent_spellings_are_equal_after_loading_and_repeats_are_found(spellings):
+    rows = [
+        {"id": str(i), "text": unicodedata.normalize("NFD", spellings[0]), "keyphrases": [s]} for i, s in enumerate(spellings)
+    ]
+    typed = Dataset.from_list(
+        [{"images": [], "rationale": None, **row} for row in rows], features=Features({**IDENTITY, **CONTENT})
+    )
+    for posts in (rows, Dataset.from_list(rows), typed, Dataset.from_list(rows).to_iterable_dataset()):
+        for post in normalise_posts(posts):
+            assert (post["text"], post["keyphrases"]) == (spellings[0], [spellings[0]])
+    with pytest.raises(InvalidPostsError, match="repeats"):
+        validate_posts([{"text": "a", "keyphrases": [spellings[0], spelling]} for spelling in spellings[1:]], progress=False)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dynkp.data import tasks as prompts
 from dynkp.data.tasks import TASKS, KeyphraseTask, keyphrase_problem, parse_answer, resolve_task
+from dynkp.mmkp_f1.answers import STRIPPED
 
 SEPARATORS = st.sampled_from(["; ", ", ", ";", " | ", "\t&"])
 # Text in which the markup is as likely as a letter.
@@ -59,8 +59,8 @@ def test_any_output_is_parsed(output, separator):
         (3, "is not a string but int"),
         ("", "is empty"),
         (" # ", "is empty"),
-        ("a ", "begins or ends with whitespace or '#'"),
-        ("#a", "begins or ends with whitespace or '#'"),
+        ("a ", "begins or ends with whitespace, '#' or an invisible character, or is not in Unicode's composed form (NFC)"),
+        ("#a", "begins or ends with whitespace, '#' or an invisible character, or is not in Unicode's composed form (NFC)"),
         ("a;b", "contains the separator ';'"),
         ("a</think>", "contains the tag </think>"),
     ],
@@ -73,7 +73,8 @@ def test_the_problem_is_named(phrase, problem):
 
 def test_every_empty_is_stripped():
     blanks = {character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()}
-    assert set(prompts.STRIPPED) == blanks | {"#"}
+    assert {character for character in set(STRIPPED) - blanks if character.isprintable()} == {"#", "\ufe5f", "\uff03"}
+    assert blanks < set(STRIPPED)
 
 
 def test_tags_in_a_rationale_are_neutralised():

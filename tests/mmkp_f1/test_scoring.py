@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from dynkp.mmkp_f1 import scoring
 from dynkp.mmkp_f1.scoring import CONVENTIONS, KeyphraseScorer, score_keyphrases, stem_phrase
-from tests.support.plain_scoring import plain_scores
+from tests.support.plain_scoring import normal, plain_scores
+from tests.support.spellings import SPELLINGS
 
 KS = (1, 3, 5)
 
@@ -373,7 +374,7 @@ def test_aimkp_by_hand():
 
 
 WHATEVER = st.text(max_size=12)
-WHATEVER_GOLD = st.lists(WHATEVER.filter(str.strip), min_size=1, max_size=3)
+WHATEVER_GOLD = st.lists(WHATEVER.filter(normal), min_size=1, max_size=3)
 WHATEVER_POST = st.tuples(st.lists(WHATEVER, max_size=4), WHATEVER_GOLD, WHATEVER)
 
 
@@ -502,3 +503,33 @@ def test_scoring_needs_no_torch():
         "assert not {'torch', 'nltk', 'evaluate', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- spellings ---
+
+
+@pytest.mark.parametrize("convention", ["cmkp", "aimkp", "padded", "unpadded"])
+@pytest.mark.parametrize("spellings", SPELLINGS, ids=lambda spellings: spellings[0])
+def test_equivalent_spellings_score_alike_in_gold_predictions_texts_and_training_keyphrases(spellings, convention):
+    plain, *others = spellings
+    expected = score_keyphrases([[plain]], [[plain]], texts=[f"a {plain} b"], train_keyphrases=[plain], convention=convention)
+    assert expected["all"]["f1@1"] == 1 and expected["present"]["posts"] == expected["seen"]["posts"] == 1
+    for other in others:
+        for predicted, gold, text, train in (
+            (other, plain, plain, plain),
+            (plain, other, plain, plain),
+            (other, other, plain, plain),
+            (plain, plain, plain, other),
+            (plain, plain, other.replace("#", "").replace("\uff03", "").replace("\ufe5f", ""), plain),
+        ):
+            scores = score_keyphrases(
+                [[predicted]], [[gold]], texts=[f"a {text} b"], train_keyphrases=[train], convention=convention
+            )
+            assert scores == expected
+    repeated = score_keyphrases([list(spellings)], [[plain, *others]], convention=convention)
+    assert repeated["all"]["phrases"] == (len(spellings) if convention == "aimkp" else 1)
+
+
+def test_a_gold_phrase_of_number_signs_alone_is_empty():
+    with pytest.raises(ValueError, match="no empty one"):
+        score_keyphrases([["a"]], [["#"]])

@@ -193,7 +193,7 @@ def test_batches_end_where_asking_ends(tmp_path: Path) -> None:
     assert read(tmp_path / "batch" / "r.jsonl") == rows
 
 
-def test_a_batch_leaves_broken_pictures_out(tmp_path: Path) -> None:
+def test_a_batch_leaves_broken_images_out(tmp_path: Path) -> None:
     rows = [{"text": f"post {n}", "keyphrases": ["dogs"], "image": f"{n}.jpg"} for n in range(3)]
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n\n")
     for number in range(3):

@@ -63,6 +63,13 @@ def test_scores_are_the_metric_s_whatever_the_order_of_the_rows() -> None:
     assert evaluation.report()["subsets"] == scores and "intervals" not in evaluation.report()
 
 
+@pytest.mark.parametrize("predicted", ["#storm hour", "\uff03storm hour", "\u200fstorm  hour\u200b", "storm hour"])
+def test_predictions_of_a_file_are_normalised_as_gold_is(predicted: str) -> None:
+    evaluation = Evaluation(gold_posts([{"id": "a", "text": "", "keyphrases": ["#storm hour"]}]), resamples=0)
+    evaluation.add("x", [{"id": "a", "keyphrases": [predicted]}])
+    assert evaluation.report()["subsets"]["all"]["f1@1"] == 1
+
+
 def test_a_system_has_one_modality() -> None:
     evaluation = Evaluation(gold_posts(POSTS), resamples=0)
     rows = [{**row, "modality": modality} for row, modality in zip(ROWS, ("text", "image", "text"), strict=True)]

@@ -24,7 +24,7 @@ USAGE = {"prompt_tokens": 100, "completion_tokens": 50}
 
 
 def last_text(body: dict[str, Any]) -> str:
-    """What the user says last, pictures aside."""
+    """The text of the last user message."""
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part["type"] == "text")
 

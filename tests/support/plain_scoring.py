@@ -6,6 +6,8 @@ Written from the definitions, with NLTK's stemmer; nothing is shared with the pa
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from functools import lru_cache
 
 from nltk.stem.porter import PorterStemmer
@@ -13,8 +15,22 @@ from nltk.stem.porter import PorterStemmer
 _stem_word = lru_cache(None)(PorterStemmer().stem)
 
 
-def stem(phrase: str) -> str:
-    return " ".join(_stem_word(word) for word in phrase.split())
+# Format characters (zero-width spaces and joiners, marks of direction) that no script puts at the end of a word.
+INVISIBLE = "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+ENDS = rf"(?:[\s#\uff03\ufe5f\x1c-\x1f]|{INVISIBLE})*"
+
+
+def stem(text: str) -> str:
+    words = [re.sub(rf"^{INVISIBLE}+|{INVISIBLE}+$", "", word) for word in unicodedata.normalize("NFC", text).split()]
+    return " ".join(_stem_word(word) for word in words if word)
+
+
+def normal(phrase: str) -> str:
+    return re.sub(rf"^{ENDS}|{ENDS}$", "", unicodedata.normalize("NFC", phrase))
+
+
+def stem_phrase(phrase: str) -> str:
+    return stem(normal(phrase))
 
 
 def is_run(phrase: str, text: str) -> bool:
@@ -45,11 +61,11 @@ def dcg(hits: list[bool]) -> float:
 
 
 def plain_scores(predictions, references, *, subset="all", texts=None, train_keyphrases=(), ks=(1, 3, 5), convention="cmkp"):
-    seen = {stem(phrase) for phrase in train_keyphrases}
+    seen = {stem_phrase(phrase) for phrase in train_keyphrases}
     posts = []
     for index, (ranked, gold) in enumerate(zip(predictions, references, strict=True)):
         text = stem(texts[index]) if texts else ""
-        ranked, gold = [stem(phrase) for phrase in ranked], [stem(phrase) for phrase in gold]
+        ranked, gold = [stem_phrase(phrase) for phrase in ranked], [stem_phrase(phrase) for phrase in gold]
         if convention != "aimkp":
             ranked, gold = once(ranked), once(gold)
         if convention == "cmkp":

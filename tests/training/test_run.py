@@ -1,8 +1,7 @@
-"""examples/train.py end to end, as its users start it: posts in; model, predictions, scores and a table out.
+"""A training run end to end, as its users start it: posts in; model, predictions, scores and a table out.
 
-Real tweets without pictures, real photographs with rationales, the drawn default, a run killed and continued, a saved
-model named by its folder, a mixture of datasets in YAML; what could not be predicted or scored after the training is
-found before it.
+Holds on real tweets without images and on real photographs with rationales, for every method; a run killed and continued goes
+on as if nothing had happened; a saved model is named by its folder; wrong arguments are named.
 """
 
 from __future__ import annotations
@@ -15,26 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dynkp.cli import train
-from dynkp.data.sources import load_posts
-from dynkp.training import drawn_posts
-from dynkp.training.posts import only
 from tests.conftest import REPOSITORY
-
-QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_new_tokens", "24", "--logging_steps", "1"]
-TINY = ["--tiny_hidden_size", "32", "--tiny_vocab_size", "600", "--tiny_image_size", "32", "--per_device_train_batch_size", "8"]
-
-
-def head(source: Path, lines: int, target: Path) -> Path:
-    with source.open(encoding="utf-8") as file:
-        target.write_text("".join(next(file) for _ in range(lines)), encoding="utf-8")
-    return target
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from tests.support.training_runs import QUICK, TINY, head, read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -98,47 +81,6 @@ def test_real_photographs_masked(method: str, shared: Path, tmp_path: Path, caps
     assert all(float(cell) >= 0 for cell in row[3:])
 
 
-@pytest.mark.parametrize("modality", ["text", "image"])
-def test_a_specialist_sees_one_modality(modality: str, shared: Path, tmp_path: Path) -> None:
-    """Posts without the modality are left out of the training; the predictions are made of it alone."""
-    masc = shared / "data/masc_t15"
-    arguments = ["--strategy", "direct", "--modality", modality, "--image_dir", str(masc / "images"), "--eval_posts", "6"]
-    arguments += ["--train_file", str(head(masc / "test.jsonl", 40, tmp_path / "masc.jsonl"))]
-    train.main([*arguments, *QUICK, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "out")])
-    assert {row["modality"] for row in read_jsonl(tmp_path / "out/predictions.jsonl")} == {modality}
-    posts = load_posts(tmp_path / "masc.jsonl", image_dir=masc / "images")
-    kept = only(posts, modality)
-    if modality == "text":
-        assert len(kept) == len(posts) and "images" not in kept.column_names
-    else:
-        assert 0 < len(kept) < len(posts) and set(kept["text"]) == {""} and all(kept["images"])
-    with pytest.raises(ValueError, match="smell"):
-        only(posts, "smell")
-
-
-def test_drawn_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, value in (("TRAIN_POSTS", 48), ("TEST_POSTS", 20), ("PRETRAINING_ROWS", 48)):
-        monkeypatch.setattr(drawn_posts, name, value)
-    monkeypatch.setitem(drawn_posts.PRETRAINING, "max_steps", 2)
-    train.main([*QUICK, "--max_steps", "3", "--output_dir", str(tmp_path), "--per_device_train_batch_size", "8"])
-    systems = json.loads((tmp_path / "metrics.json").read_text())["systems"]
-    for strategy in ("direct", "dynamic"):
-        assert {strategy, f"{strategy}, no image", f"{strategy}, no text"} <= systems.keys()
-        assert len(read_jsonl(tmp_path / f"predictions.{strategy}.jsonl")) == 20
-    assert "unseen" in capsys.readouterr().out
-
-
-def test_mixture_in_yaml(shared: Path, tmp_path: Path) -> None:
-    first = head(shared / "data/cmkp/valid.jsonl", 30, tmp_path / "first.jsonl")
-    second = head(shared / "data/cmkp/train_tiny.jsonl", 30, tmp_path / "second.jsonl")
-    datasets = [{"path": str(first), "weight": 3}, {"path": str(second), "weight": 1}]
-    config = {"datasets": datasets, "stopping_strategy": "all_exhausted", "strategy": "direct"}
-    config |= {"output_dir": str(tmp_path / "o"), "max_steps": 2, "bf16": False}
-    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(config))
-    train.main(["--config", str(tmp_path / "mix.yaml"), *QUICK, *TINY])
-    assert (tmp_path / "o/model.safetensors").exists()
-
-
 def test_killed_and_continued(tweets: list[str], tmp_path: Path) -> None:
     """SIGKILL in the middle, then `--resume_from_checkpoint last`: the log goes on as if nothing had happened."""
     arguments = [*tweets, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "12", "--save_strategy", "steps"]
@@ -174,11 +116,6 @@ def small_model(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.mark.parametrize("kind", ["stream", "prompt and completion"])
 def test_a_run_ends_with_scores_whatever_the_training_posts_are(kind: str, small_model: str, tmp_path: Path) -> None:
     posts = [{"id": str(index), "text": f"goal {index}", "keyphrases": ["mufc"]} for index in range(8)]
@@ -193,28 +130,6 @@ def test_a_run_ends_with_scores_whatever_the_training_posts_are(kind: str, small
     systems = json.loads((tmp_path / "out/metrics.json").read_text())["systems"]
     assert list(systems) == (["direct", "most frequent keyphrase (mufc)"] if kind == "stream" else ["direct"])
     assert ("seen" in systems["direct"]["subsets"]) == (kind == "stream")
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [({"image": "missing.png"}, "missing_file"), ({"id": "1"}, "repeated_id"), ({"keyphrases": []}, "no_keyphrases")],
-)
-def test_bad_evaluation_posts_are_found_before_the_training(fault: dict, message: str, tmp_path: Path) -> None:
-    posts = [{"id": str(index), "text": "goal", "keyphrases": ["mufc"]} for index in range(4)]
-    arguments = ["--train_file", write_jsonl(tmp_path / "train.jsonl", posts), "--image_dir", str(tmp_path)]
-    arguments += ["--eval_file", write_jsonl(tmp_path / "eval.jsonl", [*posts[:3], posts[3] | fault])]
-    with pytest.raises(ValueError, match=message):
-        train.main([*arguments, *QUICK, *TINY, "--output_dir", str(tmp_path / "out")])
-    assert not list(tmp_path.glob("out/*.safetensors"))
-
-
-def test_a_mixture_takes_the_tasks_separator(tmp_path: Path) -> None:
-    posts = [{"id": str(index), "text": "goal", "keyphrases": ["goal; scored"]} for index in range(4)]
-    recipe = {"datasets": [{"path": write_jsonl(tmp_path / "train.jsonl", posts)}], "task": "aimkp", "strategy": "direct"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
-    train.main([*arguments, *QUICK, *TINY, "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
-    assert (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
