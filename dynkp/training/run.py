@@ -58,7 +58,9 @@ def train(options: TrainingOptions) -> None:
         peft_config=get_peft_config(options.model),
         quantization_config=get_quantization_config(options.model) if options.model.model_name_or_path else None,
     )
-    if data.modality == "both" and isinstance(trainer.processing_class, ProcessorMixin):
+    # A small model from scratch, of no name, is built for whatever posts there are.
+    named = options.model.model_name_or_path
+    if named and data.modality == "both" and isinstance(trainer.processing_class, ProcessorMixin):
         check_images_present(train_posts, "training")
         if eval_posts is not None:
             check_images_present(eval_posts, "evaluation")
