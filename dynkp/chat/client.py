@@ -2,8 +2,10 @@
 
 - The API key is read from the environment, and removed from everything the server returns before any other code sees it.
 - A request that fails for a transient reason (429, 5xx, timeout, closed connection, incomplete body, invalid JSON) is sent
-  again after a growing pause, at most `max_attempts` times.
+  again after a growing pause, at most `max_attempts` times. By default this takes more than two minutes, longer than a
+  server's restart.
 - 429 and Retry-After slow all requests down; 429 does not count as an attempt.
+- Redirects are not followed, and the size of answers is limited (`dynkp.chat.http`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import logging
 import os
 import random
 import re
@@ -19,10 +22,17 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from dynkp.chat.http import AnswerTooLarge, bounded_http_client, is_loopback
 from dynkp.chat.pacing import AdaptiveConcurrency
 from dynkp.chat.request import ChatAnswer, ChatRequest, read_answer
 
+logger = logging.getLogger(__name__)
+
 KEY_VARIABLE = "OPENAI_API_KEY"
+# The pauses between so many attempts, of which the longest are a minute, are 150 s in all at least.
+MAX_ATTEMPTS = 12
+# The one host that OPENAI_ORG_ID and OPENAI_PROJECT_ID are meant for.
+_OPENAI_HOST = "api.openai.com"
 # The key that is sent to servers without authentication.
 _NO_KEY = "none"
 # Shorter ones are placeholders such as "EMPTY": no secrets, and possibly words of an answer.
@@ -79,7 +89,8 @@ class ChatClient:
         base_url: The server's address up to `/v1`.
         concurrency: Maximum number of requests at once, at least 1.
         timeout: Seconds to wait for an answer, above 0.
-        max_attempts: Number of times a request is sent before it fails, at least 1. Answers with status 429 do not count.
+        max_attempts: Number of times a request is sent before it fails, at least 1. Answers with status 429 do not count. With
+            the default and the default of `first_pause`, a request fails after at least 150 s.
         key_variable: Name of the environment variable that holds the API key. For a server without authentication the
             variable may be missing.
         first_pause: Seconds before the second attempt; doubled for each further one, with jitter, up to a minute.
@@ -102,7 +113,7 @@ class ChatClient:
         *,
         concurrency: int,
         timeout: float = 120.0,
-        max_attempts: int = 6,
+        max_attempts: int = MAX_ATTEMPTS,
         key_variable: str = KEY_VARIABLE,
         first_pause: float = 0.5,
         patience: float = 1800.0,
@@ -134,12 +145,23 @@ class ChatClient:
         self.sent = self.answered = 0
         self._last_answer = time.monotonic()
         self._openai = openai
+        if key != _NO_KEY and address.scheme == "http" and not is_loopback(base_url):
+            logger.warning(
+                "The key in %s is sent to %s without encryption, where others on the way can read it: use https, or leave the "
+                "key out.",
+                key_variable,
+                address.hostname,
+            )
         self._client = openai.AsyncOpenAI(
             base_url=base_url,
             api_key=key,
             timeout=timeout,
             max_retries=0,  # retried here, with regard to all other requests
+            http_client=bounded_http_client(openai, base_url, timeout=timeout),
         )
+        if address.hostname != _OPENAI_HOST:
+            # Read from the environment by the package; None as an argument would not prevent that.
+            self._client.organization = self._client.project = None
 
     async def close(self) -> None:
         """Close the connections to the server."""
@@ -205,8 +227,13 @@ class ChatClient:
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.response.headers, error.response.text) from None
         except openai.APIConnectionError as error:
+            # Whether the package wraps what its HTTP client raises depends on its version.
+            if isinstance(error.__cause__, AnswerTooLarge):
+                raise RequestFailed(str(error.__cause__)) from None
             raise _TransientFailure(f"connection failed ({self._message(error.__cause__ or error)})") from None
-        except (openai.OpenAIError, ValueError) as error:
+        except AnswerTooLarge as error:
+            raise RequestFailed(str(error)) from None
+        except Exception as error:  # of any library below: nothing that a server sends ends the run
             raise _TransientFailure(f"the client could not read the answer ({self._message(error)})") from None
         try:
             answer = read_answer(json.loads(self._redacted(content.decode("utf-8", "replace"))))
@@ -219,6 +246,9 @@ class ChatClient:
 
     def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> Exception:
         reason = f"status {status}: {self._message(text)}"
+        if 300 <= status < 400:
+            target = self._message(headers.get("location", "another address"))
+            return RequestFailed(f"status {status}: redirects are not followed. If {target} is right, make it the base_url")
         first = not self.answered
         if (
             status in _FINAL_STATUSES
@@ -232,9 +262,10 @@ class ChatClient:
         return RequestFailed(reason)
 
     def _message(self, error: object) -> str:
-        """An error's text without the API key, on one line, at most 500 characters."""
+        """An error's text without the API key and control characters, on one line, at most 500 characters."""
         text = self._redacted(str(error) or type(error).__name__)
-        return " ".join(_LOOKS_LIKE_A_KEY.sub(_REDACTED, text).split())[:500]
+        text = " ".join(_LOOKS_LIKE_A_KEY.sub(_REDACTED, text).split())[:500]
+        return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)[:500]
 
     def _redacted(self, text: str) -> str:
         return self._key_pattern.sub(_REDACTED, text) if self._key_pattern else text

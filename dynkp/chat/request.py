@@ -30,6 +30,12 @@ KEY_BYTES = 16
 _MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _JPEG_QUALITY = 90
 _EXIF_ORIENTATION = 0x0112
+# What servers write where a model ended its answer itself: OpenAI and most others, Anthropic, text-generation-inference.
+_WHOLE = {"stop", "end_turn", "stop_sequence", "eos_token"}
+# What servers write where they, not the model, ended the answer: the request is sent again.
+_SERVER_FAILED = {"error", "abort", "aborted"}
+_LONGEST_FINISH_REASON = 100
+_MOST_TOKENS = (1 << 32) - 1  # of one answer; larger claims of a server would overflow prices and sums
 
 
 @dataclass(frozen=True)
@@ -238,16 +244,33 @@ class ChatAnswer:
     Attributes:
         text: The answer, without reasoning.
         reasoning: The model's own reasoning, if the server or `<think>` separates it; otherwise None.
-        finish_reason: `stop`, or `length` if the answer was cut off.
+        finish_reason: Why the answer ended, as the server reports it: `stop`, or `length` at the token limit; None if the
+            server does not report it. `is_whole` says which values mean that the answer is complete.
         prompt_tokens: Tokens of the request, as the server counts them; 0 if it does not.
         completion_tokens: Tokens of the answer, reasoning included.
     """
 
     text: str
     reasoning: str | None = None
-    finish_reason: str | None = None
+    finish_reason: str | None = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+def is_whole(finish_reason: str | None) -> bool:
+    """Return whether an answer is complete, by the reason for its end.
+
+    Only reasons that are known to be good count: `content_filter`, `length`, `max_tokens`, `tool_calls`, no reason and reasons
+    that a later server may invent do not.
+
+    Args:
+        finish_reason: The reason, as the server reports it. Case does not matter.
+
+    Example:
+        >>> is_whole("stop"), is_whole("STOP"), is_whole("content_filter"), is_whole(None)
+        (True, True, False, False)
+    """
+    return finish_reason is not None and finish_reason.lower() in _WHOLE
 
 
 def read_answer(body: Any) -> ChatAnswer:
@@ -261,7 +284,8 @@ def read_answer(body: Any) -> ChatAnswer:
         (OpenRouter, newer vLLM), or else from a `<think>` block at the beginning of the text.
 
     Raises:
-        ValueError: If the body is not a chat completion.
+        ValueError: If the body is not a chat completion, or the server ended the answer because of its own failure
+            (`finish_reason` `error` or `abort`).
 
     Example:
         >>> read_answer({"choices": [{"message": {"content": "<think>A dog.</think>Beagles."}}]}).text
@@ -283,15 +307,28 @@ def read_answer(body: Any) -> ChatAnswer:
             # The opening tag may stand in the chat template, and so not in the text.
             before, _, text = text.partition("</think>")
             reasoning = before.strip().removeprefix("<think>").strip() or None
+        finish_reason = choice.get("finish_reason")
+        if finish_reason is not None:
+            finish_reason = _without_surrogates(str(finish_reason))[:_LONGEST_FINISH_REASON]
+        if (finish_reason or "").lower() in _SERVER_FAILED:
+            raise ValueError(f"the server did not complete the answer, finish_reason {finish_reason!r}")
         return ChatAnswer(
             _without_surrogates(text).strip(),
             None if reasoning is None else _without_surrogates(str(reasoning)),
-            choice.get("finish_reason"),
-            max(0, int(usage.get("prompt_tokens") or 0)),
-            max(0, int(usage.get("completion_tokens") or 0)),
+            finish_reason,
+            _token_count(usage.get("prompt_tokens")),
+            _token_count(usage.get("completion_tokens")),
         )
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise ValueError(f"not a chat completion ({type(error).__name__}: {error}): {body!r:.200}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        try:
+            quoted = f"{body!r:.200}"
+        except RecursionError:
+            quoted = "(JSON that is nested too deep)"
+        raise ValueError(f"not a chat completion ({type(error).__name__}: {error}): {quoted}") from error
+
+
+def _token_count(value: Any) -> int:
+    return min(max(0, int(value or 0)), _MOST_TOKENS)
 
 
 def _without_surrogates(text: str) -> str:

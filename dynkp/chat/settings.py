@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynkp.chat.client import KEY_VARIABLE, ChatClient
+from dynkp.chat.client import KEY_VARIABLE, MAX_ATTEMPTS, ChatClient
 from dynkp.chat.post_stream import PostStream
 from dynkp.chat.prices import Price, load_prices
 
@@ -70,7 +70,7 @@ class RunSettings:
     limit: int | None = None
     concurrency: int = 32
     timeout: float = 120.0
-    max_attempts: int = 6
+    max_attempts: int = MAX_ATTEMPTS
     retry_pause: float = 0.5
     key_variable: str = KEY_VARIABLE
     retry_failed: bool = False

@@ -45,15 +45,15 @@ A model that this package trained is asked as it was trained: its folder's dynkp
 modality. A request that contradicts it is an error, with one exception: a model trained on text and images may be shown one
 of them (--modality), to see what each is worth. A model without the file is asked with --task, by default dynamic_cot.
 
-Rows are appended as soon as they are done. Stop the command, or have it killed, and start it again: it goes on where it
-was. FILE.meta.json keeps the settings; going on with others is an error. Decoding is greedy unless you say otherwise."""
+Rows are appended batch by batch, and the same command continues an interrupted or killed run. FILE.meta.json records the
+settings; to continue with other settings is an error. Decoding is greedy by default."""
 
 EPILOG = """\
 examples:
   dynkp predict --model out --posts test.jsonl --image-dir images --output predictions.jsonl
       a model that dynkp train saved; an adapter's folder (LoRA) will do as well
   accelerate launch -m dynkp predict --model out --posts test.jsonl --output predictions.jsonl
-      the same on all GPUs: each process takes its share
+      the same on all GPUs: each process predicts a part of the posts
   dynkp predict --model out --num-beams 5 --do-sample --temperature 0.5 \\
       --decodes 3 --posts test.jsonl --image-dir images --output predictions.jsonl
       AimKP's decoding: beams with sampling, three times; dynkp evaluate averages the scores
@@ -124,7 +124,7 @@ def parser() -> CommandParser:
         type=positive,
         default=1,
         metavar="N",
-        help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, told apart by a column decode",
+        help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, with a column decode",
     )
 
     where = parser.add_argument_group("where")
@@ -169,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         hide_library_bars()
     process = this_process(arguments.device)
     try:
-        with resumable(f"the same command goes on with {arguments.output}"):
+        with resumable(f"the same command continues with {arguments.output}"):
             _predict(command, arguments, process)
     except torch.OutOfMemoryError as error:
-        raise RunFailedError(f"{error}. The same command with a smaller --batch-size goes on.") from error
+        raise RunFailedError(f"{error}. The same command with a smaller --batch-size continues.") from error
     finally:
         process.destroy_process_group()
 
@@ -303,7 +303,7 @@ def _load_engine(*args: Any, **options: Any) -> Any:
 
 
 def _info(arguments: argparse.Namespace, process: Any) -> dict[str, Any]:
-    """What is recorded with a run and not compared when it goes on."""
+    """What is recorded with a run and not compared when the run is continued."""
     import torch
     import transformers
 

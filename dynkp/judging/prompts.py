@@ -15,7 +15,7 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from dynkp.chat.request import ChatAnswer, ChatRequest, post_images
+from dynkp.chat.request import ChatAnswer, ChatRequest, is_whole, post_images
 from dynkp.judging.candidates import LABELS, Candidate
 from dynkp.judging.ranks import CRITERIA
 from dynkp.rationales.prompts import Template
@@ -103,6 +103,26 @@ def read_ranks(text: str, count: int) -> dict[str, list[float]]:
     if not found:
         raise ValueError(problem)
     return found[0]
+
+
+def read_answer_ranks(text: str, count: int, finish_reason: str | None) -> dict[str, list[float]]:
+    """Parse the ranks in a judge's answer, unless the answer is not complete.
+
+    Args:
+        text: The answer.
+        count: The number of candidates.
+        finish_reason: Why the answer ended, as the server reports it.
+
+    Returns:
+        As `read_ranks`.
+
+    Raises:
+        ValueError: As `read_ranks`, or if the answer is not complete (`dynkp.chat.request.is_whole`).
+    """
+    if not is_whole(finish_reason):
+        why = "" if finish_reason in (None, "length") else f" ({finish_reason})"
+        raise ValueError(f"it was cut off{why}")
+    return read_ranks(text, count)
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -212,10 +232,10 @@ class JudgeConversation:
         for reply in range(self.max_replies):
             answer = yield ChatRequest(messages, settings, "correct" if reply else "judge")
             try:
-                read_ranks(answer.text, count)
+                read_answer_ranks(answer.text, count, answer.finish_reason)
                 return
             except ValueError as error:
-                problem = "it was cut off" if answer.finish_reason == "length" else str(error)
+                problem = str(error)
             reply_text = answer.text[:_LONGEST_REPLY] or "(nothing)"
             correction = _CORRECTION.format(problem=problem, form=answer_format)
             messages = [*messages, {"role": "assistant", "content": reply_text}, {"role": "user", "content": correction}]

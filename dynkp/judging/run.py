@@ -27,7 +27,7 @@ from dynkp.chat.settings import RunPaths, RunSettings
 from dynkp.files.atomic import atomic_files, write_text
 from dynkp.files.json_lines import json_line
 from dynkp.judging.candidates import load_candidates
-from dynkp.judging.prompts import JudgeConversation, read_ranks, response_format
+from dynkp.judging.prompts import JudgeConversation, read_answer_ranks, response_format
 from dynkp.judging.ranks import CRITERIA, TIES, Judgement, rank_report, rank_tables
 
 INVALID, FAILED, UNREADABLE = "invalid_post", "request_failed", "invalid_ranks"
@@ -250,7 +250,8 @@ class JudgeRun(PostRun[JudgeSettings]):
         if len(candidates) == 1:
             return Judgement(source.id, order, {name: [1] for name in CRITERIA}, self.settings.model)
         try:
-            return Judgement(source.id, order, read_ranks(row["text"], len(candidates)), self.settings.model)
+            ranks = read_answer_ranks(row["text"], len(candidates), row["finish_reason"])
+            return Judgement(source.id, order, ranks, self.settings.model)
         except ValueError as error:
             return UNREADABLE, f"{self.settings.max_replies} answers, the last: {error}"
 

@@ -38,11 +38,11 @@ def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def switched_loss(easy: torch.Tensor, reasoning: TargetLoss, direct: TargetLoss) -> TargetLoss:
-    """Select the loss of what each post is taught, NLL(y^d | x) of Eq. 4.
+    """Select the loss of the target that each post is trained on, NLL(y^d | x) of Eq. 4.
 
     Args:
-        easy (`torch.Tensor` of shape `(B,)`): bool; where True the post is taught its reasoning target, y^d = y^c, elsewhere
-            its direct target, y^d = y^s.
+        easy (`torch.Tensor` of shape `(B,)`): bool; where True the post is trained on its reasoning target, y^d = y^c,
+            elsewhere its direct target, y^d = y^s.
         reasoning ([`TargetLoss`]): loss of the reasoning targets y^c, parts of shape (B,).
         direct ([`TargetLoss`]): loss of the direct targets y^s, parts of shape (B,).
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dynkp.chat.request import is_whole
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.mmkp_f1.answers import TAG
 
 FILTERS = {
     "empty": "the answer is empty",
     "refusal": "the teacher refuses (“I'm sorry, but I can't ...”)",
-    "cut_off": "the answer ended at the token limit",
+    "cut_off": "the answer is not complete: it ended at the token limit, or for another reason than `stop`",
     "too_short": "fewer words than --min-words",
     "too_long": "more words than --max-words",
     "field_names": 'refers to the prompt\'s fields (“the "Post text" says ...”)',
@@ -84,7 +85,7 @@ class RationaleFilter:
         self._fields = re.compile(named, re.IGNORECASE | re.MULTILINE) if fields else None
 
     def __call__(
-        self, text: str, *, keyphrases: Sequence[str] = (), answer: str | None = None, finish_reason: str | None = None
+        self, text: str, *, keyphrases: Sequence[str] = (), answer: str | None = None, finish_reason: str | None = "stop"
     ) -> str | None:
         """Apply the filters to a rationale.
 
@@ -92,7 +93,7 @@ class RationaleFilter:
             text: The rationale.
             keyphrases: The post's gold keyphrases.
             answer: The post's gold answer, as the reasoning task parses it.
-            finish_reason: Why the answer ended, as the server reports it; `length` at the token limit.
+            finish_reason: Why the answer ended, as the server reports it (`dynkp.chat.request.is_whole`).
 
         Returns:
             The name of the first filter that rejects it, or None.
@@ -101,7 +102,7 @@ class RationaleFilter:
         rejected = {
             "empty": not TAG.sub("", text).strip(),
             "refusal": bool(_REFUSAL.match(text)),
-            "cut_off": finish_reason == "length",
+            "cut_off": not is_whole(finish_reason),
             "too_short": words < self.min_words,
             "too_long": words > self.max_words,
             "field_names": bool(self._fields and self._fields.search(text)),

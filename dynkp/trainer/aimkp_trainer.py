@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -18,6 +18,7 @@ from torch import nn
 
 from dynkp.batches.masking_collator import MaskingCollator, SinglePostsCollator
 from dynkp.batches.targets import Targets
+from dynkp.batches.typed_batches import MaskedViewBatch, PostBatch, SinglePostsBatch
 from dynkp.mechanics.gradient_similarity import why_gradients_cannot_be_batched
 from dynkp.mechanics.masked_views import FULL, BatchedViews, MaskedViews, Masking, PlainViews
 from dynkp.mechanics.stride_schedule import StrideSchedule
@@ -127,7 +128,7 @@ class AimKPTrainer(PostTrainer):
         """Return the options that the collator is built with."""
         return {**super().collator_options(), "modalities": self.args.modalities}
 
-    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+    def compute_post_losses(self, model: nn.Module, inputs: PostBatch) -> PostLosses:
         """Compute the filtered loss of each post (Eq. 2 to 4), or the plain one in evaluation and warm-up epochs.
 
         Args:
@@ -143,9 +144,8 @@ class AimKPTrainer(PostTrainer):
         views = self.open_views(model, inputs, strides)  # full input, text masked, image masked: Eq. 2
         targets = self.choose_targets(views, inputs)
 
-        for view in views:
+        for view in self.stopwatch.laps(views):
             views.backward(view, targets, self.normalizes_over_tokens)  # g_0, g_t, g_v of each post
-            self.stopwatch.mark(view)
         cosines = views.cosines()  # c_m = cos(g_0, g_m), Eq. 3
         kept = keep_variants(cosines, self.args.thresholds)  # c_m > τ_m
         self.record_visits(inputs, strides, views, targets, cosines, kept)
@@ -164,11 +164,11 @@ class AimKPTrainer(PostTrainer):
         """Whether there are masked variants in the current epoch."""
         return bool(self.args.modalities) and self.schedule.masks(self.current_epoch)
 
-    def strides_of(self, inputs: dict[str, Any]) -> dict[str, list[int]]:
+    def strides_of(self, inputs: PostBatch) -> dict[str, list[int]]:
         """Return the strides of a batch's posts in the current epoch, per masked modality."""
         return {name: self.schedule.strides(inputs["id"], name, self.current_epoch) for name in self.args.modalities}
 
-    def open_views(self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]) -> MaskedViews:
+    def open_views(self, model: nn.Module, inputs: PostBatch, strides: dict[str, list[int]]) -> MaskedViews:
         """Prepare the full inputs of a batch and their masked variants (Eq. 2, or an ablation of it).
 
         Args:
@@ -179,16 +179,22 @@ class AimKPTrainer(PostTrainer):
         masking = Masking(self.args.mask_pattern, visit=self.current_epoch, seed=self.args.seed)
         score = self._scorer(inputs["prompt"]["input_ids"].device)
         if not self.batches_similarity:
-            return PlainViews(model, inputs, strides, masking, score=score)
-        longest = max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
+            return PlainViews(model, cast(SinglePostsBatch, inputs), strides, masking, score=score)
+        longest = max(*inputs["direct"]["lengths"], *inputs["reasoning"]["lengths"])
         views = BatchedViews(
-            model, inputs, strides, masking, longest_target=longest, shares_prefix=self.shares_prompt, score=score
+            model,
+            cast(MaskedViewBatch, inputs),
+            strides,
+            masking,
+            longest_target=longest,
+            shares_prefix=self.shares_prompt,
+            score=score,
         )
         if views.why_masked:
             self._announce(f"Masked tokens are masked, not left out, which costs more: {views.why_masked}.")
         return views
 
-    def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:
+    def choose_targets(self, views: MaskedViews, inputs: PostBatch) -> Targets:
         """Return the targets whose losses are computed given every view: the keyphrases.
 
         Args:
@@ -206,7 +212,7 @@ class AimKPTrainer(PostTrainer):
 
     def record_visits(
         self,
-        inputs: dict[str, Any],
+        inputs: PostBatch,
         strides: dict[str, list[int]],
         views: MaskedViews,
         targets: Targets,

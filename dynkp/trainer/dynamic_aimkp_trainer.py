@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dynkp.batches.targets import Targets, mixed_targets
+from dynkp.batches.typed_batches import PostBatch
 from dynkp.mechanics.masked_views import FULL, MaskedViews
 from dynkp.objectives.switching import below_threshold
 from dynkp.objectives.token_loss import TargetLoss
@@ -75,18 +75,18 @@ class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
     method = "dynamic_aimkp"
     args: DynamicAimKPConfig
 
-    def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:
+    def choose_targets(self, views: MaskedViews, inputs: PostBatch) -> Targets:
         """Select the target of each post by its direct loss given the full input (Dynamic CoT, Eq. 5).
 
         Args:
             views ([`~dynkp.mechanics.masked_views.MaskedViews`]): views of the batch, not yet run.
             inputs (`dict`): the batch.
         """
-        _, reasons = self.candidates(inputs)
-        direct = TargetLoss(*torch.zeros(2, len(reasons), device=reasons.device))
+        _, easy = self.candidates(inputs)
+        direct = TargetLoss(*torch.zeros(2, len(easy), device=easy.device))
         if self.args.strategy == "dynamic":
             with torch.no_grad():
                 direct = views.loss(FULL, inputs["direct"])  # L_sft = NLL(y^s | x)
-            reasons = reasons & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ
-        self.record_choices(inputs, reasons, direct)
-        return mixed_targets(inputs["direct"], inputs["reasoning"], reasons)  # y^d
+            easy = easy & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ
+        self.record_choices(inputs, easy, direct)
+        return mixed_targets(inputs["direct"], inputs["reasoning"], easy)  # y^d

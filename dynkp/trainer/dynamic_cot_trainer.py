@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from dynkp.batches.typed_batches import PostBatch
 from dynkp.objectives.switching import below_threshold, dropped_at_random, mixed_loss, parse_gamma, switched_loss
 from dynkp.objectives.token_loss import PostLosses, TargetLoss
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
@@ -90,7 +91,7 @@ class DynamicCoTTrainer(PostTrainer):
         """Return the options that the collator is built with."""
         return {**super().collator_options(), "answer_weight": self.args.answer_weight}
 
-    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+    def compute_post_losses(self, model: nn.Module, inputs: PostBatch) -> PostLosses:
         """Compute L_d, the loss of the target that the strategy selects for each post (Eq. 4 and 5).
 
         Args:
@@ -104,17 +105,17 @@ class DynamicCoTTrainer(PostTrainer):
         prompt = self.open_prompt(model, inputs["prompt"], may_be_direct, may_reason)  # prompts and images computed once
 
         direct = prompt.loss(inputs["direct"], may_be_direct)  # L_sft = NLL(y^s | x), Eq. 2
-        reasons = may_reason
+        easy = may_reason
         if self.args.strategy == "dynamic":
-            reasons = may_reason & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ, Eq. 5
-        reasoning = prompt.loss(inputs["reasoning"], reasons)  # L_cot = NLL(y^c | x), Eq. 3
+            easy = may_reason & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ, Eq. 5
+        reasoning = prompt.loss(inputs["reasoning"], easy)  # L_cot = NLL(y^c | x), Eq. 3
 
-        self.record_choices(inputs, reasons, direct, reasoning)
+        self.record_choices(inputs, easy, direct, reasoning)
         if self.args.strategy == "multitask":
-            return mixed_loss(direct, reasoning, self.args.multitask_weight * reasons, self.normalizes_over_tokens)
-        return self.normalized(switched_loss(reasons, reasoning, direct))  # L_d = NLL(y^d | x), Eq. 4
+            return mixed_loss(direct, reasoning, self.args.multitask_weight * easy, self.normalizes_over_tokens)
+        return self.normalized(switched_loss(easy, reasoning, direct))  # L_d = NLL(y^d | x), Eq. 4
 
-    def candidates(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def candidates(self, inputs: PostBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Determine which targets the strategy may select for each post, before any loss is known.
 
         Args:
@@ -138,25 +139,25 @@ class DynamicCoTTrainer(PostTrainer):
         return self.args.strategy in ("dynamic", "multitask")
 
     def record_choices(
-        self, inputs: dict[str, Any], reasons: torch.Tensor, direct: TargetLoss, reasoning: TargetLoss | None = None
+        self, inputs: PostBatch, easy: torch.Tensor, direct: TargetLoss, reasoning: TargetLoss | None = None
     ) -> None:
         """Record the selected targets for the log, for the adaptive γ and for the file of choices.
 
         Args:
             inputs (`dict`): the batch.
-            reasons (`torch.Tensor` of shape `(B,)`): bool, the posts that are taught their reasoning target.
+            easy (`torch.Tensor` of shape `(B,)`): bool, the posts that are trained on their reasoning target.
             direct ([`~dynkp.objectives.token_loss.TargetLoss`]): loss of the direct targets.
             reasoning ([`~dynkp.objectives.token_loss.TargetLoss`], *optional*): loss of the reasoning targets, where both are
                 losses that are trained on.
         """
         counted = ~repeated_posts(inputs)
-        self.record("reasoning_share", reasons.float(), counted)
+        self.record("reasoning_share", easy.float(), counted)
         if reasoning is not None:
-            taught_direct, taught_reasoning = ~reasons, reasons
+            trains_direct, trains_reasoning = ~easy, easy
             if self.args.strategy == "multitask":
-                taught_direct, taught_reasoning = torch.ones_like(reasons), reasons & (self.args.multitask_weight > 0)
-            self.record("direct_target_loss", direct.mean, counted & taught_direct)
-            self.record("reasoning_target_loss", reasoning.mean, counted & taught_reasoning)
+                trains_direct, trains_reasoning = torch.ones_like(easy), easy & (self.args.multitask_weight > 0)
+            self.record("direct_target_loss", direct.mean, counted & trains_direct)
+            self.record("reasoning_target_loss", reasoning.mean, counted & trains_reasoning)
         self.record("direct_tokens", torch.tensor(inputs["direct"]["lengths"], dtype=torch.float32), counted.cpu())
         if self.observes_direct_losses:
             self.record("direct_loss", direct.mean, counted)
@@ -164,7 +165,7 @@ class DynamicCoTTrainer(PostTrainer):
             self.record("gamma", torch.tensor([self.gamma.value], dtype=torch.float64))
         if self.model.training and (self.choice_log or self.args.strategy == "dynamic"):
             losses = direct.mean.tolist() if self.observes_direct_losses else [None] * len(inputs["id"])
-            visits = zip(inputs["id"], losses, reasons.tolist(), strict=True)
+            visits = zip(inputs["id"], losses, easy.tolist(), strict=True)
             self._visits.extend(compress(visits, counted.tolist()))
 
     def begin_training(self) -> None:

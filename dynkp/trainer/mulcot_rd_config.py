@@ -100,6 +100,11 @@ class MulCoTRDConfig(PostConfig):
             )
         if self.separator is not None:
             raise ValueError(f"`separator` is {self.separator!r}, but task {self.task!r} has its own. Leave it None.")
+        if not self.trailing_template_tokens:
+            raise ValueError(
+                "`trailing_template_tokens` is False, but MulCoT-RD compares student and assistant at all tokens that the chat "
+                "template writes, and so do soft labels on the disk. Leave it True."
+            )
         _ = self.parsed_task_weights
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` is {self.distillation_weight}; it is a share between 0 and 1.")

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dynkp.batches.branches import Branches
+from dynkp.batches.reasoning_renderer import PromptKind
 from dynkp.batches.targets import Targets
 from dynkp.batches.two_task_collator import TwoTaskCollator
-from dynkp.batches.typed_batches import TwoTaskBatch
+from dynkp.batches.typed_batches import SoftLabelBatch, TwoTaskBatch
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
 from dynkp.distillation.assistant import Assistant, check_vocabularies
 from dynkp.distillation.soft_labels import SoftLabelCache
@@ -80,7 +81,7 @@ class MulCoTRDTrainer(PostTrainer):
 
     _name = "MulCoT-RD"
     method = "mulcot_rd"
-    target_kinds = ("label", "chain")
+    target_kinds: Sequence[PromptKind] = ("label", "chain")
     args: MulCoTRDConfig
     task: ReasoningTask
 
@@ -127,7 +128,7 @@ class MulCoTRDTrainer(PostTrainer):
         has_soft_labels = self.assistant is not None or self.cache is not None
         return self.args.distillation_weight if has_soft_labels and self.model.training else 0.0
 
-    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+    def compute_post_losses(self, model: nn.Module, inputs: TwoTaskBatch) -> PostLosses:
         """Compute L = Σ_k w_k ((1-λ)·CE_k + λ·KL_k) of each post.
 
         Args:
@@ -142,14 +143,14 @@ class MulCoTRDTrainer(PostTrainer):
         losses: dict[str, TargetLoss] = {}
         for task in self.tasks_of(inputs):  # k: label and response chain
             logits = student.logits(task, inputs[task])  # z_S, (N, V)
-            losses[task] = self.hard_loss(task, student, logits, inputs)  # CE_k
+            loss = self.hard_loss(task, student, logits, inputs)  # CE_k
             if soft_labels:
                 divergence = self.divergence(task, student, logits, soft_labels[task], inputs)  # KL_k
-                losses[task] = distilled(losses[task], divergence, self.distillation_weight)  # (1-λ)·CE_k + λ·KL_k
-        task_weights = [self.args.parsed_task_weights[task] for task in losses]
-        return multitask_loss(list(losses.values()), task_weights, self.normalizes_over_tokens)  # Σ_k w_k L_k
+                loss = distilled(loss, divergence, self.distillation_weight)  # L_k = (1-λ)·CE_k + λ·KL_k
+            losses[task] = loss
+        return multitask_loss(losses, self.args.parsed_task_weights, self.normalizes_over_tokens)  # L = Σ_k w_k L_k
 
-    def tasks_of(self, inputs: dict[str, Any]) -> list[str]:
+    def tasks_of(self, inputs: TwoTaskBatch) -> list[PromptKind]:
         """Return the tasks for which any post of a batch has a target."""
         return [task for task in self.target_kinds if any(inputs[task]["lengths"])]
 
@@ -171,7 +172,7 @@ class MulCoTRDTrainer(PostTrainer):
     def _compares_everywhere(self) -> bool:
         return self.args.kd_positions == "all" and self.distillation_weight > 0
 
-    def soft_labels_of(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | SoftLabels]:
+    def soft_labels_of(self, inputs: TwoTaskBatch) -> dict[str, torch.Tensor | SoftLabels]:
         """Return the assistant's soft labels of a batch, computed now or read with the batch.
 
         Args:
@@ -183,11 +184,11 @@ class MulCoTRDTrainer(PostTrainer):
         if not self.distillation_weight:
             return {}
         if self.assistant is None:
-            return {task: SoftLabels(**labels) for task, labels in inputs["soft_labels"].items()}
-        answers = {task: inputs[task] for task in self.target_kinds}
+            return {task: SoftLabels(**labels) for task, labels in cast(SoftLabelBatch, inputs)["soft_labels"].items()}
+        answers: dict[str, Targets] = {"label": inputs["label"], "chain": inputs["chain"]}
         return {**self.assistant.logits(inputs["prompts"], answers, self._compares_everywhere)}
 
-    def hard_loss(self, task: str, student: BranchedPrompt, logits: torch.Tensor, inputs: dict[str, Any]) -> TargetLoss:
+    def hard_loss(self, task: PromptKind, student: BranchedPrompt, logits: torch.Tensor, inputs: TwoTaskBatch) -> TargetLoss:
         """Compute CE_k, the negative log-likelihood of each post's answer, and record it.
 
         Args:
@@ -204,11 +205,11 @@ class MulCoTRDTrainer(PostTrainer):
 
     def divergence(
         self,
-        task: str,
+        task: PromptKind,
         student: BranchedPrompt,
         logits: torch.Tensor,
         soft_labels: torch.Tensor | SoftLabels,
-        inputs: dict[str, Any],
+        inputs: TwoTaskBatch,
     ) -> TargetLoss:
         """Compute KL_k = KL(softmax(z_A/T) ‖ softmax(z_S/T)) over the tokens that `kd_positions` selects, and record it.
 
@@ -224,7 +225,7 @@ class MulCoTRDTrainer(PostTrainer):
         self._record_task(f"{task}_divergence", loss, inputs)
         return loss
 
-    def _record_task(self, name: str, loss: TargetLoss, inputs: dict[str, Any]) -> None:
+    def _record_task(self, name: str, loss: TargetLoss, inputs: TwoTaskBatch) -> None:
         self.record(name, loss.mean, ~repeated_posts(inputs) & (loss.tokens > 0))
 
     # Tasks, posts and evaluation
@@ -326,14 +327,13 @@ class WithSoftLabels:
         cache ([`~dynkp.distillation.soft_labels.SoftLabelCache`]): the soft labels.
 
     Returns (when called with a list of rows):
-        `dict`: what `collator` returns, and `soft_labels`: per task the fields of a
-        [`~dynkp.objectives.distillation.SoftLabels`].
+        [`~dynkp.batches.typed_batches.SoftLabelBatch`]: what `collator` returns, and `soft_labels`.
     """
 
     def __init__(self, collator: TwoTaskCollator, cache: SoftLabelCache):
         self.collator, self.cache = collator, cache
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> SoftLabelBatch:
         """Collate rows of posts and read their soft labels."""
         batch = self.collator(rows)
         answers = {"label": batch["label"], "chain": batch["chain"]}

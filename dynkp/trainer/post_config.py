@@ -79,6 +79,13 @@ class PostConfig(SFTConfig):
             "the optimizer step."
         },
     )
+    trailing_template_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether losses (ℓ and L) include the whitespace that the chat template writes around the end-of-turn "
+            "token: the line break behind Qwen's '<|im_end|>', LLaVA's blank before '</s>'. False leaves it out of targets."
+        },
+    )
     freeze_vision_tower: bool = field(
         default=True,
         metadata={
@@ -149,7 +156,8 @@ class PostConfig(SFTConfig):
                 )
 
 
-KeyphraseConfig = PostConfig  # its name before it configured training on sentiment too
+KeyphraseConfig = PostConfig
+"""The name of [`PostConfig`] in earlier versions, before it configured training on sentiment too."""
 
 
 def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:

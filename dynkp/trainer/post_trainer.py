@@ -211,7 +211,12 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
 
     def collator_options(self) -> dict[str, Any]:
         """Return what the collator is built with, besides the processor."""
-        return {"task": self.task, "kinds": self.target_kinds, "max_length": self.args.max_length}
+        return {
+            "task": self.task,
+            "kinds": self.target_kinds,
+            "max_length": self.args.max_length,
+            "trailing_template_tokens": self.args.trailing_template_tokens,
+        }
 
     # From the posts' losses to the optimizer step
 
@@ -427,7 +432,8 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
 
-KeyphraseTrainer = PostTrainer  # its name before it trained sentiment too
+KeyphraseTrainer = PostTrainer
+"""The name of [`PostTrainer`] in earlier versions, before it trained on sentiment too."""
 
 
 def fused_score_targets(

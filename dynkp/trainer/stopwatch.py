@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ class Stopwatch:
             name (`str`): name of the sum.
         """
         self._spans.append((name, self._started, self._now()))
+
+    def laps(self, names: Iterable[str]) -> Iterator[str]:
+        """Iterate over names, and mark the time when the next one is asked for.
+
+        Args:
+            names (`Iterable[str]`): names of the sums.
+        """
+        for name in names:
+            yield name
+            self.mark(name)
 
     def take(self) -> dict[str, float]:
         """Return the sums since the last call, in seconds; waits for the device."""

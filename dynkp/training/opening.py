@@ -1,4 +1,4 @@
-"""What a run says before its first step, and how it shows its progress."""
+"""The lines that a run logs before its first step, and its progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class OpeningLines(TrainerCallback):
-    """Logs, once the number of steps is known, what is about to be trained on what.
+    """Logs method, model, posts, steps and output folder, once the number of steps is known.
 
     Args:
         trainer: the trainer.
@@ -62,7 +62,7 @@ class TrainingBar(ProgressCallback):
 
 
 def announce(trainer: KeyphraseTrainer, method: str, modality: str = "both") -> None:
-    """Let a trainer log its opening lines, and show one progress bar at a time.
+    """Make a trainer log its opening lines, and show one progress bar at a time.
 
     Args:
         trainer: the trainer, before `train` is called.

@@ -1,4 +1,4 @@
-"""What a training run can be told, beside the options of its method's trainer."""
+"""The options of a training run, beside those of its method's trainer."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def test_whole_batch_of_llava() -> None:
     assert batch["direct"]["weights"].tolist() == [[1.0] * len(i) + [0.0] * (width - len(i)) for i in direct]
     assert batch["direct"]["lengths"] == [len(ids) for ids in direct]
 
-    reasoning = encode(" <think>A dog.</think><answer>dog</answer> </s>")
+    pieces = (" <think>", "A dog.", "</think>", "<answer>", "dog", "</answer>", " </s>")  # tags are tokenized apart
+    reasoning = [token for piece in pieces for token in encode(piece)]
     assert batch["reasoning"]["input_ids"].tolist() == [reasoning, [pad] * len(reasoning)]
     assert batch["reasoning"]["mask"].tolist() == [[True] * len(reasoning), [False] * len(reasoning)]
     assert batch["reasoning"]["lengths"] == [len(reasoning), 0]

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from dynkp.chat import request as chat_request
-from dynkp.chat.request import ChatAnswer, ChatRequest, RequestImage, encode_image, read_answer
+from dynkp.chat.request import ChatAnswer, ChatRequest, RequestImage, encode_image, is_whole, read_answer
 from dynkp.data.images import ImageError
 from tests.support.posts import picture
 
@@ -179,11 +179,11 @@ def test_answers_are_read(message: dict[str, Any], text: str, reasoning: str | N
 
 
 def test_a_server_need_not_count_tokens() -> None:
-    assert read_answer({"choices": [{"message": {"content": "x"}}], "usage": None}) == ChatAnswer("x")
+    assert read_answer({"choices": [{"message": {"content": "x"}}], "usage": None}) == ChatAnswer("x", finish_reason=None)
 
 
-@pytest.mark.parametrize(("said", "tokens"), [(-5, 0), (0, 0), ("7", 7), (2.0, 2), (10**40, 10**40)])
-def test_a_count_of_tokens_is_never_below_0(said: Any, tokens: int) -> None:
+@pytest.mark.parametrize(("said", "tokens"), [(-5, 0), (0, 0), ("7", 7), (2.0, 2), (10**40, 2**32 - 1)])
+def test_counts_of_tokens_are_bounded(said: Any, tokens: int) -> None:
     usage = {"prompt_tokens": said, "completion_tokens": said}
     answer = read_answer({"choices": [{"message": {"content": "x"}}], "usage": usage})
     assert (answer.prompt_tokens, answer.completion_tokens) == (tokens, tokens)
@@ -194,6 +194,22 @@ def test_a_count_of_tokens_that_is_none(said: Any) -> None:
     usage = {"prompt_tokens": said or "", "completion_tokens": [said]}
     with pytest.raises(ValueError, match="not a chat completion"):
         read_answer({"choices": [{"message": {"content": "x"}}], "usage": usage})
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", "Aborted"])
+def test_an_answer_that_the_server_gave_up_is_no_answer(reason: str) -> None:
+    body = completion(content="A do")
+    body["choices"][0]["finish_reason"] = reason
+    with pytest.raises(ValueError, match="the server did not complete the answer"):
+        read_answer(body)
+
+
+@pytest.mark.parametrize("reason", ["x" * 5000, {"type": "stop"}, ["stop"], 7, True])
+def test_reasons_of_any_shape(reason: Any) -> None:
+    body = completion(content="A dog.")
+    body["choices"][0]["finish_reason"] = reason
+    found = read_answer(body).finish_reason
+    assert found is not None and len(found) <= 100 and not is_whole(found)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ("error", "status", "line"),
     [
         (KeyboardInterrupt(), 130, "\ndynkp stats: interrupted\n"),
-        (Interrupted("the same command goes on"), 130, "\ndynkp stats: interrupted; the same command goes on\n"),
+        (Interrupted("the same command continues"), 130, "\ndynkp stats: interrupted; the same command goes on\n"),
         (RunFailedError("the server is down"), 1, "dynkp stats: error: the server is down\n"),
         (ImportError("needs an extra"), 2, "dynkp stats: error: needs an extra (dynkp stats --debug shows where)\n"),
     ],

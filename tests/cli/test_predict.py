@@ -380,7 +380,7 @@ def test_interrupted_by_hand(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(predict, "_load_engine", interrupt)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -389,7 +389,7 @@ def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(predict, "_load_engine", full)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 1
-    assert "with a smaller --batch-size goes on" in capsys.readouterr().err
+    assert "with a smaller --batch-size continues" in capsys.readouterr().err
 
 
 # --- the task that is saved with a model ---

@@ -86,6 +86,10 @@ def test_asked_again_until_it_is_a_ranking() -> None:
     assert "it was cut off" in third.messages[-1]["content"] and len(third.messages) == 6
     with pytest.raises(StopIteration):
         steps.send(ChatAnswer("still no ranking"))
+    for reason in ("content_filter", "max_tokens", None):  # a complete ranking, of an answer that is not complete
+        steps = conversation(("a",), ("b",))(post())
+        next(steps)
+        assert "it was cut off" in steps.send(ChatAnswer(json.dumps(valid(1, 2)), finish_reason=reason)).messages[-1]["content"]
     steps = conversation(("a",), ("b",))(post())
     next(steps)
     with pytest.raises(StopIteration):

@@ -64,7 +64,10 @@ def test_lengths() -> None:
     assert first_rejection("A beagle plays.") == "too_short"
     assert first_rejection("beagle " * 101) == "too_long"
     assert first_rejection("beagle " * 100) is None
-    assert first_rejection(GOOD, finish_reason="length") == "cut_off"
+    for reason in ("length", "max_tokens", "content_filter", "tool_calls", "abort", "error", "a new one", "", None):
+        assert first_rejection(GOOD, finish_reason=reason) == "cut_off", reason
+    for reason in ("stop", "STOP", "end_turn", "eos_token"):
+        assert first_rejection(GOOD, finish_reason=reason) is None, reason
 
 
 @pytest.mark.parametrize(

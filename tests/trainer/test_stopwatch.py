@@ -22,6 +22,15 @@ def test_times_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.take() == {}
 
 
+def test_a_lap_ends_when_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 2.0, 4.0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch(torch.device("cpu"))
+    watch.start()
+    assert list(watch.laps(["full", "text"])) == ["full", "text"]
+    assert watch.take() == {"full": 1.0, "text": 3.0}
+
+
 def test_times_that_are_never_taken_do_not_pile_up() -> None:
     watch = Stopwatch(torch.device("cpu"))
     watch.start()
