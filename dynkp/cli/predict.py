@@ -193,6 +193,8 @@ def _check_options(command: CommandParser, arguments: argparse.Namespace) -> Non
 
 
 def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any) -> None:
+    from transformers import ProcessorMixin
+
     from dynkp.models.checkpoints import check_available, find_checkpoint
     from dynkp.prediction.empty_outputs import advice_on_empty_outputs
     from dynkp.prediction.loading import run_settings
@@ -209,13 +211,16 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
     check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
     question = _question(command, arguments, checkpoint)
+    processor = _processor(checkpoint)
+    takes_images = processor is None or isinstance(processor, ProcessorMixin)
     posts = load_posts_to_predict(
         arguments.posts,
         question.task,
         image_dir=arguments.image_dir,
         split=arguments.split,
         on_invalid=arguments.on_invalid,
-        check_images=question.modality != "text",
+        use_images=takes_images and question.modality != "text",
+        processor=processor,
         progress=not arguments.no_progress,
         is_first_process=process.is_main_process,
         num_processes=process.num_processes,
@@ -271,6 +276,16 @@ def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint:
     if arguments.prompt != "label" and not isinstance(task, ReasoningTask):
         command.error(f"--prompt is not for --task {task.name}; --mode says whether to reason")
     return Question(task, arguments.mode, arguments.prompt, modality_to_use(saved, checkpoint, arguments.modality))
+
+
+def _processor(checkpoint: Any) -> Any:
+    """The model's processor; None if there is none, which is an error only where an answer is generated."""
+    from dynkp.models.checkpoints import load_processor
+
+    try:
+        return load_processor(checkpoint)
+    except (OSError, ValueError):
+        return None
 
 
 def _engine_settings(arguments: argparse.Namespace) -> Any:

@@ -46,7 +46,7 @@ def load(source: Any, args: MulCoTRDConfig, image_dir: str | None, split: str = 
         image_dir=image_dir,
         split=split,
         on_invalid=args.on_invalid,
-        check_images=False,
+        use_images=False,
         progress=not args.disable_tqdm,
     )
     return posts
