@@ -11,6 +11,7 @@ badly, and nothing else shows it: an AimKP model falls from F1@1 61.9 to 4.2 wit
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from pathlib import Path
@@ -37,6 +38,8 @@ _KINDS: dict[str, type[KeyphraseTask] | type[ReasoningTask]] = {
     "reasoning": ReasoningTask,
     "keyphrases with reasoning": KeyphraseReasoningTask,
 }
+# Fields of the file -> the options that set them, where the names differ.
+_OPTIONS = {"name": "task"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +66,43 @@ class SavedTask:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the file into a model's folder."""
+        write_json(Path(folder, FILE), self._content())
+
+    def _content(self) -> dict[str, Any]:
+        """The content of the file."""
         kind = next((kind for kind, cls in _KINDS.items() if type(self.task) is cls), "other")
-        content = {**dataclasses.asdict(self), "task": {"kind": kind, **_fields(self.task)}}
-        write_json(Path(folder, FILE), content)
+        return {**dataclasses.asdict(self), "task": {"kind": kind, **_fields(self.task)}}
+
+    def check_resumption(self, folder: str | os.PathLike[str]) -> None:
+        """Check that a checkpoint was trained with this task: a run that continues must not change it.
+
+        Args:
+            folder: the checkpoint; one that was saved without its task, by an earlier version, is accepted.
+
+        Raises:
+            ValueError: if the task, the modality, the method or the strategy differ; or if the file is damaged. Another
+                maximum length is no contradiction.
+        """
+        file = Path(folder, FILE)
+        if not file.is_file():
+            return
+        before, now = read_json(file), json.loads(json.dumps(self._content()))
+        try:
+            saved = {**before.pop("task"), **before}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged ({error!r}); restore it, or resume from another checkpoint") from error
+        wanted = {**now.pop("task"), **now}
+        settings = [name for name in wanted if name not in ("max_length", "template_date", "dynkp_version")]
+        differing = [name for name in settings if name in saved and saved[name] != wanted[name]]
+        if differing:
+            # Of another task the name and the separator are enough; of a task of the same name the whole prompt counts.
+            if "name" in differing:
+                differing = [name for name in differing if name in ("name", "separator", "modality", "method", "strategy")]
+            listed = ", ".join(f"{_OPTIONS.get(name, name)} {saved[name]!r}, not {wanted[name]!r}" for name in differing)
+            raise ValueError(
+                f"`resume_from_checkpoint` {str(folder)!r} was trained with {listed}: resume with the options of the "
+                "checkpoint, or start a new run in another `output_dir`."
+            )
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> SavedTask:

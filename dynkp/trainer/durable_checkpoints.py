@@ -47,6 +47,16 @@ class DurableCheckpoints(Trainer):
         """Return what a checkpoint must hold besides weights, as JSON values; equal on every rank."""
         return {}
 
+    def check_checkpoint(self, folder: str) -> None:
+        """Check that the run can continue from a checkpoint; called on every rank, before any of it is loaded.
+
+        Args:
+            folder (`str`): the checkpoint.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint.
 
@@ -80,6 +90,8 @@ class DurableCheckpoints(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -397,6 +397,18 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
         strategy = getattr(self.args, "strategy", None)
         return SavedTask(self.task, self.modality, self.method, strategy, self.args.max_length)
 
+    def check_checkpoint(self, folder: str) -> None:
+        """Check that a checkpoint was trained with this trainer's task, modality, method and strategy.
+
+        Args:
+            folder (`str`): the checkpoint.
+
+        Raises:
+            ValueError: if it was not; the message names what differs.
+        """
+        super().check_checkpoint(folder)
+        self.saved_task().check_resumption(folder)
+
     def resume_at(self, step: int) -> None:
         """Continue at an optimizer step: the posts of a stream that were trained on are not collated again."""
         super().resume_at(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -9,15 +10,18 @@ from transformers import ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
-from dynkp import DynamicCoTTrainer, MulCoTRDConfig, MulCoTRDTrainer, PostConfig
+from dynkp import DynamicCoTTrainer, MulCoTRDConfig, MulCoTRDTrainer, PostConfig, PostTrainer
 from dynkp.data.tasks import resolve_task
-from dynkp.models.saved_task import Modality
+from dynkp.models.checkpoints import find_checkpoint
+from dynkp.models.saved_task import Modality, find_saved_task
 from dynkp.training import drawn_posts, mulcot_rd
 from dynkp.training.models import load_model
 from dynkp.training.opening import announce
 from dynkp.training.options import TrainingOptions
 from dynkp.training.posts import check_images_present, load_data, only
 from dynkp.training.results import evaluate
+
+logger = logging.getLogger(__name__)
 
 
 def train(options: TrainingOptions) -> None:
@@ -66,6 +70,8 @@ def train(options: TrainingOptions) -> None:
             check_images_present(eval_posts, "evaluation")
     trainer.modality = cast(Modality, data.modality)  # saved with the model
     announce(trainer, method, data.modality)
+    if named and trainer.accelerator.is_main_process:
+        announce_replaced_task(named, trainer)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model(args.output_dir)
     if eval_posts is None:
@@ -74,6 +80,27 @@ def train(options: TrainingOptions) -> None:
         mulcot_rd.evaluate(trainer, eval_posts, options)
     else:
         evaluate(trainer, eval_posts, options)
+
+
+def announce_replaced_task(name: str, trainer: PostTrainer) -> None:
+    """Log one line if the model that is trained further was saved with another task, which the run replaces.
+
+    Args:
+        name: the folder or Hub id of the model.
+        trainer: the trainer.
+    """
+    try:
+        saved = find_saved_task(find_checkpoint(name))
+    except (OSError, ValueError) as error:  # the training needs no saved task
+        logger.warning("The task that %s was saved with cannot be read: %s", name, error)
+        return
+    new = trainer.saved_task()
+    if saved is None or (saved.task, saved.modality, saved.method) == (new.task, new.modality, new.method):
+        return
+    logger.info(
+        "%s was trained with task %r (method %s, modality %s), which this run replaces with %r (method %s, modality %s).",
+        name, saved.task.name, saved.method, saved.modality, new.task.name, new.method, new.modality,
+    )  # fmt: skip
 
 
 def checkpoint_to_resume(args: PostConfig) -> str | bool | None:

@@ -99,13 +99,15 @@ def test_it_trains_with_a_recipe(recipe: str, posts: list[str], tmp_path: Path, 
     )
 
 
-def test_a_recipe_trains_a_saved_model(posts: list[str], tmp_path: Path) -> None:
+def test_a_recipe_trains_a_saved_model(posts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The settings of a paper, on the tiny model: what was written by one run is a model for the next."""
     train.main([*posts, *QUICK, *TINY, "--strategy", "direct", "--max_steps", "1"])
     again = [word.replace(str(tmp_path / "out"), str(tmp_path / "again")) for word in posts]
     more = ["--model_name_or_path", str(tmp_path / "out"), "--bf16", "false", "--max_steps", "1", "--eval_strategy", "no"]
-    more += ["--load_best_model_at_end", "false", "--per_device_train_batch_size", "4"]
+    more += ["--load_best_model_at_end", "false", "--per_device_train_batch_size", "4", "--modality", "text"]
     assert cli.main(["train", "--recipe", "cmkp_aimkp_llava_1_5_7b", *again, *QUICK, *more]) == 0
+    (replaced,) = [record.message for record in caplog.records if "this run replaces" in record.message]
+    assert "with task 'dynamic_cot' (method dynamic_cot, modality both), which this run replaces with 'aimkp'" in replaced
     adapter = json.loads((tmp_path / "again/adapter_config.json").read_text())
     assert adapter["r"] == 128 and adapter["modules_to_save"] == ["multi_modal_projector"]
     saved = json.loads((tmp_path / "again" / FILE).read_text())

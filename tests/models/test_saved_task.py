@@ -2,6 +2,7 @@
 
 - what is read equals what was written, for every task there is and for tasks of a user's own;
 - every save of every method writes it: the model, each checkpoint, a LoRA adapter; an adapter's counts before its base's;
+- a resumed run has the checkpoint's task, modality, method and strategy, or is refused;
 - a request that contradicts it is refused in one sentence; one modality of two may be asked for, not one that was never seen;
 - a model without it works as before, and one line says which task is taken.
 """
@@ -89,6 +90,40 @@ def test_every_save_of_every_method_has_it(method: str, tmp_path: Path) -> None:
         assert saved is not None and saved.task == trainer.task and saved.method == method
         assert saved.strategy == ("dynamic" if "dynamic" in method else None)
         assert (saved.modality, saved.max_length, saved.template_date) == ("both", None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": TASKS["dynamic_cot"]}, "with task 'aimkp', not 'dynamic_cot', separator ', ', not '; ': resume"),
+        ({"task": dataclasses.replace(TASKS["aimkp"], separator="! ")}, "with separator ', ', not '! ': resume with"),
+        ({"modality": "text"}, "with modality 'both', not 'text': resume with"),
+        ({"method": "dynamic_aimkp"}, "with method 'aimkp', not 'dynamic_aimkp': resume with"),
+    ],
+)
+def test_a_run_does_not_continue_from_a_checkpoint_of_another_task(change: Any, message: str, tmp_path: Path) -> None:
+    trainer_of("aimkp", tmp_path).train()
+    saved = (tmp_path / "checkpoint-2" / FILE).read_text()
+    for resume in (True, str(tmp_path / "checkpoint-1")):
+        trainer = trainer_of("aimkp", tmp_path)
+        trainer.args.max_steps = 3
+        for name, value in change.items():
+            setattr(trainer, name, value)
+        with pytest.raises(ValueError, match=f"`resume_from_checkpoint` .*checkpoint-[12]' was trained {message}") as error:
+            trainer.train(resume_from_checkpoint=resume)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoint-2" / FILE).read_text() == saved and not (tmp_path / "checkpoint-3").exists()
+
+
+def test_a_run_continues_with_another_length_and_without_a_saved_task(tmp_path: Path) -> None:
+    saved = SavedTask(TASKS["aimkp"], method="aimkp", max_length=4)
+    saved.check_resumption(tmp_path)
+    dataclasses.replace(saved, max_length=8, dynkp_version="0").write(tmp_path)
+    saved.check_resumption(tmp_path)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / FILE).write_text(content)
+        with pytest.raises(ValueError, match=FILE):
+            saved.check_resumption(tmp_path)
 
 
 def test_the_methods_names_are_those_of_the_command() -> None:
