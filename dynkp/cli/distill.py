@@ -139,7 +139,8 @@ def _cache(arguments: argparse.Namespace) -> None:
     )
     from dynkp.files.json_files import write_json
     from dynkp.models.checkpoints import check_available, find_checkpoint, load_processor
-    from dynkp.models.saved_task import find_saved_task, task_to_use
+    from dynkp.models.saved_task import find_saved_task, modality_to_use, task_to_use
+    from dynkp.training.posts import only
 
     # Ranks share nothing but the folder, in which each has files of its own.
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -154,7 +155,15 @@ def _cache(arguments: argparse.Namespace) -> None:
     task = task_to_use(saved, checkpoint, arguments.task, default="masc")
     if not isinstance(task, ReasoningTask):
         raise ValueError(f"{arguments.model!r} was trained with task {task.name!r}; an assistant has one of MulCoT-RD's tasks")
-    posts = _posts(arguments, task)
+    modality = modality_to_use(saved, checkpoint)
+    posts = _posts(arguments, task, check_images=modality != "text")
+    if not len(posts := only(posts, modality)):
+        raise ValueError(
+            f"{arguments.model!r} was trained on modality {modality!r}, which no post of {arguments.posts!r} has: name other "
+            "posts, or add --ignore-saved-task"
+        )
+    if modality == "text":  # the collator expects the column
+        posts = posts.add_column("images", [[]] * len(posts))
     processor = load_processor(checkpoint)
     assistant = Assistant.load(arguments.model, dtype=arguments.dtype, device=device)
     assert assistant.tokenizer is not None
@@ -172,6 +181,7 @@ def _cache(arguments: argparse.Namespace) -> None:
         "temperature": arguments.temperature,
         "top_k": top_k,
         "vocabulary": vocabulary,
+        **({} if modality == "both" else {"modality": modality}),  # folders of earlier versions have no such setting
     }
     writer = SoftLabelWriter(arguments.output, settings, assistant.tokenizer, rank)
     collator = TwoTaskCollator(processor, task)

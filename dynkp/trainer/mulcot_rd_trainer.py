@@ -7,6 +7,7 @@ Distillation", Findings of ACL 2026.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, re
 from dynkp.distillation.assistant import Assistant, check_vocabularies
 from dynkp.distillation.soft_labels import SoftLabelCache
 from dynkp.mechanics.branched_prompt import BranchedPrompt, PlainBranches, SharedBranches
+from dynkp.models.checkpoints import find_checkpoint
+from dynkp.models.saved_task import find_saved_task
 from dynkp.objectives.distillation import SoftLabels, distilled, hard_label_loss, multitask_loss, soft_label_divergence
 from dynkp.objectives.token_loss import PostLosses, TargetLoss, sum_per_post
 from dynkp.prediction.generation import generate_reasoning
@@ -114,6 +117,7 @@ class MulCoTRDTrainer(PostTrainer):
             raise ValueError(f"`assistant` is given twice: as {args.assistant!r} in the options, and to the trainer.")
         device = torch.device(args.assistant_device or self.accelerator.device)
         given = args.assistant if given is None else given
+        check_task_of_assistant(given, self.task)
         if isinstance(given, str):
             given = Assistant.load(given, dtype=args.assistant_dtype, device=device)
         elif not isinstance(given, Assistant):
@@ -317,6 +321,35 @@ class MulCoTRDTrainer(PostTrainer):
         tokens = sum(part["input_ids"].numel() for part in parts)
         tokens += branches["prompt"]["input_ids"].shape[0] * branches["shared"]
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+
+def check_task_of_assistant(assistant: Assistant | PreTrainedModel | str, task: ReasoningTask) -> None:
+    """Check that an assistant was trained with the student's task: prompts, labels and fields, not the name alone.
+
+    Args:
+        assistant ([`~dynkp.distillation.assistant.Assistant`], [`~transformers.PreTrainedModel`] or `str`): a folder, a Hub
+            id, or a model that was loaded from a folder.
+        task ([`~dynkp.data.reasoning_tasks.ReasoningTask`]): the student's task.
+
+    Raises:
+        ValueError: if the tasks differ. A model whose task was not saved, or cannot be looked up, is accepted.
+    """
+    loaded = assistant.model if isinstance(assistant, Assistant) else assistant
+    name = loaded if isinstance(loaded, str) else getattr(loaded, "name_or_path", "")
+    if not isinstance(loaded, str) and not os.path.isdir(name):
+        return  # built in memory
+    try:
+        saved = find_saved_task(find_checkpoint(name))
+    except OSError as error:  # the training can do without
+        logger.warning("The task that the assistant %s was trained with cannot be checked: %s", name, error)
+        return
+    if saved is None or saved.task == task:
+        return
+    settings = "" if saved.task.name != task.name else " with another prompt, other labels or other fields"
+    raise ValueError(
+        f"`assistant` {name!r} was trained with task {saved.task.name!r}{settings}, and `task` is {task.name!r}: take an "
+        "assistant of the student's task."
+    )
 
 
 class WithSoftLabels:

@@ -18,6 +18,7 @@ from dynkp.models.saved_task import Modality, find_saved_task
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
 from dynkp.report.scores import score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
+from dynkp.trainer.mulcot_rd_trainer import check_task_of_assistant
 from dynkp.training.closing import aligned, closing_table, wrapped
 
 if TYPE_CHECKING:
@@ -52,21 +53,29 @@ def load(source: Any, args: MulCoTRDConfig, image_dir: str | None, split: str = 
     return posts
 
 
-def check_assistant(args: MulCoTRDConfig) -> None:
-    """Refuse an assistant that does not exist, or was trained with another task than the student is to learn.
+def check_assistant(args: MulCoTRDConfig, modality: Modality = "both") -> None:
+    """Refuse an assistant that does not exist, or was trained with another task or modality than the student.
+
+    Args:
+        args: `assistant` and `task`.
+        modality: the modality of the student's training; an assistant that was trained on both has it.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if the tasks differ.
+        ValueError: if the tasks differ, or the assistant was not trained on `modality`.
     """
     if args.assistant is None:
         return
     check_available(args.assistant, "--assistant")
-    saved = find_saved_task(find_checkpoint(args.assistant))
-    if saved is not None and saved.task.name != args.task:
+    check_task_of_assistant(args.assistant, resolve_reasoning_task(args.task))
+    try:
+        saved = find_saved_task(find_checkpoint(args.assistant))
+    except OSError:  # a warning was logged above
+        return
+    if saved is not None and saved.modality not in ("both", modality):
         raise ValueError(
-            f"`assistant` {args.assistant!r} was trained with task {saved.task.name!r}, and `task` is {args.task!r}: take an "
-            "assistant of the student's task."
+            f"`assistant` {args.assistant!r} was trained on modality {saved.modality!r}, and `modality` is {modality!r}: train "
+            f"the student with --modality {saved.modality}, or take another assistant."
         )
 
 

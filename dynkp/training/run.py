@@ -48,7 +48,7 @@ def train(options: TrainingOptions) -> None:
             "`eval_modalities` is not for `method` mulcot_rd: dynkp predict --modality answers from text or image."
         )
     if isinstance(args, MulCoTRDConfig):  # whose `task` is checked already
-        mulcot_rd.check_assistant(args)
+        mulcot_rd.check_assistant(args, cast(Modality, data.modality))
     else:
         resolve_task(args.task)
     train_posts, eval_posts = load_data(data, args)

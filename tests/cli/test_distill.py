@@ -174,6 +174,25 @@ def test_the_assistant_s_task_is_the_default(tmp_path: Path, capsys: pytest.Capt
     assert len(rows) == 4
 
 
+def test_the_assistant_s_modality_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_posts(tmp_path)
+    model = save(tmp_path / "assistant")
+    assert main(arguments("cache", tmp_path, model=model)) == 0
+    assert "modality" not in SoftLabelCache(tmp_path / "out").settings
+    SavedTask(REASONING_TASKS["masc"], "image", method="mulcot_rd").write(model)
+    assert main(arguments("cache", tmp_path, model=model, output=tmp_path / "images only")) == 0
+    cache = SoftLabelCache(tmp_path / "images only")
+    assert cache.settings["modality"] == "image"
+    assert {post for post, _ in cache.locations} == {row["id"] for row in rows if row["images"]}
+    SavedTask(REASONING_TASKS["masc"], "text", method="mulcot_rd").write(model)
+    for image in (tmp_path / "images").iterdir():
+        image.write_text("not read for an assistant of texts")
+    assert main(arguments("cache", tmp_path, model=model, output=tmp_path / "texts only")) == 0
+    assert SoftLabelCache(tmp_path / "texts only").settings["modality"] == "text"
+    assert main(arguments("cache", tmp_path, model=model)) == 2
+    assert "modality" in capsys.readouterr().err
+
+
 def test_the_task_of_response_chains_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_posts(tmp_path)
     chains = tmp_path / "chains.jsonl"

@@ -9,6 +9,7 @@ one; checkpoints are chosen by the accuracy of generated labels; a step leaves n
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import TrainerCallback
 from dynkp.batches.two_task_collator import TwoTaskCollator
 from dynkp.distillation.assistant import Assistant
 from dynkp.mechanics import shared_prompt
+from dynkp.models.saved_task import SavedTask
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 from tests.support.reasoning_trainers import BRIEF, LABELS, reasoning_rows, reasoning_trainer
 from tests.support.tiny_models import build, exact_float64
@@ -245,6 +247,18 @@ def test_an_assistant_by_name(tmp_path: Path) -> None:
     assert divergences[0] == pytest.approx(divergences[1], rel=1e-4) == pytest.approx(divergences[2], rel=1e-4)
     assert divergences[3] == divergences[0]
     assert divergences[4] != pytest.approx(divergences[0], rel=1e-4)
+
+
+def test_an_assistant_of_another_task_is_refused(tmp_path: Path) -> None:
+    """By the whole task, however the assistant is given; without a saved task, as by earlier versions, it is accepted."""
+    base = save(tmp_path / "base", "llava")
+    SavedTask(dataclasses.replace(BRIEF, question="What?"), method="mulcot_rd").write(base)
+    loaded = type(build("llava")[0]).from_pretrained(base)
+    for options in ({"assistant": base}, {"assistant_model": base}, {"assistant_model": loaded}):
+        with pytest.raises(ValueError, match="was trained with task 'brief' with another prompt, .*, and `task` is 'brief'"):
+            reasoning_trainer("llava", tmp_path / "out", **options)
+    SavedTask(BRIEF, method="mulcot_rd").write(base)
+    assert reasoning_trainer("llava", tmp_path / "out", assistant=base).assistant is not None
 
 
 def test_larger_vocabularies_are_cut(tmp_path: Path) -> None:

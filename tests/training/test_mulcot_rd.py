@@ -5,6 +5,7 @@ Holds: an assistant of another task is refused before posts are read; the texts 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,26 @@ def test_an_assistant_of_another_task(tmp_path: Path) -> None:
         check_assistant(args(tmp_path, assistant=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="--assistant='./nowhere'"):
         check_assistant(args(tmp_path, assistant="./nowhere"))
+
+
+def test_an_assistant_of_another_modality(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    options = args(tmp_path, assistant=str(tmp_path))
+    SavedTask(REASONING_TASKS["masc"], "text", method="mulcot_rd").write(tmp_path)
+    check_assistant(options, "text")
+    for modality in ("both", "image"):
+        with pytest.raises(ValueError, match=f"trained on modality 'text', and `modality` is '{modality}': train the student"):
+            check_assistant(options, modality)
+    SavedTask(REASONING_TASKS["masc"], method="mulcot_rd").write(tmp_path)
+    check_assistant(options, "image")
+
+
+def test_an_assistant_of_another_task_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    own = dataclasses.replace(REASONING_TASKS["masc"], question="What mood?")
+    SavedTask(own, method="mulcot_rd").write(tmp_path)
+    with pytest.raises(ValueError, match="was trained with task 'masc' with another prompt, .*: take an assistant of"):
+        check_assistant(args(tmp_path, assistant=str(tmp_path)))
 
 
 def test_texts_of_a_tokenizer(tmp_path: Path) -> None:
