@@ -210,7 +210,7 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
     check_available(arguments.model, "--model")
     check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
-    question = _question(command, arguments, checkpoint)
+    question, saved = _question(command, arguments, checkpoint)
     processor = _processor(checkpoint)
     takes_images = processor is None or isinstance(processor, ProcessorMixin)
     posts = load_posts_to_predict(
@@ -258,15 +258,23 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
         print(f"{arguments.output}: {len(rows):,} predictions{done}; {summarize_predictions(rows)}")
         if cut_off := sum(row["output_tokens"] >= arguments.max_new_tokens for row in rows):
             logger.warning("%d outputs were cut off at --max-new-tokens %d", cut_off, arguments.max_new_tokens)
+        longest = None if saved is None else saved.max_length
+        if longest and (too_long := sum(row["prompt_tokens"] > longest for row in rows)):
+            logger.warning(
+                "%d prompts have more than the %d tokens (max_length) that the model was trained with; their predictions may "
+                "be worse.",
+                too_long,
+                longest,
+            )
         keyphrases = [row for row in rows if "keyphrases" in row]
         if advice := advice_on_empty_outputs(keyphrases, arguments.max_new_tokens, arguments.output):
             logger.warning("%s", advice)
 
 
-def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint: Any) -> Any:
-    """What the model is asked: as it was trained, unless less or something else is asked for."""
+def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint: Any) -> tuple[Any, Any]:
+    """What the model is asked (as it was trained, unless less or something else is asked for), and its saved task."""
     from dynkp.data.reasoning_tasks import ReasoningTask
-    from dynkp.models.saved_task import find_saved_task, modality_to_use, task_to_use
+    from dynkp.models.saved_task import check_mode, find_saved_task, modality_to_use, task_to_use
     from dynkp.prediction.loading import Question
 
     saved = None if arguments.ignore_saved_task else find_saved_task(checkpoint)
@@ -275,7 +283,8 @@ def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint:
         command.error(f"--mode and --separator are not for --task {task.name}; --prompt says whether to reason")
     if arguments.prompt != "label" and not isinstance(task, ReasoningTask):
         command.error(f"--prompt is not for --task {task.name}; --mode says whether to reason")
-    return Question(task, arguments.mode, arguments.prompt, modality_to_use(saved, checkpoint, arguments.modality))
+    check_mode(saved, checkpoint, arguments.mode)
+    return Question(task, arguments.mode, arguments.prompt, modality_to_use(saved, checkpoint, arguments.modality)), saved
 
 
 def _processor(checkpoint: Any) -> Any:

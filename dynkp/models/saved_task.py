@@ -64,6 +64,11 @@ class SavedTask:
     template_date: str | None = None
     dynkp_version: str = dynkp.__version__
 
+    @property
+    def taught_reasoning(self) -> bool:
+        """Whether the training had reasoning among its targets; True if the method is not known."""
+        return self.method not in ("aimkp", "direct") and self.strategy != "direct"
+
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the file into a model's folder."""
         write_json(Path(folder, FILE), self._content())
@@ -211,6 +216,25 @@ def task_to_use(
             f"{where!r} was trained with separator {task.separator!r}, not {separator!r}: leave it out, or add {IGNORE}"
         )
     return dataclasses.replace(task, separator=separator)
+
+
+def check_mode(saved: SavedTask | None, checkpoint: Checkpoint, mode: str) -> None:
+    """Refuse to make a model reason that was never trained to: all its outputs would be empty.
+
+    Args:
+        saved: what `find_saved_task` returned; None to follow the request alone.
+        checkpoint: the model, for messages.
+        mode: `"auto"`, `"think"` or `"direct"`.
+
+    Raises:
+        ValueError: for mode `"think"` and a model whose method and strategy have no reasoning.
+    """
+    if mode == "think" and saved is not None and not saved.taught_reasoning:
+        strategy = f" with strategy {saved.strategy!r}" if saved.strategy else ""
+        raise ValueError(
+            f"{checkpoint.adapter or checkpoint.model!r} was trained by {saved.method}{strategy}, without reasoning, so --mode "
+            f"{mode!r} fails: leave --mode out, or add {IGNORE}"
+        )
 
 
 def modality_to_use(saved: SavedTask | None, checkpoint: Checkpoint, modality: Modality | None = None) -> Modality:

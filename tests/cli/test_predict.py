@@ -451,6 +451,7 @@ def test_a_model_is_asked_as_it_was_trained(aimkp_model: Path, tmp_path: Path, c
         (["--task", "masc"], "was trained with task 'aimkp', not 'masc'"),
         (["--separator", "; "], "was trained with separator ', ', not '; '"),
         (["--task", "aimpk"], "Did you mean 'aimkp'?"),
+        (["--mode", "think"], "was trained by aimkp, without reasoning, so --mode 'think' fails: leave --mode out, or add"),
     ],
 )
 def test_a_contradiction_is_refused(
@@ -467,6 +468,20 @@ def test_a_contradiction_is_refused(
     assert cli.main(["predict", *words, "--device", "cpu", *more]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1] and not (tmp_path / "p").exists()
+
+
+def test_prompts_longer_than_in_training_are_counted(
+    aimkp_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    f1_at_1(aimkp_model, tmp_path / "usual.jsonl")
+    assert "max_length" not in caplog.text
+    lengths = sorted(row["prompt_tokens"] for row in read(tmp_path / "usual.jsonl"))
+    (tmp_path / "posts.jsonl").write_text((aimkp_model / "posts.jsonl").read_text())
+    shutil.copytree(aimkp_model / "model", tmp_path / "model")
+    saved = json.loads((tmp_path / "model/dynkp_task.json").read_text())
+    (tmp_path / "model/dynkp_task.json").write_text(json.dumps({**saved, "max_length": lengths[0] - 1}))
+    f1_at_1(tmp_path, tmp_path / "long.jsonl")
+    assert f"24 prompts have more than the {lengths[0] - 1} tokens (max_length)" in caplog.text
 
 
 def test_one_modality_of_two_is_an_ablation_and_the_other_of_one_a_contradiction(

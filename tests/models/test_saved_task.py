@@ -34,7 +34,7 @@ from dynkp import (
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.data.tasks import TASKS
 from dynkp.models.checkpoints import Checkpoint
-from dynkp.models.saved_task import FILE, SavedTask, find_saved_task, modality_to_use, task_to_use
+from dynkp.models.saved_task import FILE, SavedTask, check_mode, find_saved_task, modality_to_use, task_to_use
 from dynkp.training.options import METHODS
 from tests.support.posts import rows
 from tests.support.reasoning_trainers import reasoning_rows
@@ -201,6 +201,28 @@ def test_modalities(trained: Any, asked: Any, expected: str | None) -> None:
     else:
         with pytest.raises(ValueError, match=f"'out' was trained on the posts' {trained} alone, not on modality '{asked}'"):
             modality_to_use(saved, checkpoint, asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "taught"),
+    [
+        ("aimkp", None, False),
+        ("direct", None, False),
+        ("dynamic_cot", "direct", False),
+        ("dynamic_cot", "dynamic", True),
+        ("dynamic_cot", "cot", True),
+        ("dynamic_aimkp", "dynamic", True),
+        (None, None, True),
+    ],
+)
+def test_a_model_without_reasoning_is_not_made_to_reason(method: Any, strategy: Any, taught: bool) -> None:
+    saved, checkpoint = SavedTask(TASKS["aimkp"], "both", method, strategy), Checkpoint("base", "out")
+    for allowed in ("auto", "direct", *(["think"] if taught else [])):
+        check_mode(saved, checkpoint, allowed)
+    check_mode(None, checkpoint, "think")
+    if not taught:
+        with pytest.raises(ValueError, match=f"'out' was trained by {method}.*, without reasoning, so --mode 'think' fails: "):
+            check_mode(saved, checkpoint, "think")
 
 
 @pytest.mark.parametrize(
