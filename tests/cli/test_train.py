@@ -88,15 +88,17 @@ def test_it_trains_from_another_folder(program: list[str], posts: list[str], tmp
 def test_it_trains_with_a_recipe(recipe: str, posts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option of the recipe reaches the trainer's configuration; the model is not looked for."""
     monkeypatch.setattr(train, "check_available", lambda *args: None)
-    options = train.read_options(["--recipe", recipe, *posts, "--use_cpu", "true", "--bf16", "false", "--logging_steps", "7"])
+    more = [*posts, "--use_cpu", "true", "--bf16", "false", "--logging_steps", "7"]
+    options = train.read_options(["--recipe", recipe, *more])
     assert options is not None and options.args.logging_steps == 7
+    # As users of a checkout name it.
+    as_a_file = train.read_options(["--config", str(REPOSITORY / f"examples/recipes/{recipe}.yaml"), *more])
+    assert as_a_file is not None and as_a_file.args.to_dict() == options.args.to_dict()
     found = next(one for one in recipes("training") if one.name == recipe)
     assert (options.data.method, options.model.model_name_or_path) == (found.method, found.model)
     settings = yaml.safe_load(found.path.read_text())
-    assert (
-        options.args.num_train_epochs == settings["num_train_epochs"]
-        and options.args.learning_rate == settings["learning_rate"]
-    )
+    for name in ("num_train_epochs", "learning_rate"):
+        assert getattr(options.args, name) == settings[name]
 
 
 def test_a_recipe_trains_a_saved_model(posts: list[str], tmp_path: Path) -> None:
