@@ -24,7 +24,7 @@ from typing import Any, TypeAlias, cast
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from dynkp.batches.target_tokens import TargetTokenizer
-from dynkp.data.images import open_image
+from dynkp.data.images import open_images
 from dynkp.data.tasks import END_THINK, TAGS, THINK
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ class ChatRenderer(ABC):
         images = row.get("images")
         if images is None:
             images = [] if row.get("image") is None else [row["image"]]
-        return [open_image(image, post_id=str(row.get("id", "?"))) for image in images]
+        return open_images(images, post_id=str(row.get("id", "?")))
 
     def prompt_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
         """Return the chat messages of a post's prompt as the model's template takes them.

@@ -43,12 +43,23 @@ _LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|key|xai|gsk)-[\w*-]{6,}|(?<=Bearer )\S+",
 _TRANSIENT_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 # With 401 and 402 all other requests will fail too. 403, 404 and 405 may concern one post once others have been answered.
 _FINAL_STATUSES, _FINAL_STATUSES_AT_FIRST = {401, 402}, {403, 404, 405}
+# The server behind a proxy is not running, or is not reached.
+_UNREACHABLE_STATUSES = {502, 503, 504, 521, 522, 523}
 _LONGEST_PAUSE = 60.0
 _LONGEST_RETRY_AFTER = 600.0
 
 
 class RequestFailed(Exception):
-    """A request has no answer, and will not be sent again. The message gives the reason and contains no API key."""
+    """A request has no answer, and will not be sent again. The message gives the reason and contains no API key.
+
+    Args:
+        reason: The reason.
+        unreachable: Whether the server could not be reached, so that the failure says nothing about the request.
+    """
+
+    def __init__(self, reason: str, *, unreachable: bool = False):
+        super().__init__(reason)
+        self.unreachable = unreachable
 
 
 class ServerUnusable(Exception):
@@ -66,10 +77,12 @@ class _TransientFailure(Exception):
         reason: What happened, without the API key.
         retry_after: Seconds to wait that the server asks for, or None.
         rate_limit: Whether the server refused the request because of too many requests (429).
+        unreachable: Whether the server could not be reached.
     """
 
-    def __init__(self, reason: str, *, retry_after: float | None = None, rate_limit: bool = False):
+    def __init__(self, reason: str, *, retry_after: float | None = None, rate_limit: bool = False, unreachable: bool = False):
         super().__init__(reason)
+        self.unreachable = unreachable
         self.retry_after = retry_after
         self.rate_limit = rate_limit
 
@@ -144,6 +157,8 @@ class ChatClient:
         self.pace = AdaptiveConcurrency(concurrency)
         self.sent = self.answered = 0
         self._last_answer = time.monotonic()
+        self._outage_logged = False
+        self._address = f"{address.scheme}://{address.netloc}"
         self._openai = openai
         if key != _NO_KEY and address.scheme == "http" and not is_loopback(base_url):
             logger.warning(
@@ -201,7 +216,10 @@ class ChatClient:
                 else:
                     attempts += 1
                     if attempts >= self.max_attempts:
-                        raise RequestFailed(f"{attempts} attempts, the last: {failure}") from None
+                        reason = f"{attempts} attempts, the last: {failure}"
+                        raise RequestFailed(reason, unreachable=failure.unreachable) from None
+                    if failure.unreachable:
+                        self._log_outage(failure)
                 pauses += 1
                 pause = min(_LONGEST_PAUSE, self.first_pause * 2 ** (pauses - 1)) * random.uniform(0.5, 1)
                 if failure.retry_after is not None:  # the pace applies it to all requests
@@ -223,14 +241,17 @@ class ChatClient:
             )
             content = response.content
         except (asyncio.TimeoutError, openai.APITimeoutError):  # noqa: UP041 (two classes in Python 3.10)
-            raise _TransientFailure(f"no answer in {self.timeout:g} s") from None
+            raise _TransientFailure(f"no answer in {self.timeout:g} s", unreachable=not self.answered) from None
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.response.headers, error.response.text) from None
         except openai.APIConnectionError as error:
             # Whether the package wraps what its HTTP client raises depends on its version.
             if isinstance(error.__cause__, AnswerTooLarge):
                 raise RequestFailed(str(error.__cause__)) from None
-            raise _TransientFailure(f"connection failed ({self._message(error.__cause__ or error)})") from None
+            # By name: which HTTP library the package uses depends on its version.
+            unreachable = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError")
+            reason = f"connection failed ({self._message(error.__cause__ or error)})"
+            raise _TransientFailure(reason, unreachable=unreachable) from None
         except AnswerTooLarge as error:
             raise RequestFailed(str(error)) from None
         except Exception as error:  # of any library below: nothing that a server sends ends the run
@@ -241,6 +262,7 @@ class ChatClient:
             raise _TransientFailure(f"the answer is unreadable ({self._message(error)})") from None
         self.answered += 1
         self._last_answer = time.monotonic()
+        self._outage_logged = False
         self.pace.succeeded()
         return answer
 
@@ -258,8 +280,21 @@ class ChatClient:
             remedy = f" (the key is read from the environment, {self.key_variable})" if status in (401, 403) else ""
             return ServerUnusable(f"the server refuses: {reason}{remedy}")
         if status in _TRANSIENT_STATUSES or status >= 500:
-            return _TransientFailure(reason, retry_after=read_retry_after(headers), rate_limit=status == 429)
+            return _TransientFailure(
+                reason,
+                retry_after=read_retry_after(headers),
+                rate_limit=status == 429,
+                unreachable=status in _UNREACHABLE_STATUSES,
+            )
         return RequestFailed(reason)
+
+    def _log_outage(self, failure: Exception) -> None:
+        """Log that the server cannot be reached, once for each time that it is away."""
+        if not self._outage_logged:
+            self._outage_logged = True
+            logger.warning(
+                "%s cannot be reached: %s. Each request is sent up to %d times.", self._address, failure, self.max_attempts
+            )
 
     def _message(self, error: object) -> str:
         """An error's text without the API key and control characters, on one line, at most 500 characters."""

@@ -19,6 +19,9 @@ from dynkp.chat.request import KEY_BYTES
 from dynkp.data.rows import CONTENT, LOAD_FINDINGS, Normaliser
 from dynkp.files.json_files import parse_json
 
+# Columns that this package writes for itself: from a file they would pass as its own findings.
+_RESERVED = {LOAD_FINDINGS, "image_urls"}
+_DEEPEST = 100  # levels of JSON; deeper values overflow the stack of one library or another
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -32,7 +35,8 @@ class SourcePost:
         line: The line, without its line end.
 
     Attributes:
-        row: The parsed line; empty if it is not a JSON object.
+        row: The parsed line without reserved columns; empty if it is not a JSON object, and only the id if it is nested too
+            deep.
         problem: Why the line is not a JSON object, or None.
     """
 
@@ -43,8 +47,12 @@ class SourcePost:
         where = f"{stream.path}, post {index}"
         try:
             row = parse_json(line, where)
-            if isinstance(row, dict):
-                self.row = row
+            if isinstance(row, dict) and _depth_exceeds(line, row):
+                self.problem = f"{where}: JSON nested more than {_DEEPEST} levels deep: {line[:80]!r}"
+                if isinstance(row.get("id"), str | int):  # enough to name the post
+                    self.row = {"id": row["id"]}
+            elif isinstance(row, dict):
+                self.row = {name: value for name, value in row.items() if name not in _RESERVED}
             else:
                 self.problem = f"{where}: a row must be a JSON object, got {line[:80]!r}"
         except ValueError as error:
@@ -83,7 +91,12 @@ class SourcePost:
             if urls:
                 row = {key: value for key, value in row.items() if key != "image"}
                 row["images"] = [name for name in names if name not in urls]
-        post = self.stream.normaliser(row, f"{self.stream.stem}-{self.index}")
+        try:
+            post = self.stream.normaliser(row, f"{self.stream.stem}-{self.index}")
+            _check_images(post["images"])
+        except Exception as error:  # whatever a post contains, it is a finding of this post and ends no run
+            message = f"post {self.id!r} cannot be read ({type(error).__name__}: {str(error)[:200]})"
+            post = self.stream.normaliser({}, self.id) | {LOAD_FINDINGS: [{"code": "wrong_type", "message": message}]}
         return {**self.row, **post, "image_urls": urls}
 
     def findings(self) -> list[str]:
@@ -101,6 +114,28 @@ class SourcePost:
                 if name:
                     names.append(name)
         return names
+
+
+def _check_images(images: list[Mapping[str, Any]]) -> None:
+    for image in images:
+        if image["bytes"] is not None and not isinstance(image["bytes"], bytes):
+            raise ValueError(f"an image's bytes cannot be of JSON's type {type(image['bytes']).__name__}: give its path")
+
+
+def _depth_exceeds(line: bytes, row: Any) -> bool:
+    """Whether a parsed line is nested deeper than allowed; a line with few brackets is not searched."""
+    if line.count(b"[") + line.count(b"{") <= _DEEPEST:
+        return False
+    level = [row]
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for value in level:
+            children = value.values() if isinstance(value, dict) else value
+            inner += [child for child in children if isinstance(child, dict | list)]
+        if not inner:
+            return False
+        level = inner
+    return True
 
 
 class PostStream:

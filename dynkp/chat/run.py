@@ -40,7 +40,6 @@ from dynkp.chat.journal import AnswerJournal
 from dynkp.chat.post_stream import PostStream, SourcePost
 from dynkp.chat.prices import Price
 from dynkp.chat.request import KEY_BYTES, ChatAnswer, ChatRequest
-from dynkp.data.images import ImageError
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class RequestRun:
 
     Args:
         posts: The posts.
-        conversation: What to ask about a post. If it raises `ValueError`, the post has failed.
+        conversation: What to ask about a post. If it raises an exception, the post has failed.
         journal: The answers so far.
         settings: JSON text of everything besides the post that the conversation depends on. With other settings, every post
             is looked at again.
@@ -125,9 +124,12 @@ class RequestRun:
         self._stopped: str | None = None
         self._reason = ""
         self._failures_in_a_row: list[bytes] = []
+        self._last_error: Exception | None = None
         # Requests that failed because the last run's server was unusable.
         self._retry_keys = {bytes.fromhex(key) for key in journal.cursor().get("again", ())}
         self._failed_now: set[bytes] = set()
+        # Requests that failed because the server could not be reached.
+        self._unreachable_keys: set[bytes] = set()
         self._in_flight: dict[bytes, asyncio.Future[None]] = {}
         self._highest_cost: float | None = None
         self._under_way = 0
@@ -183,7 +185,7 @@ class RequestRun:
         """Settle a post from the answers in the journal, or return its first request that has none."""
         try:
             steps, request = self._start(source)
-        except ValueError as error:
+        except Exception as error:  # of this post alone, whatever it is
             self._settle_invalid(source, error)
             return None
         if request is None:
@@ -199,7 +201,7 @@ class RequestRun:
                 request = steps.send(_answer(row))
             except StopIteration:
                 break
-            except ValueError as error:
+            except Exception as error:
                 self._settle_invalid(source, error)
                 return None
         else:
@@ -223,7 +225,7 @@ class RequestRun:
 
     def _settle_invalid(self, source: SourcePost, error: Exception) -> None:
         """Settle a post that cannot be asked about, as a failure without a request."""
-        self._settle_without_request(source, {"failed": True, "invalid": True, "error": str(error)})
+        self._settle_without_request(source, {"failed": True, "invalid": True, "error": _message(error)})
 
     def _settle_without_request(self, source: SourcePost, row: Mapping[str, Any]) -> None:
         key = hashlib.blake2b(source.fingerprint(self.settings) + b"post", digest_size=KEY_BYTES).digest()
@@ -258,6 +260,7 @@ class RequestRun:
 
     async def _ask(self, make_client: Callable[[], ChatClient], concurrency: int) -> Outcome:
         self._stop = asyncio.Event()
+        self._closing = False
         self._first_price = asyncio.Lock()
         self._client = make_client()
         # More posts than requests are in preparation, so that one is ready, images included, when a request ends.
@@ -270,19 +273,26 @@ class RequestRun:
             tasks = [asyncio.create_task(self._scan(workers)), *work, sync := asyncio.create_task(self._sync())]
             try:
                 await _all_or_first_error([task for task in tasks if task is not sync])
+                if self._failures_in_a_row and self._failures_in_a_row[-1] in self._unreachable_keys:
+                    self._end("server", self._last_failures())
                 self._show()
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                self._closing = True
+                await _cancel(tasks)
                 await self._client.close()
                 self._save_retry_keys()
         return self._outcome()
 
     def _save_retry_keys(self) -> None:
-        keys = self._retry_keys.union(self._failures_in_a_row if self._stopped == "server" else ())
-        if keys:
-            self.journal.set_cursor({**self.journal.cursor(), "again": sorted(key.hex() for key in keys)})
+        cursor = self.journal.cursor()
+        keys = self._keys_to_retry()
+        if keys != cursor.get("again", []):
+            self.journal.set_cursor({**cursor, "again": keys})
+
+    def _keys_to_retry(self) -> list[str]:
+        """The failed requests that the next run sends again, since the server failed, not they."""
+        keys = self._retry_keys | self._unreachable_keys
+        return sorted(key.hex() for key in keys.union(self._failures_in_a_row if self._stopped == "server" else ()))
 
     def _interrupt(self) -> None:
         if self._stop.is_set():
@@ -312,7 +322,7 @@ class RequestRun:
                 if time.monotonic() - noted > _SECONDS_BETWEEN_SYNCS:
                     noted = time.monotonic()
                     place = {"posts": identity, "offset": source.end, "index": source.index + 1}
-                    cursor = {**place, "again": sorted(key.hex() for key in self._retry_keys)}
+                    cursor = {**place, "again": self._keys_to_retry()}
                     await loop.run_in_executor(None, self.journal.set_cursor, cursor)
             if not more:
                 break
@@ -330,7 +340,7 @@ class RequestRun:
         return found, False
 
     async def _work(self) -> None:
-        while (source := await self._queue.get()) is not None:
+        while not self._closing and (source := await self._queue.get()) is not None:
             if self._stop.is_set():
                 continue  # the queue may be full, and must be emptied for the scan to end
             try:
@@ -338,13 +348,18 @@ class RequestRun:
             except (RunStopped, ServerUnusable) as error:
                 if isinstance(error, ServerUnusable):
                     self._end("server", str(error))
+            except asyncio.CancelledError:
+                if self._closing:
+                    raise
+                # Not of this task: raised by a library below. Without workers, the scan would wait for ever.
+                self._settle_without_request(source, {"failed": True, "error": "the request was cancelled by a library"})
             self._show()
 
     async def _ask_about(self, source: SourcePost) -> None:
         """Complete the conversation about a post. Images are read, and prompts built, in a thread."""
         try:
             steps, request = await asyncio.get_running_loop().run_in_executor(None, self._start, source)
-        except ValueError as error:  # of this post alone: no keyphrases, a broken image
+        except Exception as error:  # of this post alone, whatever it is: no keyphrases, a broken image
             self._settle_invalid(source, error)
             return
         if request is None:
@@ -355,7 +370,7 @@ class RequestRun:
                 request = steps.send(answer)
             except StopIteration:
                 break
-            except ValueError as error:
+            except Exception as error:
                 self._settle_invalid(source, error)
                 return
         self._settle(source, request.key)
@@ -365,7 +380,8 @@ class RequestRun:
         """The answer from the journal, or from the server and then in the journal; None if the request fails."""
         key = request.key
         while key in self._in_flight:  # another post has the same request
-            await self._in_flight[key]
+            # Shielded: a cancellation of this worker must not cancel the other one's request.
+            await asyncio.shield(self._in_flight[key])
         if key in self.journal:
             row = self.journal.read(key)
             if not row["failed"]:
@@ -378,9 +394,11 @@ class RequestRun:
             row = {"id": post_id, "stage": request.stage, "model": request.settings["model"], "time": int(time.time())}
             try:
                 answer = await self._ask_within_cost(request)
-            except (RequestFailed, ImageError) as error:
-                row |= {"failed": True, "error": str(error)}
-                if isinstance(error, ImageError):
+            except (RunStopped, ServerUnusable):
+                raise
+            except Exception as error:  # a failed request, or one that cannot be built
+                row |= {"failed": True, "error": _message(error)}
+                if not isinstance(error, RequestFailed):
                     row |= {"invalid": True}
                 self.journal.append(key, row)
                 self._failed_now.add(key)
@@ -388,19 +406,28 @@ class RequestRun:
                 return None
             self.journal.append(key, row | asdict(answer))
             self._failures_in_a_row.clear()
+            self._retry_keys.discard(key)
             return answer
         finally:
             del self._in_flight[key]
-            done.set_result(None)
+            if not done.done():
+                done.set_result(None)
 
     def _note_failure(self, key: bytes, error: Exception) -> None:
         self._retry_keys.discard(key)
-        if isinstance(error, ImageError):
+        if not isinstance(error, RequestFailed):
             return
         self._failures_in_a_row.append(key)
+        if error.unreachable:
+            self._unreachable_keys.add(key)
+        self._last_error = error
         limit = max(_FAILURES_IN_A_ROW, 2 * self._client.pace.maximum) if self._client.answered else _FAILURES_AT_FIRST
-        if (failures := len(self._failures_in_a_row)) >= limit:
-            self._end("server", f"{failures} posts in a row failed, the last: {error}")
+        if len(self._failures_in_a_row) >= limit:
+            self._end("server", self._last_failures())
+
+    def _last_failures(self) -> str:
+        failures = len(self._failures_in_a_row)
+        return f"{failures} {'post' if failures == 1 else 'posts in a row'} failed, the last: {self._last_error}"
 
     async def _ask_within_cost(self, request: ChatRequest) -> ChatAnswer:
         """Send a request unless it would raise the cost above the limit if it cost as much as the dearest one so far."""
@@ -492,6 +519,21 @@ class _KeyTable:
 
 def _answer(row: Mapping[str, Any]) -> ChatAnswer:
     return ChatAnswer(**{name: row[name] for name in ChatAnswer.__dataclass_fields__})
+
+
+def _message(error: Exception) -> str:
+    """What to record about a failure; errors that are not this package's own are named with their type."""
+    known = isinstance(error, ValueError | RequestFailed) and str(error)
+    return str(error) if known else f"{type(error).__name__}: {str(error)[:500]}"
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended: a library in a task may swallow a cancellation."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=1.0)
 
 
 async def _all_or_first_error(tasks: Iterable[asyncio.Task[None]]) -> None:

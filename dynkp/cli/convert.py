@@ -49,7 +49,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("convert", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("posts and output")
     add_posts(what)
     what.add_argument(
         "--task",

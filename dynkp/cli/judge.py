@@ -28,8 +28,9 @@ Rank what several systems predicted for each post, 1 for the best, by correctnes
 paper's Table 8): by a large vision-language model behind any server with OpenAI's chat interface, or by people.
 
 The prompt shows the post, its author's keyphrases and the systems' predictions, named by letters, in an order drawn for each
-post. Equal predictions share a letter, and no request is made for a post on which all systems agree. For --output R.jsonl,
-it writes
+post. Equal predictions share a letter, and no request is made for a post on which all systems agree.
+
+It writes, for --output R.jsonl,
 
   R.jsonl          each post's ranks, and the order shown
   R.errors.jsonl   the posts without ranks, each with the reason
@@ -60,7 +61,7 @@ exit status: 0 every post is ranked, 1 the server failed, 2 the command line or 
 def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("judge", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("posts, predictions and output")
     add_posts(what, "JSON Lines file of posts (dynkp convert makes one)", required=False)
     add_image_dir(what)
     what.add_argument("--predictions", nargs="+", default=[], metavar="FILE", help="one JSONL file per system")
@@ -72,7 +73,7 @@ def parser() -> CommandParser:
     what.add_argument("--allow-image-urls", action="store_true", help="allow images that are URLs, which the server fetches")
     add_server_options(parser)
 
-    asking = parser.add_argument_group("asking")
+    asking = parser.add_argument_group("requests")
     asking.add_argument(
         "--answer-format",
         choices=ANSWER_FORMATS,
@@ -85,7 +86,7 @@ def parser() -> CommandParser:
     )
     add_sampling_options(asking)
 
-    people = parser.add_argument_group("people")
+    people = parser.add_argument_group("human annotators")
     people.add_argument("--human", metavar="FILE", help="write a form for annotators, FILE.html, and FILE.key.json beside it")
     people.add_argument("--sample", type=positive, metavar="N", help="of --human: draw N posts (default: all)")
     people.add_argument("--read-human", nargs="+", metavar="FILE", help="read what annotators exported, one file each")
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     check_inputs(arguments, "posts", "image_dir", "predictions", "read_human", "key", kind="file")
     action = _read_human if arguments.read_human else _human if arguments.human else _ask
-    with resumable(f"the same command continues with {arguments.output}"):
+    with resumable(f"the same command continues with {arguments.output or arguments.human}"):
         return action(arguments)
 
 

@@ -69,7 +69,7 @@ then:
 def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("predict", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("model, posts and output")
     what.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="a saved model, a saved adapter (its base is found), or a Hub id"
     )
@@ -81,7 +81,7 @@ def parser() -> CommandParser:
     add_on_invalid(what, "posts that cannot be predicted, such as those with a broken image")
     what.add_argument("--output", required=True, metavar="FILE", help="the predictions, as JSON lines")
 
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("prompt")
     how.add_argument(
         "--mode",
         choices=["auto", "think", "direct"],
@@ -127,7 +127,7 @@ def parser() -> CommandParser:
         help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, with a column decode",
     )
 
-    where = parser.add_argument_group("where")
+    where = parser.add_argument_group("engine")
     add_batch_size(where, None, "posts per batch and process (default: 8; vllm: 256)")
     add_dtype_and_device(where)
     where.add_argument(
@@ -193,6 +193,8 @@ def _check_options(command: CommandParser, arguments: argparse.Namespace) -> Non
 
 
 def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any) -> None:
+    from transformers import ProcessorMixin
+
     from dynkp.models.checkpoints import check_available, find_checkpoint
     from dynkp.prediction.empty_outputs import advice_on_empty_outputs
     from dynkp.prediction.loading import run_settings
@@ -209,13 +211,16 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
     check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
     question = _question(command, arguments, checkpoint)
+    processor = _processor(checkpoint)
+    takes_images = processor is None or isinstance(processor, ProcessorMixin)
     posts = load_posts_to_predict(
         arguments.posts,
         question.task,
         image_dir=arguments.image_dir,
         split=arguments.split,
         on_invalid=arguments.on_invalid,
-        check_images=question.modality != "text",
+        use_images=takes_images and question.modality != "text",
+        processor=processor,
         progress=not arguments.no_progress,
         is_first_process=process.is_main_process,
         num_processes=process.num_processes,
@@ -271,6 +276,16 @@ def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint:
     if arguments.prompt != "label" and not isinstance(task, ReasoningTask):
         command.error(f"--prompt is not for --task {task.name}; --mode says whether to reason")
     return Question(task, arguments.mode, arguments.prompt, modality_to_use(saved, checkpoint, arguments.modality))
+
+
+def _processor(checkpoint: Any) -> Any:
+    """The model's processor; None if there is none, which is an error only where an answer is generated."""
+    from dynkp.models.checkpoints import load_processor
+
+    try:
+        return load_processor(checkpoint)
+    except (OSError, ValueError):
+        return None
 
 
 def _engine_settings(arguments: argparse.Namespace) -> Any:

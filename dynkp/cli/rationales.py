@@ -39,7 +39,9 @@ DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "no_gold_phrase")
 
 DESCRIPTION = """\
 Ask a large vision-language model why people would tag posts as they did, through any server with OpenAI's chat interface
-(vLLM, SGLang, transformers serve, hosted ones). It writes, for --output R.jsonl,
+(vLLM, SGLang, transformers serve, hosted ones).
+
+It writes, for --output R.jsonl,
 
   R.jsonl          the posts with their rationales, in the posts' order
   R.errors.jsonl   the posts without one, each with the reason
@@ -82,7 +84,7 @@ def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("rationales", DESCRIPTION, EPILOG)
     parser.add_argument("action", nargs="?", choices=ACTIONS, default="ask", help="see above (default: ask)")
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("posts and output")
     add_posts(what, "JSON Lines file of posts (dynkp convert makes one)", required=False)
     add_image_dir(what)
     what.add_argument("--output", required=True, metavar="FILE", help="JSON Lines file of posts with rationales")
@@ -175,8 +177,12 @@ def _write(run: Any) -> str:
     print(result_line(run, rationale_summary(report)))
     if run.settings.preview:
         print(f"{run.paths.preview}: {run.settings.preview} posts to look at")
-    failed = run.outcome.failed
-    return f"{failed:,} posts failed, see {run.paths.errors}; --retry-failed asks them again" if failed else ""
+    parts = []
+    if failed := report["request_failed"]:
+        parts.append(f"{failed:,} posts failed (--retry-failed asks them again)")
+    if invalid := report["invalid_post"]:
+        parts.append(f"{invalid:,} posts are invalid (correct them, and the same command asks about them)")
+    return f"{', '.join(parts)}, see {run.paths.errors}" if parts else ""
 
 
 def _write_only(arguments: argparse.Namespace) -> int:

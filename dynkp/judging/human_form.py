@@ -121,7 +121,7 @@ def _is_judgeable(source: SourcePost) -> bool:
         if source.findings():
             return False
         check_judgeable(source.post)
-    except ValueError:
+    except Exception:  # a post that cannot be read cannot be judged
         return False
     return True
 

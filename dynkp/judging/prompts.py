@@ -11,7 +11,6 @@ Holds   the judge sees letters, never systems; no request is made for a post wit
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +157,8 @@ def checked_ranks(value: Any, count: int) -> dict[str, list[float]]:
         if not isinstance(given, dict) or set(given) != set(labels):
             raise ValueError(f"{name!r} must rank each of {', '.join(labels)}, got {given!r:.200}")
         for label, rank in given.items():
-            number = isinstance(rank, int | float) and not isinstance(rank, bool) and math.isfinite(rank)
+            # Compared, not converted: an integer of 400 digits is no float. NaN and infinity fail the comparison.
+            number = isinstance(rank, int | float) and not isinstance(rank, bool)
             if not number or not 1 <= rank <= count:
                 raise ValueError(f"the rank of {label} by {name} must be a number from 1 to {count}, got {rank!r:.50}")
         ranks[name] = [given[label] for label in labels]

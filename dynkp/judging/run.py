@@ -155,7 +155,9 @@ class JudgeRun(PostRun[JudgeSettings]):
             try:
                 await self._try(client, structured=True)
                 return True
-            except RequestFailed:
+            except RequestFailed as error:
+                if error.unreachable:  # the other format would not be answered either
+                    raise
                 await self._try(client, structured=False)
                 return False
         finally:

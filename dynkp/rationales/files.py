@@ -124,12 +124,15 @@ def _reason(
     if row["failed"]:
         return INVALID if row.get("invalid") else FAILED, row["error"]
     task = rationale_filter.reasoning_task
-    reason = rationale_filter(
-        row["text"],
-        keyphrases=source.post["keyphrases"],
-        answer=None if task is None else task.answer(source.post),
-        finish_reason=row["finish_reason"],
-    )
+    try:
+        reason = rationale_filter(
+            row["text"],
+            keyphrases=source.post["keyphrases"],
+            answer=None if task is None else task.answer(source.post),
+            finish_reason=row["finish_reason"],
+        )
+    except Exception as error:  # a failure of this post alone
+        return FAILED, f"the answer cannot be filtered ({type(error).__name__}: {str(error)[:200]})"
     if reason is None and index in copies:
         return "near_copy", _near_copy_message(source.stream.index_in_file(copies[index]))
     return reason, FILTERS.get(reason or "", "")

@@ -252,7 +252,7 @@ class MulCoTRDTrainer(PostTrainer):
     def prepare(self, dataset: Any, name: str, args: Any, takes_images: bool) -> Dataset | IterableDataset:
         """Validate a set of posts, their answers and aspects too; see [`~dynkp.trainer.post_trainer.PostTrainer.prepare`]."""
         need_keyphrases = isinstance(self.task, KeyphraseReasoningTask)
-        posts = prepare_posts(dataset, name, args, takes_images, need_keyphrases=need_keyphrases)
+        posts = prepare_posts(dataset, name, args, takes_images, need_keyphrases=need_keyphrases, refuses=self._refuses_size)
         return keep_answerable(posts, name, self.task, args.on_invalid)
 
     def build_collator(self) -> Any:

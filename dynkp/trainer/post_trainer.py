@@ -25,6 +25,7 @@ from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from dynkp.batches.collators import PairedTargetCollator
+from dynkp.batches.image_sizes import SizeCheck
 from dynkp.data.tasks import KeyphraseTask, resolve_task
 from dynkp.mechanics.gradient_order import gradients_in_order
 from dynkp.mechanics.shared_prompt import (
@@ -113,6 +114,7 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
             tokenizer.pad_token = tokenizer.eos_token
         self.task = self.task_of(args, task)
         takes_images = isinstance(processing_class, ProcessorMixin)
+        self._refuses_size = SizeCheck(processing_class) if takes_images else None
         train_dataset = self.prepare(train_dataset, "train", args, takes_images)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self.prepare(dataset, name, args, takes_images) for name, dataset in eval_dataset.items()}
@@ -201,7 +203,7 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
         Raises:
             InvalidPostsError: if there are others and `args.on_invalid` is `"error"`.
         """
-        return prepare_posts(dataset, name, args, takes_images, separator=self.task.separator)
+        return prepare_posts(dataset, name, args, takes_images, separator=self.task.separator, refuses=self._refuses_size)
 
     def build_collator(self) -> PairedTargetCollator:
         """Return the collator of this trainer's batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.lengths import post_lengths
 from dynkp.data.posts import validate_posts
 from dynkp.data.reasoning_tasks import ReasoningTask
+from dynkp.data.rows import LOAD_FINDINGS
 from dynkp.files.json_lines import write_json_lines
 from dynkp.trainer.post_config import PostConfig
 
@@ -27,6 +29,7 @@ def prepare_posts(
     takes_images: bool,
     separator: str = "; ",
     need_keyphrases: bool = True,
+    refuses: Callable[[tuple[int, int]], str | None] | None = None,
 ) -> Dataset | IterableDataset:
     """Bring a dataset of posts into the package's schema and validate it.
 
@@ -37,6 +40,7 @@ def prepare_posts(
         takes_images (`bool`): whether the model has a vision tower; for a text model, images are removed.
         separator (`str`, *optional*, defaults to `"; "`): what must not occur inside a keyphrase.
         need_keyphrases (`bool`, *optional*, defaults to `True`): whether a post without keyphrases is invalid.
+        refuses (`Callable`, *optional*): returns why the processor refuses images of a size, as in `validate_posts`.
 
     Returns:
         `Dataset` or `IterableDataset`: the posts that can be trained on, in their order.
@@ -56,7 +60,9 @@ def prepare_posts(
         need_keyphrases=need_keyphrases,
         on_invalid=args.on_invalid,
         report_file=report_file,
-        check_images=args.check_images and takes_images,
+        check_images=args.check_images,
+        use_images=takes_images,
+        refuses=refuses,
         unique_ids=args.unique_ids,
         progress=main and not args.disable_tqdm,
     )
@@ -64,6 +70,12 @@ def prepare_posts(
         raise ValueError(f"the {name} set has no posts; give at least one, or None for no such set.")
     if main and report.total:
         logger.info("%s set: %s", name, report.summary())
+    if takes_images and main and report.total and report.without_image == report.total:
+        logger.warning(
+            "The model reads images, but none of the %d %s posts has one. Images are read from the column 'images'.",
+            report.total,
+            name,
+        )
     if not takes_images:
         if report.total > report.without_image:
             logger.warning(
@@ -71,7 +83,8 @@ def prepare_posts(
                 report.total - report.without_image,
                 name,
             )
-        posts = posts.remove_columns([column for column in ("image", "images") if column in (posts.column_names or ())])
+        removed = ("image", "images", LOAD_FINDINGS)
+        posts = posts.remove_columns([column for column in removed if column in (posts.column_names or ())])
     return posts
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from dynkp import KeyphraseTrainer
+from dynkp import PostTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class OpeningLines(TrainerCallback):
         modality: what of the posts it is trained on.
     """
 
-    def __init__(self, trainer: KeyphraseTrainer, method: str, modality: str = "both") -> None:
+    def __init__(self, trainer: PostTrainer, method: str, modality: str = "both") -> None:
         self.trainer, self.method, self.modality = trainer, method, modality
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ class TrainingBar(ProgressCallback):
         """Show nothing: the bar of the evaluation's loss would stand, finished, above that of the generation."""
 
 
-def announce(trainer: KeyphraseTrainer, method: str, modality: str = "both") -> None:
+def announce(trainer: PostTrainer, method: str, modality: str = "both") -> None:
     """Make a trainer log its opening lines, and show one progress bar at a time.
 
     Args:

@@ -157,3 +157,39 @@ def test_what_is_not_there_or_out_of_range(tmp_path: Path) -> None:
     for shard in ((0, 2), (3, 2)):
         with pytest.raises(ValueError, match="shard="):
             PostStream(path, shard=shard)
+
+
+@pytest.mark.parametrize("value", [None, 7, "x", [], [7], [None], [{}], [{"message": 3}], {"a": 1}, [["deep"]]])
+def test_reserved_columns_never_come_from_the_file(tmp_path: Path, value: Any) -> None:
+    row = {"id": "a", "text": "x", "keyphrases": ["k"]}
+    (source,) = PostStream(written(tmp_path, [{**row, "load_findings": value, "image_urls": ["http://host/1.png"]}]))
+    assert source.findings() == [] and source.row == row and source.post["image_urls"] == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"images": [{"bytes": [1, 2, 3]}]},
+        {"image": {"bytes": "text", "path": "1.png"}},
+        {"images": {"bytes": {"a": 1}}},
+        {"images": [[["1.png"]]]},
+        {"images": [{"path": {"a": 1}}]},
+        {"text": {"a": []}, "id": [[]]},
+        {"conversations": {"a": 1}},
+    ],
+)
+def test_a_row_of_any_shape_is_a_finding_of_its_post(tmp_path: Path, row: dict[str, Any]) -> None:
+    (source,) = PostStream(written(tmp_path, [row]), tmp_path)
+    assert source.findings() and isinstance(source.post["id"], str) and source.fingerprint(b"s")
+
+
+def test_the_depth_of_json_is_limited(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    for depth, valid in ((99, True), (101, False), (300, False), (900, False), (100_000, False)):
+        for begin, end in (("[", "]"), ('{"a": ', "}")):
+            nested = begin * depth + "1" * (begin != "[") + end * depth
+            path.write_text('{"id": "a", "text": "x", "extra": ' + nested + "}\n")
+            (source,) = PostStream(path)
+            assert (not source.findings()) == valid, (depth, begin)
+    path.write_text(json.dumps({"id": "a", "text": "x", "extra": [[n] for n in range(1000)]}) + "\n")
+    assert [source.findings() for source in PostStream(path)] == [[]]

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from dynkp.chat.prices import Price
 from dynkp.chat.request import ChatAnswer, ChatRequest
 from dynkp.chat.run import Outcome, RequestRun
 from tests.conftest import REPOSITORY
-from tests.support.chat_server import ChatServer, last_text, serve, serve_in_process
+from tests.support.chat_server import ChatServer, last_text, respond, serve, serve_in_process
 from tests.support.conversations import once, question, twice
 
 
@@ -180,8 +181,6 @@ def test_a_post_that_fails_again_is_asked_once_more_only(tmp_path: Path) -> None
 def test_a_server_that_fails_everyone_ends_the_run(tmp_path: Path, texts: str, reason: str) -> None:
     class Refusing(ChatServer):
         async def answer(self, writer: Any, body: Any) -> bool:
-            from tests.support.chat_server import respond
-
             if texts == "cursed":
                 return await super().answer(writer, body)
             await respond(writer, 401, {"error": {"message": "who are you?"}})
@@ -403,3 +402,104 @@ def test_a_million_posts_go_on(tmp_path: Path) -> None:
     assert built < 20  # the index, from the answers alone
     assert seconds < 10
     assert mebibytes < 1024
+
+
+def test_any_exception_at_a_post_is_its_failure(tmp_path: Path) -> None:
+    errors = [
+        ValueError("v"),
+        TypeError("t"),
+        RecursionError("r"),
+        KeyError("k"),
+        MemoryError(),
+        OSError(24, "files"),
+        OverflowError(),
+    ]
+
+    def conversation(post: dict[str, Any]) -> Generator[ChatRequest, ChatAnswer, None]:
+        kind, number = post["text"].split()
+        if kind == "before":
+            raise errors[int(number)]
+        if kind == "body":
+            yield ChatRequest([{"role": "user", "content": 7}], {"model": "m"})
+        answer = yield question(post["text"])
+        assert answer.text
+        if kind == "after":
+            raise errors[int(number)]
+
+    texts = [f"{kind} {number}" for number in range(len(errors)) for kind in ("before", "good", "after")]
+    write_posts(tmp_path, [*texts, "body 1", "good 100"])
+    with serve() as (url, _):
+        for _ in range(2):  # the second one replays what the first has asked
+            outcome, answers = ask(tmp_path, url, conversation)
+            assert (outcome.stopped, outcome.settled, outcome.failed) == (None, len(texts) + 2, 2 * len(errors) + 1)
+            failed = [row["failed"] for row in answers if row]
+            assert failed == [not text.startswith("good") for text in [*texts, "body 1", "good 100"]]
+            (tmp_path / "journal" / "index.sqlite").unlink()
+
+
+def test_workers_survive_cancellations_of_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = ChatClient._send
+    swallowed = []
+
+    async def broken(self: ChatClient, body: Any) -> ChatAnswer:
+        if "cancelled" in last_text(dict(body)):
+            raise asyncio.CancelledError
+        if "swallows" in last_text(dict(body)):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                swallowed.append(True)
+        return await send(self, body)
+
+    monkeypatch.setattr(ChatClient, "_send", broken)
+    write_posts(tmp_path, [f"{'cancelled' if number % 2 else 'good'} {number}" for number in range(40)])
+    with serve() as (url, _):
+        outcome, answers = ask(tmp_path, url)
+        assert (outcome.stopped, outcome.settled, outcome.failed) == (None, 40, 20)
+        # An error that ends the run, such as a full disk, ends it also where a worker swallows its cancellation.
+        write_posts(tmp_path, ["swallows 1", "swallows 2", "good 101", "good 102"])
+        monkeypatch.setattr(AnswerJournal, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+        began = time.monotonic()
+        with pytest.raises(OSError, match="no space left"):
+            ask(tmp_path, url, settings="other")
+        assert swallowed and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("posts", [1, 3, 30])
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_dead_server_is_reported_and_its_posts_are_asked_again(
+    tmp_path: Path, posts: int, status: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            await respond(writer, 503, {"error": {"message": "starting"}})
+            return True
+
+    write_posts(tmp_path, [f"post {n}" for n in range(posts)])
+    with serve(Away) as (url, _):
+        outcome, _ = ask(tmp_path, "http://127.0.0.1:9/v1" if status is None else url)
+    failed = min(posts, 10)
+    assert outcome.stopped == "server" and outcome.failed >= failed
+    assert "failed, the last: 2 attempts, the last: " in outcome.reason
+    assert caplog.text.count("cannot be reached") == 1
+    with serve() as (url, server):
+        outcome, answers = ask(tmp_path, url)
+        assert (outcome.stopped, outcome.failed, outcome.settled, len(server.bodies)) == (None, 0, posts, posts)
+        outcome, _ = ask(tmp_path, url)
+        assert len(server.bodies) == posts
+
+
+def test_posts_that_met_a_restart_are_asked_again(tmp_path: Path) -> None:
+    class Restarts(ChatServer):
+        async def answer(self, writer: Any, body: Any) -> bool:
+            if 10 <= len(self.bodies) < 20:
+                await respond(writer, 502, {"error": {"message": "bad gateway"}})
+                return True
+            return await super().answer(writer, body)
+
+    write_posts(tmp_path, [f"post {n}" for n in range(40)])
+    with serve(Restarts) as (url, _):
+        outcome, _ = ask(tmp_path, url, attempts=1)
+        assert outcome.stopped is None and 0 < outcome.failed <= 10
+        outcome, _ = ask(tmp_path, url)
+        assert (outcome.failed, outcome.settled) == (0, 40)

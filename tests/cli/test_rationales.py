@@ -249,3 +249,21 @@ def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(arguments(tmp_path, "--base-url", "http://127.0.0.1:9/v1")) == USER_ERROR
     error = capsys.readouterr().err
     assert error.startswith("dynkp rationales: error: --posts=") and error.endswith("there is no such file\n")
+
+
+def test_an_invalid_post_is_to_be_corrected_and_a_dead_server_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_posts(tmp_path, 3)
+    with (tmp_path / "posts.jsonl").open("a") as posts:
+        posts.write('{"id": "bad", "text": 7, "keyphrases": ["a"]}\n')
+    with serve() as (url, _):
+        pass
+    assert cli.main(arguments(tmp_path, "--base-url", url)) == RUN_FAILED
+    said = capsys.readouterr()
+    assert "3 posts in a row failed" in said.err and "The same command goes on" in said.err
+    with serve() as (url, server):
+        assert cli.main(arguments(tmp_path, "--base-url", url)) == SOME_FAILED
+        said = capsys.readouterr()
+        assert "1 posts are invalid (correct them" in said.err and "--retry-failed" not in said.err
+        assert len(server.bodies) == 3

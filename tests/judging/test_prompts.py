@@ -97,6 +97,16 @@ def test_asked_again_until_it_is_a_ranking() -> None:
     assert len(list(itertools.islice(conversation(("a",), ("b",), max_replies=1)(post()), 1))) == 1
 
 
+@pytest.mark.parametrize("rank", [10**400, -(10**400), 10**18, 1e308, float("inf"), float("nan")])
+def test_ranks_of_any_size_are_refused(rank: float) -> None:
+    value: dict[str, Any] = valid(1, 2)
+    value["relevance"] = {"A": rank, "B": 1}
+    with pytest.raises(ValueError, match="the rank of A by relevance must be a number from 1 to 2"):
+        read_ranks(json.dumps(value), 2)
+    with pytest.raises(ValueError):
+        read_ranks(json.dumps(valid(1, 2)).replace("2", "9" * 5000), 2)
+
+
 def test_posts_that_are_not_asked_about() -> None:
     assert list(conversation(("a",))(post())) == []
     for wrong, error in (

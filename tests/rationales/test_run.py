@@ -25,10 +25,12 @@ import pytest
 
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.data.sources import load_masc_posts, write_posts_jsonl
+from dynkp.rationales.filters import DEFAULT_FILTERS
 from dynkp.rationales.run import RationaleRun, RationaleSettings
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from tests.support.chat_server import last_text, serve
 from tests.support.posts import picture
+from tests.support.server_behaviours import ANSWER, FAILED, REJECTED, HostileServer, behaviours
 
 
 def settings(folder: Path, url: str, **options: Any) -> RationaleSettings:
@@ -230,3 +232,31 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
         one.ask()
     with RationaleRun(settings(tmp_path, "")), pytest.raises(BlockingIOError, match="another run is writing"):
         RationaleRun(settings(tmp_path, ""))
+
+
+def test_no_server_and_no_post_ends_a_run(tmp_path: Path) -> None:
+    """Each behaviour of a server for one post, good posts and hostile ones between them: each has the outcome that it must."""
+    found = [one for one in behaviours("http://127.0.0.1:9") if not one.chunks or one.name == "endless"]
+    posts: list[Any] = []
+    for number, behaviour in enumerate(found):
+        posts.append({"id": behaviour.name, "text": f"<<{behaviour.name}>>", "keyphrases": ["dog"]})
+        posts.append({"id": f"good {number}", "text": f"good {number}", "keyphrases": ["dog"]})
+    hostile = [
+        {"id": "images", "text": "x", "keyphrases": ["dog"], "images": [{"bytes": [1, 2]}]},
+        {"id": "deep", "text": "x", "keyphrases": ["dog"], "more": json.loads("[" * 300 + "]" * 300)},
+        {"id": "keyphrases", "text": "x", "keyphrases": {"a": [7]}},
+    ]
+    good = {"id": "good findings", "text": "y", "keyphrases": ["dog"], "load_findings": [{"message": 7}]}
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in [*posts, *hostile, good]))
+    with serve(HostileServer) as (url, _):
+        for _ in range(2):
+            outcome, written, errors = run(settings(tmp_path, url, filters=DEFAULT_FILTERS, max_attempts=1, timeout=10.0))
+            assert outcome.stopped is None and outcome.open == 0
+            reasons = {row["id"]: row["reason"] for row in errors}
+            outcomes = {row["id"]: ANSWER for row in written}
+            for post_id, reason in reasons.items():
+                outcomes[post_id] = {"request_failed": FAILED, "invalid_post": "invalid"}.get(reason, REJECTED)
+            expected = {one.name: one.outcome for one in found} | {f"good {number}": ANSWER for number in range(len(found))}
+            expected |= {post["id"]: "invalid" for post in hostile} | {"good findings": ANSWER}
+            assert {name: outcomes.get(name) for name in expected if outcomes.get(name) != expected[name]} == {}
+            assert all("load_findings" not in row for row in written)
