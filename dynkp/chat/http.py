@@ -113,7 +113,7 @@ def bounded_http_client(openai: Any, base_url: str, *, timeout: float) -> Any:
         An `AsyncClient` of that library.
     """
 
-    class BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
+    class BoundedClient(openai.DefaultAsyncHttpxClient):
         async def send(self, request: Any, **options: Any) -> Any:
             response = await super().send(request, **{**options, "stream": True})
             try:
