@@ -19,12 +19,14 @@ _EXPORTS = {
     "DynamicAimKPTrainer": "dynkp.trainer.dynamic_aimkp_trainer",
     "DynamicCoTConfig": "dynkp.trainer.dynamic_cot_config",
     "DynamicCoTTrainer": "dynkp.trainer.dynamic_cot_trainer",
-    "KeyphraseConfig": "dynkp.trainer.keyphrase_config",
+    "KeyphraseConfig": "dynkp.trainer.post_config",  # of earlier versions: PostConfig
     "KeyphraseTask": "dynkp.data.tasks",
-    "KeyphraseTrainer": "dynkp.trainer.keyphrase_trainer",
+    "KeyphraseTrainer": "dynkp.trainer.post_trainer",  # of earlier versions: PostTrainer
     "MulCoTRDConfig": "dynkp.trainer.mulcot_rd_config",
     "MulCoTRDTrainer": "dynkp.trainer.mulcot_rd_trainer",
     "PairedTargetCollator": "dynkp.batches.collators",
+    "PostConfig": "dynkp.trainer.post_config",
+    "PostTrainer": "dynkp.trainer.post_trainer",
     "REASONING_TASKS": "dynkp.data.reasoning_tasks",
     "ReasoningTask": "dynkp.data.reasoning_tasks",
     "TASKS": "dynkp.data.tasks",
@@ -64,10 +66,12 @@ if TYPE_CHECKING:  # what editors and mypy see
     from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPTrainer as DynamicAimKPTrainer
     from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig as DynamicCoTConfig
     from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer as DynamicCoTTrainer
-    from dynkp.trainer.keyphrase_config import KeyphraseConfig as KeyphraseConfig
-    from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer as KeyphraseTrainer
     from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig as MulCoTRDConfig
     from dynkp.trainer.mulcot_rd_trainer import MulCoTRDTrainer as MulCoTRDTrainer
+    from dynkp.trainer.post_config import KeyphraseConfig as KeyphraseConfig
+    from dynkp.trainer.post_config import PostConfig as PostConfig
+    from dynkp.trainer.post_trainer import KeyphraseTrainer as KeyphraseTrainer
+    from dynkp.trainer.post_trainer import PostTrainer as PostTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,10 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("no_deadline", deadline=None)  # a busy machine is not a failure
+settings.load_profile("no_deadline")
 
 pytest_plugins = ["tests.support.browser_pages"]
 

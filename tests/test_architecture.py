@@ -51,7 +51,7 @@ FORBIDDEN = {
     "mechanics": {"files", "mmkp_f1", "data", "synthetic"},  # batches in, tensors out
 }
 LOOSE = {"__init__.py", "__main__.py"}  # the only modules at the package's top
-TRL_SEAM = "dynkp/trainer/keyphrase_trainer.py"
+TRL_SEAM = "dynkp/trainer/post_trainer.py"
 TRL_INTERNALS = ("trl.trainer.utils", "trl.models.utils")
 FILES = sorted(file.relative_to(REPOSITORY) for folder in ("dynkp", "examples") for file in (REPOSITORY / folder).rglob("*.py"))
 
@@ -127,7 +127,7 @@ def test_imports_point_one_way(file):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("dynkp/data/posts.py", "from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer"),
+        ("dynkp/data/posts.py", "from dynkp.trainer.post_trainer import PostTrainer"),
         ("dynkp/data/posts.py", "from ..prediction.generation import generate_keyphrases"),
         ("dynkp/data/posts.py", "from .. import prediction"),
         ("dynkp/mechanics/shared_prompt.py", "from dynkp.data.posts import validate_posts"),
@@ -150,8 +150,8 @@ def test_a_forbidden_import_is_found(file, source):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("dynkp/trainer/keyphrase_trainer.py", "from trl.trainer.utils import pad"),
-        ("dynkp/trainer/keyphrase_trainer.py", "from ..mechanics.shared_prompt import Targets"),
+        ("dynkp/trainer/post_trainer.py", "from trl.trainer.utils import pad"),
+        ("dynkp/trainer/post_trainer.py", "from ..mechanics.shared_prompt import Targets"),
         ("dynkp/mmkp_f1/mmkp_f1.py", "from .scoring import score_keyphrases"),
         ("examples/train.py", "from trl import TrlParser\nfrom dynkp import DynamicCoTTrainer"),
         ("dynkp/cli/predict.py", "from dynkp import __version__"),

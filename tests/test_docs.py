@@ -23,8 +23,8 @@ from mkdocs.exceptions import PluginError
 
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
+from dynkp.trainer.post_config import PostConfig
 from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -41,7 +41,7 @@ def hook(name: str) -> ModuleType:
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [(KeyphraseConfig, "dynamic_cot"), (DynamicCoTConfig, "dynamic_cot"), (MulCoTRDConfig, "mulcot_rd")],
+    [(PostConfig, "dynamic_cot"), (DynamicCoTConfig, "dynamic_cot"), (MulCoTRDConfig, "mulcot_rd")],
 )
 def test_every_own_option_is_in_the_page_with_its_help(config: type, name: str) -> None:
     page = hook("options").on_page_markdown((DOCS / "methods" / f"{name}.md").read_text())

@@ -4,7 +4,8 @@
 
 Guarantees:
 
-- Prompt and target are tokenized separately, as TRL does, so a target never changes the tokens of its prompt.
+- Prompt and target are tokenized separately, as TRL does, so a target never changes the tokens of its prompt. A renderer's
+  `opening` is tokenized as the beginning of a target is.
 - Rows are not changed.
 """
 
@@ -18,9 +19,9 @@ from torch.utils.data import get_worker_info
 
 from dynkp.batches.keyphrase_renderer import KeyphraseRenderer, TargetKind
 from dynkp.batches.renderers import ChatRenderer, Processor
-from dynkp.batches.targets import Targets
+from dynkp.batches.targets import SEQUENCE_INPUTS, Targets
 from dynkp.batches.typed_batches import PostBatch, PromptInputs
-from dynkp.data.tasks import KeyphraseTask
+from dynkp.data.tasks import ANSWER, KeyphraseTask
 
 
 class ChatCollator:
@@ -55,11 +56,12 @@ class ChatCollator:
         renderer = self.renderer
         texts = [renderer.prompt(row, len(post_images)) for row, post_images in zip(rows, images, strict=True)]
         kwargs: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        kwargs["add_special_tokens"] = False  # the template has written the BOS token already
+        kwargs["add_special_tokens"] = renderer.add_special_tokens
         if renderer.takes_images:
             # Processors want at least one image in the batch, or no `images` at all.
             kwargs["images"] = list(images) if any(images) else None
-        return dict(renderer.processor(text=texts, **kwargs))
+        prompt = dict(renderer.processor(text=texts, **kwargs))
+        return _continued(prompt, renderer.opening_ids) if renderer.opening_ids else prompt
 
     def collate_targets(self, texts: Sequence[str | None], limits: Sequence[int | None]) -> Targets:
         """Tokenize and pad targets of one kind.
@@ -80,15 +82,13 @@ class ChatCollator:
                 encoded.append([])
                 weights.append([])
                 continue
-            output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.answer_weight != 1.0)
-            tokens = output["input_ids"][:limit]
-            encoded.append(tokens)
-            answer_start = text.find("<answer>")
-            if self.answer_weight == 1.0 or answer_start < 0:
-                weights.append([1.0] * len(tokens))
+            answer_start = text.find(ANSWER) if self.answer_weight != 1.0 else -1
+            tokens, ends = self.renderer.tokenize_target(text, ends=answer_start >= 0)
+            encoded.append(tokens[:limit])
+            if answer_start < 0:
+                weights.append([1.0] * len(encoded[-1]))
             else:
-                ends = [end for _, end in output["offset_mapping"][:limit]]
-                weights.append([self.answer_weight if end > answer_start else 1.0 for end in ends])
+                weights.append([self.answer_weight if end > answer_start else 1.0 for end in ends[:limit]])
         lengths = [len(tokens) for tokens in encoded]
         width = max(lengths, default=0)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -125,6 +125,23 @@ class ChatCollator:
         return [self.max_length - length for length in prompt_lengths]
 
 
+def _continued(prompt: PromptInputs, ids: Sequence[int]) -> PromptInputs:
+    """Put the same tokens of text behind every prompt of a batch."""
+    new = dict(prompt)
+    for name in SEQUENCE_INPUTS:
+        if name not in prompt:
+            continue
+        column = prompt[name][:, -1:]
+        if name == "input_ids":
+            more = torch.tensor(ids, dtype=column.dtype).expand(len(column), -1)
+        elif name == "cross_attention_mask":
+            more = torch.cat([column] * len(ids), dim=1)  # sees the images that the prompt's last token sees
+        else:
+            more = torch.full((len(column), len(ids)), int(name == "attention_mask"), dtype=column.dtype)
+        new[name] = torch.cat([prompt[name], more], dim=1)
+    return new
+
+
 class PairedTargetCollator(ChatCollator):
     """Collates posts into prompts and paired targets: each post's direct target and its reasoning target.
 
@@ -139,6 +156,8 @@ class PairedTargetCollator(ChatCollator):
             target, where those of the reasoning have weight 1; 1.0 is the paper's mean over tokens.
         max_length (`int`, *optional*): greatest number of tokens of prompt plus target: longer targets are cut at their end,
             and a prompt that leaves no token for its target is an error.
+        trailing_template_tokens (`bool`, *optional*, defaults to `True`): as for
+            [`~dynkp.batches.renderers.ChatRenderer`], unless a renderer is given.
 
     Returns (when called with a list of rows):
         [`~dynkp.batches.typed_batches.PostBatch`]: a `dict` with
@@ -168,13 +187,15 @@ class PairedTargetCollator(ChatCollator):
         kinds: Sequence[TargetKind] = ("direct", "reasoning"),
         answer_weight: float = 1.0,
         max_length: int | None = None,
+        trailing_template_tokens: bool = True,
     ):
         if isinstance(processor, KeyphraseRenderer):
             if task is not None:
                 raise ValueError(f"`task` is {task!r}, but the given renderer has a task of its own; leave `task` out.")
             renderer = processor
         else:
-            renderer = KeyphraseRenderer(processor, "dynamic_cot" if task is None else task)
+            name = "dynamic_cot" if task is None else task
+            renderer = KeyphraseRenderer(processor, name, trailing_template_tokens=trailing_template_tokens)
         super().__init__(renderer, answer_weight, max_length)
         self.kinds = tuple(kinds)
 

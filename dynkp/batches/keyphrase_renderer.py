@@ -25,15 +25,24 @@ class KeyphraseRenderer(ChatRenderer):
             vision-language model, or tokenizer of a text model. With a tokenizer, images are left out.
         task ([`~dynkp.data.tasks.KeyphraseTask`] or `str`, *optional*, defaults to `"dynamic_cot"`): instruction, targets
             and separator; a name is looked up in [`~dynkp.data.tasks.TASKS`].
-        opening (`str`, *optional*, defaults to `""`): text written behind every prompt; targets are not affected.
+        opening (`str`, *optional*, defaults to `""`): the beginning of a target, whose tokens collators put behind every
+            prompt.
+        trailing_template_tokens (`bool`, *optional*, defaults to `True`): as for
+            [`~dynkp.batches.renderers.ChatRenderer`].
 
     Raises:
         ValueError: if `task` is not the name of a task, or the processor has no chat template.
     """
 
-    def __init__(self, processor: Processor, task: KeyphraseTask | str = "dynamic_cot", opening: str = ""):
+    def __init__(
+        self,
+        processor: Processor,
+        task: KeyphraseTask | str = "dynamic_cot",
+        opening: str = "",
+        trailing_template_tokens: bool = True,
+    ):
         self.task = resolve_task(task)
-        super().__init__(processor, opening)
+        super().__init__(processor, opening, trailing_template_tokens)
 
     def task_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
         """Return the chat messages of a post's prompt: those of its column `prompt`, or what the task writes."""

@@ -42,7 +42,7 @@ def post_lengths(collator: PairedTargetCollator, posts: Iterable[Mapping[str, An
     placeholders: dict[tuple[tuple[int, int], ...], int] = {}
 
     def tokens(text: str) -> int:
-        return len(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(renderer.tokenizer(text, add_special_tokens=renderer.add_special_tokens)["input_ids"])
 
     def placeholders_of(sizes: tuple[tuple[int, int], ...]) -> int:
         if sizes not in placeholders:
@@ -58,4 +58,5 @@ def post_lengths(collator: PairedTargetCollator, posts: Iterable[Mapping[str, An
         if images:
             prompt += placeholders_of(tuple(image.size for image in images))
         targets = [renderer.target(row, len(images), kind) for kind in collator.kinds]
-        yield PostLength(str(row["id"]), prompt, max(tokens(target) if target is not None else 0 for target in targets))
+        lengths = [0 if target is None else len(renderer.tokenize_target(target).input_ids) for target in targets]
+        yield PostLength(str(row["id"]), prompt, max(lengths))

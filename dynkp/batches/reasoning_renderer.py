@@ -28,15 +28,17 @@ class ReasoningRenderer(ChatRenderer):
             [`~dynkp.data.reasoning_tasks.REASONING_TASKS`].
         kind (`str`, *optional*, defaults to `"label"`): `"label"` asks for the prediction alone, `"chain"` for the response
             chain.
+        opening (`str`, *optional*, defaults to `""`): the beginning of a target, whose tokens collators put behind every
+            prompt.
 
     Raises:
         ValueError: if `task` or `kind` is unknown, or the processor has no chat template.
     """
 
-    def __init__(self, processor: Processor, task: ReasoningTask | str, kind: PromptKind = "label"):
+    def __init__(self, processor: Processor, task: ReasoningTask | str, kind: PromptKind = "label", opening: str = ""):
         if kind not in ("label", "chain"):
             raise ValueError(f"kind={kind!r} is not a prompt: use 'label' or 'chain'")
-        super().__init__(processor)
+        super().__init__(processor, opening)
         self.task = resolve_reasoning_task(task)
         self.kind = kind
         self.prompt_name = f"{kind} prompt"

@@ -6,8 +6,11 @@
 Guarantees:
 
 - Training and generation use the same renderer, so a post has the same prompt in both.
+- A prompt has the BOS token that the tokenizer would put in front of a text, once, whether the template writes it or not.
 - A control token of the tokenizer that is spelled out in a post or a rationale stays ordinary text.
 - A target ends with the end of turn.
+- Where the chat template itself writes `<think>` behind the prompt, a target continues from there: a reasoning target goes on
+  with the rationale, any other target closes the reasoning first.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from dynkp.data.images import open_image
-from dynkp.data.tasks import TAGS
+from dynkp.batches.target_tokens import TargetTokenizer
+from dynkp.data.images import open_images
+from dynkp.data.tasks import END_THINK, TAGS, THINK
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """The processor of a vision-language model, or the tokenizer of a text model."""
@@ -35,10 +39,14 @@ class ChatRenderer(ABC):
     Args:
         processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]): processor of a
             vision-language model, or tokenizer of a text model. With a tokenizer, images are left out.
-        opening (`str`, *optional*, defaults to `""`): text written behind every prompt: the first characters of an answer
-            that the model continues. Targets are not affected.
+        opening (`str`, *optional*, defaults to `""`): the beginning of a target, such as `<think>`, which the model continues:
+            collators put its tokens behind every prompt. Prompts as texts, and targets, are not affected.
+        trailing_template_tokens (`bool`, *optional*, defaults to `True`): whether a target has the whitespace that the chat
+            template writes in front of the end-of-turn token (LLaVA) and behind it (Qwen); without it, a target is the answer
+            and the end-of-turn token.
 
     Attributes:
+        opening (`str`): the beginning of a target behind every prompt.
         processor: the processor or tokenizer.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         takes_images (`bool`): whether the model reads images.
@@ -50,9 +58,10 @@ class ChatRenderer(ABC):
 
     prompt_name = "prompt"
 
-    def __init__(self, processor: Processor, opening: str = ""):
+    def __init__(self, processor: Processor, opening: str = "", trailing_template_tokens: bool = True):
         self.processor = processor
         self.opening = opening
+        self.trailing_template_tokens = trailing_template_tokens
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         self.takes_images = isinstance(processor, ProcessorMixin)
         if self.processor.chat_template is None:
@@ -90,7 +99,7 @@ class ChatRenderer(ABC):
         images = row.get("images")
         if images is None:
             images = [] if row.get("image") is None else [row["image"]]
-        return [open_image(image, post_id=str(row.get("id", "?"))) for image in images]
+        return open_images(images, post_id=str(row.get("id", "?")))
 
     def prompt_messages(self, row: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
         """Return the chat messages of a post's prompt as the model's template takes them.
@@ -109,7 +118,9 @@ class ChatRenderer(ABC):
         return messages if self.takes_images else [text_only(message) for message in messages]
 
     def prompt(self, row: Mapping[str, Any], num_images: int) -> str:
-        """Render a post's prompt, up to the place where the model's answer begins (or, with `opening`, continues).
+        """Render a post's prompt, up to the place where the model's answer begins; `opening` is not part of it.
+
+        It is tokenized with `add_special_tokens` set to [`add_special_tokens`].
 
         Args:
             row (`Mapping`): the post.
@@ -118,10 +129,49 @@ class ChatRenderer(ABC):
         Raises:
             ValueError: naming the post, if no prompt can be made of it.
         """
-        return self._render(self.prompt_messages(row, num_images), add_generation_prompt=True) + self.opening
+        return self._missing_bos[0] + self._render(self.prompt_messages(row, num_images), add_generation_prompt=True)
+
+    @property
+    def add_special_tokens(self) -> bool:
+        """Whether the tokenizer must add the BOS token to rendered prompts."""
+        return self._missing_bos[1]
+
+    @cached_property
+    def _missing_bos(self) -> tuple[str, bool]:
+        """The BOS token that prompts lack, as text; and whether the tokenizer must add it instead."""
+        bos, index = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        if bos is None or self._question.startswith(bos):
+            return "", False
+        plain, own, written = (
+            list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            for text, special in (("a", False), ("a", True), (f"{bos}a", False))
+        )
+        if own[:1] != [index] or plain[:1] == [index]:
+            return "", False  # the tokenizer adds none (Qwen)
+        # SentencePiece tokenizes a word behind a written BOS token in another way; and some tokenizers add an EOS token too.
+        return ("", True) if own == [index, *plain] != written else (bos, False)
+
+    @cached_property
+    def _question(self) -> str:
+        """The prompt that the chat template writes for a question."""
+        question: Any = [{"type": "text", "text": "?"}] if self.takes_images else "?"
+        return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
+
+    @cached_property
+    def tokenize_target(self) -> TargetTokenizer:
+        """Tokenizes targets, and the beginnings of targets."""
+        return TargetTokenizer(self.tokenizer)
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """The tokens of `opening`, as targets begin with them."""
+        return self.tokenize_target(self.opening).input_ids if self.opening else []
 
     def render_target(self, row: Mapping[str, Any], num_images: int, content: str) -> str:
         """Render an answer to a post's prompt as a training target: the answer as it is, then the end of turn.
+
+        Behind a prompt that ends with `<think>`, an answer that begins with `<think>` goes on without it, and any other answer
+        begins with `</think>`.
 
         Args:
             row (`Mapping`): the post.
@@ -129,6 +179,9 @@ class ChatRenderer(ABC):
             content (`str`): the answer.
         """
         messages = self.prompt_messages(row, num_images)
+        if self.opens_reasoning:
+            end = self.end_of_turn
+            return _behind_think(content) + (end if self.trailing_template_tokens else end.strip())
         prompt = self._render(messages, add_generation_prompt=True)
         reply: Any = [{"type": "text", "text": content}] if self.takes_images else content
         full = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
@@ -140,7 +193,14 @@ class ChatRenderer(ABC):
             target = content + self.end_of_turn
         elif not self._ends_turn(target):
             target += self.tokenizer.eos_token
+        if not self.trailing_template_tokens:
+            target = target[: len(target) - len(target.lstrip())] + content.strip() + self.end_of_turn.strip()
         return target
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether the chat template writes `<think>` behind every prompt, as those of thinking models do."""
+        return self._question.rstrip().endswith(THINK)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -185,6 +245,15 @@ class ChatRenderer(ABC):
             str,
             self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False),
         )
+
+
+def _behind_think(content: str) -> str:
+    """Return an answer as it continues behind a `<think>` that is part of the prompt."""
+    answer = content.lstrip()
+    if answer.startswith(THINK):
+        return answer.removeprefix(THINK).lstrip()
+    # A completion of the user's own may close the reasoning itself.
+    return content if END_THINK in content else END_THINK + answer
 
 
 def text_only(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class TwoTaskCollator:
         return {index for index in (getattr(self.renderers["label"].processor, "image_token_id", None),) if index is not None}
 
     def _tokens(self, text: str) -> list[int]:
-        # The template has written the BOS token already.
+        # Without the BOS token, if the tokenizer must add it: only the ends of prompts are compared.
         return self.renderers["label"].tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _padded(self, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:

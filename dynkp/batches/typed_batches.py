@@ -72,3 +72,13 @@ class TwoTaskBatch(TypedDict):
     chain: Targets
     has_rationale: torch.Tensor
     id: list[str]
+
+
+class SoftLabelBatch(TwoTaskBatch):
+    """A [`TwoTaskBatch`] with the soft labels of MulCoT-RD's assistant.
+
+    Attributes:
+        soft_labels: per task the fields of [`~dynkp.objectives.distillation.SoftLabels`] at the tokens of its targets.
+    """
+
+    soft_labels: dict[str, dict[str, Any]]

@@ -143,15 +143,20 @@ class Bench:
         self.lengths = TINY if setting.quick else Lengths()
         self.model = build_model(name, trained=trained, attention="sdpa", tiny=setting.quick, device=setting.device)
         self.sft_trainer = build_sft_trainer(self.model, folder, setting.device)
+        self._trainers: dict[Any, Any] = {}
         self.work: dict[Any, float] = {}  # FLOPs per post of a method, share and way
 
     def trainer(self, trainer_class: type, config_class: type, **options: Any) -> Any:
-        """Build a trainer around the model, for batches of [`draw_batch`]; `options` go to the config."""
-        posts = [{"id": str(index), "text": "text", "keyphrases": ["keyphrase"], "rationale": "rationale"}
-                 for index in range(max(BATCHES))]  # fmt: skip
-        return build_trainer(
-            trainer_class, config_class, self.model, posts, one_word_tokenizer(), self.folder, **{"bf16": True, **options}
-        )
+        """Return the trainer with these options around the model, for batches of [`draw_batch`]; built at the first call."""
+        key = (trainer_class, *sorted(options.items()))
+        if key not in self._trainers:
+            ids = map(str, range(max(BATCHES)))
+            posts = [{"id": name, "text": "text", "keyphrases": ["keyphrase"], "rationale": "rationale"} for name in ids]
+            settings = {"bf16": True, **options}
+            self._trainers[key] = build_trainer(
+                trainer_class, config_class, self.model, posts, one_word_tokenizer(), self.folder, **settings
+            )
+        return self._trainers[key]
 
 
 def _configuration(setting: Setting, name: str, trained: str, deadline: float) -> Iterator[dict[str, Any]]:

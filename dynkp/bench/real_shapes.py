@@ -20,7 +20,7 @@ from dynkp.batches.prompt_layout import PromptLayout
 from dynkp.batches.targets import Targets
 from dynkp.bench.workload import LORA_RANK
 from dynkp.mechanics.shared_prompt import causal_lm_of
-from dynkp.trainer.keyphrase_trainer import freeze_vision_tower
+from dynkp.trainer.model_setup import freeze_vision_tower
 
 SHAPES = ("Qwen2.5-VL-3B", "LLaVA-1.5-7B", "InternVL3-8B")
 # Linear layers of the language model, and the layers between it and the vision tower, by the families' names.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dynkp.batches.targets import Targets, mixed_targets
+from dynkp.batches.typed_batches import PostBatch
 from dynkp.objectives.switching import below_threshold
 from dynkp.objectives.token_loss import PostLosses
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
@@ -72,8 +73,11 @@ def fine_tune(model: nn.Module, prompt: dict[str, Any], targets: Targets, share:
     inputs = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], ids[:, :-1]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = model(**inputs, logits_to_keep=length, use_cache=False).logits
-    loss = share * nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+    def logits() -> torch.Tensor:  # not a variable, which would keep them in memory during the backward pass
+        return model(**inputs, logits_to_keep=length, use_cache=False).logits.flatten(0, 1)
+
+    loss = share * nn.functional.cross_entropy(logits(), ids.flatten())
     loss.backward()
     return loss.detach()
 
@@ -85,7 +89,7 @@ class TwoPassTrainer(DynamicCoTTrainer):
     per post, the second one in a batch padded to the longest of the chosen targets.
     """
 
-    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+    def compute_post_losses(self, model: nn.Module, inputs: PostBatch) -> PostLosses:
         """Compute one loss per post, as [`DynamicCoTTrainer.compute_post_losses`] defines it."""
         with torch.no_grad():
             direct_loss = super().compute_post_losses(model, inputs).total  # (B,), nats per token

@@ -22,7 +22,7 @@ from dynkp.bench.measure import FirstRound, Setting, environment
 from dynkp.data.reasoning_tasks import REASONING_TASKS
 from dynkp.data.tasks import TASKS
 from dynkp.synthetic.tiny_model import IMAGE_TOKEN, build_tiny_vlm
-from dynkp.trainer.keyphrase_trainer import freeze_vision_tower
+from dynkp.trainer.model_setup import freeze_vision_tower
 
 PATCH_SIZE = 14  # pixels
 LORA_RANK = 16

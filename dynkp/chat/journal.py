@@ -15,6 +15,7 @@ machine is cut off, and its request is sent again. Memory does not grow with the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -67,20 +68,23 @@ class AnswerJournal:
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = OutputLock(self.folder / "lock", self.folder)
         self._mutex = threading.Lock()
         self._readers: dict[int, int] = {}
         self._closed = False
-        files = sorted(self.folder.glob("answers-*.jsonl"))
-        for file in files:
-            if repair_last_line(file):
-                logger.info("%s: its last line was torn; its request is sent again.", file)
-        try:
-            self._index = AnswerIndex(self.folder / "index.sqlite")
-            self._complete_index(files)
-        except sqlite3.Error as error:
-            raise OSError(f"{self.folder / 'index.sqlite'} cannot be written: {error}") from error
-        self._open_file(_number(files[-1]) if files else 1)
+        with contextlib.ExitStack() as stack:  # an error here closes the index and releases the lock
+            stack.enter_context(OutputLock(self.folder / "lock", self.folder))
+            files = sorted(self.folder.glob("answers-*.jsonl"))
+            for file in files:
+                if repair_last_line(file):
+                    logger.info("%s: its last line was torn; its request is sent again.", file)
+            try:
+                self._index = AnswerIndex(self.folder / "index.sqlite")
+                stack.callback(self._index.close)
+                self._complete_index(files)
+            except sqlite3.Error as error:
+                raise OSError(f"{self.folder / 'index.sqlite'} cannot be written: {error}") from error
+            self._open_file(_number(files[-1]) if files else 1)
+            self._index_and_lock = stack.pop_all()
 
     # --- answers ---
 
@@ -231,10 +235,9 @@ class AnswerJournal:
             self._closed = True
             self.sync()
             self._appender.close()
-            self._index.close()
             for reader in self._readers.values():
                 os.close(reader)
-            self._lock.close()
+            self._index_and_lock.close()
 
     def __enter__(self) -> AnswerJournal:
         return self

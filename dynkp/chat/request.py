@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image
 
-from dynkp.data.images import IMAGE_FORMATS, ImageError, check_image, open_image
+from dynkp.data.images import IMAGE_FORMATS, ImageError, check_image, is_plain_rgb, open_image
 
 KEY_BYTES = 16
 # Formats that every server reads: media types of the images that are sent unchanged if they are small enough.
@@ -124,7 +124,8 @@ def encode_image(source: str | bytes, max_side: int) -> tuple[str, bytes]:
         raise error
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as original:
         upright = original.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        if upright and original.format in _MEDIA_TYPES and max(original.size) <= max_side:
+        plain = is_plain_rgb(original)  # otherwise the teacher would see another image than the model
+        if upright and plain and original.format in _MEDIA_TYPES and max(original.size) <= max_side:
             return _MEDIA_TYPES[original.format], data
     image = open_image(data)
     if max(image.size) > max_side:

@@ -26,7 +26,7 @@ COMMANDS = {
     "judge": ("dynkp.cli.judge", "have systems' predictions ranked, by a large model or by people"),
     "clusters": ("dynkp.cli.clusters", "draw the posts of the most frequent keyphrases as clusters of their embeddings"),
     "plot": ("dynkp.cli.plot", "draw what AimKP's filter did in a run: the paper's Figures 3 and 7"),
-    "bench": ("dynkp.bench.run", "time each method against its reference (the ratios of docs/performance.md)"),
+    "bench": ("dynkp.cli.bench", "time each method against its reference (the ratios of docs/performance.md)"),
 }
 
 

@@ -26,7 +26,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Add the group `server`: address, model, pace, retries and cost."""
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", default="", metavar="URL", help="the server's address up to /v1")
-    server.add_argument("--model", metavar="NAME", help="as the server calls it")
+    server.add_argument("--model", metavar="NAME", help="the model's name at the server")
     server.add_argument(
         "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"
     )
@@ -39,7 +39,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=12,
         metavar="N",
-        help="how often to send a request before its post fails (12, which takes 150 s and outlasts a server's restart)",
+        help="attempts per request before its post fails (12, which take 150 s: longer than a server's restart)",
     )
     server.add_argument(
         "--retry-pause", type=above_zero, default=0.5, metavar="SECONDS", help="before the second attempt, then doubled (0.5)"
@@ -107,10 +107,10 @@ def ask_and_write(command: str, run: Any, write: Callable[[Any], str]) -> int:
     """
     outcome = run.ask()
     if outcome.stopped == "interrupted":
-        raise Interrupted(f"{outcome.open:,} posts are open; the same command goes on")
+        raise Interrupted(f"{outcome.open:,} posts are open; the same command continues")
     failed = write(run)
     if outcome.stopped == "server":
-        raise RunFailedError(f"{outcome.reason}. The same command goes on.")
+        raise RunFailedError(f"{outcome.reason}. The same command continues.")
     if outcome.stopped == "max_cost":
         print(f"dynkp {command}: --max-cost reached, {outcome.reason}; {outcome.open:,} posts are open", file=sys.stderr)
         return COST_REACHED

@@ -9,7 +9,7 @@ from dynkp.cli.arguments import CommandParser, add_batch_size, add_image_dir, ad
 
 DESCRIPTION = """\
 Draw the posts of the most frequent keyphrases as clusters of their embeddings (Figure 3 of the Dynamic CoT paper): a PNG for
-a paper, a page to look into, or both. The model is any that sentence-transformers loads: for texts, or for texts and
+a paper, an interactive page, or both. The model is any that sentence-transformers loads: for texts, or for texts and
 images, such as a CLIP. Needs the extra `plots`."""
 
 EPILOG = """\

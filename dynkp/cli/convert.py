@@ -26,8 +26,8 @@ Write posts in another format, which the output's name tells unless --to does:
   X.json       AimKP's and LLaVA's rows: conversations of one question and its answer (--to llava X.jsonl: one row per line)
   X_src.txt    CMKP's raw files, with X_ocr_final.txt and X_attribute_cleaned.txt
 
-The output appears when it is complete, and not before. What the format cannot hold is counted by column and printed; a post
-that it cannot hold at all is an error that names the post."""
+The output is written atomically. Columns that the format cannot hold are counted and printed; a post that it cannot hold at all
+is an error that names the post."""
 
 EPILOG = """\
 examples:
@@ -49,7 +49,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("convert", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("posts and output")
     add_posts(what)
     what.add_argument(
         "--task",

@@ -47,8 +47,8 @@ examples:
 _CACHE = """\
 Write the assistant's likeliest tokens at every token of the posts' answers, with their log-probabilities at temperature T.
 
-Files are written as they fill up. Stop the command, or have it killed, and start it again: it goes on where it was. Going on
-with other settings is an error. accelerate launch -m dynkp distill cache ... shares the posts out to all GPUs.
+Files are written as they fill up, and the same command continues an interrupted or killed run; to continue with other settings
+is an error. accelerate launch -m dynkp distill cache ... divides the posts among all GPUs.
 
 At the end it prints how much probability the likeliest k tokens leave out, and, with --student, how much of the divergence
 between the two models k tokens keep. Of several processes, the first prints it of what is written by then; the same command
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         hide_library_bars()
     check_inputs(arguments, "posts", "image_dir")
     check_inputs(arguments, "chains", kind="file")
-    with resumable(f"the same command goes on with {arguments.output}"):
+    with resumable(f"the same command continues with {arguments.output}"):
         (_cache if arguments.command == "cache" else _augment)(arguments)
 
 

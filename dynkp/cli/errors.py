@@ -1,7 +1,7 @@
-"""How every command ends that does not end well: one line on standard error, and an exit status.
+"""Errors and interruptions of all commands: one line on standard error, and an exit status.
 
-Commands raise; `dynkp.cli.main` reports, in one place. A command that can be continued after Ctrl-C says how with
-`resumable`. What libraries would print between our lines is kept off the screen by `silence_libraries`.
+Commands raise, and `dynkp.cli.main` prints. `resumable` adds to an interruption how the run is continued. `silence_libraries`
+keeps off the screen what libraries print by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 
 # Exit statuses. Commands that ask a chat server have more (dynkp.cli.chat_options).
@@ -126,6 +127,8 @@ def hide_library_bars() -> None:
 def silence_libraries() -> None:
     """Keep off the screen what libraries print as they are imported; call it before they are."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler: two lines "USDT: ..." per measurement
+    # TRL and PEFT read options under names that transformers is about to drop, which no user can change.
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed in v6", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
     if not logger.filters:
         logger.addFilter(_DeepSpeedToStandardError())

@@ -40,7 +40,7 @@ Rows with a column decode (dynkp predict --decodes 3) are scored decode by decod
 def parser() -> argparse.ArgumentParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("evaluate", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("predictions and posts")
     what.add_argument(
         "--task", choices=["keyphrases", "sentiment"], default="keyphrases", help="what was predicted (default: keyphrases)"
     )
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--allow-missing", action="store_true", help="score posts without a prediction as predicted empty, and say how many"
     )
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("scores")
     how.add_argument(
         "--convention",
         choices=["cmkp", "aimkp", "padded", "unpadded"],
@@ -137,7 +137,7 @@ def _sentiment(arguments: argparse.Namespace) -> Any:
     from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
 
     with _silent("dynkp.data.rows"):  # it would ask for the images
-        posts, _ = load_sentiment_posts(arguments.posts, task="msc", split=arguments.split, check_images=False, progress=False)
+        posts, _ = load_sentiment_posts(arguments.posts, task="msc", split=arguments.split, use_images=False, progress=False)
     evaluation = SentimentEvaluation(labelled_posts(posts), embedding_model=arguments.semantic_model, seed=arguments.seed)
     names = arguments.names or _names(arguments.predictions)
     for name, file, chains in zip(names, arguments.predictions, arguments.chains or [None] * len(names), strict=True):
@@ -208,13 +208,10 @@ def _names(files: Sequence[str]) -> list[str]:
 
 
 def _posts(source: str, split: str) -> Any:
-    from dynkp.data.sources import load_posts
+    from dynkp.data.posts import load_valid_posts
 
-    posts = load_posts(source, split=split)
-    wanted = [name for name in ("id", "text", "keyphrases") if name in posts.column_names]
-    if "keyphrases" not in wanted:
-        raise ValueError(f"{source}: the posts have no column 'keyphrases' to score against")
-    return posts.select_columns(wanted)
+    posts = load_valid_posts(source, split=split)
+    return posts.select_columns([name for name in ("id", "text", "keyphrases") if name in posts.column_names])
 
 
 @contextmanager

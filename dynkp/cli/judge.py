@@ -27,19 +27,21 @@ DESCRIPTION = """\
 Rank what several systems predicted for each post, 1 for the best, by correctness, relevance and usefulness (the Dynamic CoT
 paper's Table 8): by a large vision-language model behind any server with OpenAI's chat interface, or by people.
 
-The judge sees the post, its author's keyphrases and the predictions under letters, in an order drawn for each post. Equal
-predictions share a letter, and posts on which all systems agree are not asked about. For --output R.jsonl there will be
+The prompt shows the post, its author's keyphrases and the systems' predictions, named by letters, in an order drawn for each
+post. Equal predictions share a letter, and no request is made for a post on which all systems agree.
+
+It writes, for --output R.jsonl,
 
   R.jsonl          each post's ranks, and the order shown
   R.errors.jsonl   the posts without ranks, each with the reason
   R.report.json    mean ranks with intervals, the test of position bias, counts, settings, cost
   R.report.md      the same as tables, which are printed too
-  R.journal/       every answer, from the moment it came
+  R.journal/       every answer, as soon as it arrives
 
-Stop the command, or have it killed, and start it again: it goes on where it was, and asks nothing twice. The API key is
-read from the environment (OPENAI_API_KEY).
+The same command continues an interrupted or killed run, and no request is sent twice. The API key is read from the
+environment (OPENAI_API_KEY).
 
-With --human, write a form for annotators instead, and its key; with --read-human, read their answers."""
+--human writes a form for annotators, and its key, instead; --read-human reads the annotators' answers."""
 
 EPILOG = """\
 examples:
@@ -47,9 +49,9 @@ examples:
       --base-url http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-VL-72B-Instruct --temperature 0 --output ranks.jsonl
       three systems, ranked by a model; again with --ties average: the same answers, other ranks
   dynkp judge --posts test.jsonl --image-dir images --predictions direct.jsonl dynamic.jsonl --human form.html --sample 20
-      a form of 20 posts to send to annotators, and form.key.json to keep
+      a form of 20 posts to send to annotators; keep form.key.json
   dynkp judge --read-human answers-ann.json answers-ben.json --key form.key.json --output human.jsonl
-      mean ranks, and how far the annotators agree
+      mean ranks, and the annotators' agreement
 
 exit status: 0 every post is ranked, 1 the server failed, 2 the command line or a file is wrong, 3 some posts failed,
 4 --max-cost was reached, 130 interrupted
@@ -59,7 +61,7 @@ exit status: 0 every post is ranked, 1 the server failed, 2 the command line or 
 def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("judge", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("posts, predictions and output")
     add_posts(what, "JSON Lines file of posts (dynkp convert makes one)", required=False)
     add_image_dir(what)
     what.add_argument("--predictions", nargs="+", default=[], metavar="FILE", help="one JSONL file per system")
@@ -68,10 +70,10 @@ def parser() -> CommandParser:
     what.add_argument("--limit", type=positive, metavar="N", help="only the first N posts of the file")
     what.add_argument("--top", type=positive, metavar="K", help="only each system's first K keyphrases (default: all)")
     what.add_argument("--allow-missing", action="store_true", help="a post without prediction counts as predicted empty")
-    what.add_argument("--allow-image-urls", action="store_true", help="let images be addresses, which the server fetches")
+    what.add_argument("--allow-image-urls", action="store_true", help="allow images that are URLs, which the server fetches")
     add_server_options(parser)
 
-    asking = parser.add_argument_group("asking")
+    asking = parser.add_argument_group("requests")
     asking.add_argument(
         "--answer-format",
         choices=ANSWER_FORMATS,
@@ -84,7 +86,7 @@ def parser() -> CommandParser:
     )
     add_sampling_options(asking)
 
-    people = parser.add_argument_group("people")
+    people = parser.add_argument_group("human annotators")
     people.add_argument("--human", metavar="FILE", help="write a form for annotators, FILE.html, and FILE.key.json beside it")
     people.add_argument("--sample", type=positive, metavar="N", help="of --human: draw N posts (default: all)")
     people.add_argument("--read-human", nargs="+", metavar="FILE", help="read what annotators exported, one file each")
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     check_inputs(arguments, "posts", "image_dir", "predictions", "read_human", "key", kind="file")
     action = _read_human if arguments.read_human else _human if arguments.human else _ask
-    with resumable(f"the same command goes on with {arguments.output}"):
+    with resumable(f"the same command continues with {arguments.output or arguments.human}"):
         return action(arguments)
 
 

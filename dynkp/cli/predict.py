@@ -45,15 +45,15 @@ A model that this package trained is asked as it was trained: its folder's dynkp
 modality. A request that contradicts it is an error, with one exception: a model trained on text and images may be shown one
 of them (--modality), to see what each is worth. A model without the file is asked with --task, by default dynamic_cot.
 
-Rows are appended as soon as they are done. Stop the command, or have it killed, and start it again: it goes on where it
-was. FILE.meta.json keeps the settings; going on with others is an error. Decoding is greedy unless you say otherwise."""
+Rows are appended batch by batch, and the same command continues an interrupted or killed run. FILE.meta.json records the
+settings; to continue with other settings is an error. Decoding is greedy by default."""
 
 EPILOG = """\
 examples:
   dynkp predict --model out --posts test.jsonl --image-dir images --output predictions.jsonl
       a model that dynkp train saved; an adapter's folder (LoRA) will do as well
   accelerate launch -m dynkp predict --model out --posts test.jsonl --output predictions.jsonl
-      the same on all GPUs: each process takes its share
+      the same on all GPUs: each process predicts a part of the posts
   dynkp predict --model out --num-beams 5 --do-sample --temperature 0.5 \\
       --decodes 3 --posts test.jsonl --image-dir images --output predictions.jsonl
       AimKP's decoding: beams with sampling, three times; dynkp evaluate averages the scores
@@ -69,7 +69,7 @@ then:
 def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("predict", DESCRIPTION, EPILOG)
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("model, posts and output")
     what.add_argument(
         "--model", required=True, metavar="DIR_OR_ID", help="a saved model, a saved adapter (its base is found), or a Hub id"
     )
@@ -81,7 +81,7 @@ def parser() -> CommandParser:
     add_on_invalid(what, "posts that cannot be predicted, such as those with a broken image")
     what.add_argument("--output", required=True, metavar="FILE", help="the predictions, as JSON lines")
 
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("prompt")
     how.add_argument(
         "--mode",
         choices=["auto", "think", "direct"],
@@ -124,10 +124,10 @@ def parser() -> CommandParser:
         type=positive,
         default=1,
         metavar="N",
-        help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, told apart by a column decode",
+        help="decode every post N times, with seeds --seed to --seed+N-1: N rows per post, with a column decode",
     )
 
-    where = parser.add_argument_group("where")
+    where = parser.add_argument_group("engine")
     add_batch_size(where, None, "posts per batch and process (default: 8; vllm: 256)")
     add_dtype_and_device(where)
     where.add_argument(
@@ -169,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         hide_library_bars()
     process = this_process(arguments.device)
     try:
-        with resumable(f"the same command goes on with {arguments.output}"):
+        with resumable(f"the same command continues with {arguments.output}"):
             _predict(command, arguments, process)
     except torch.OutOfMemoryError as error:
-        raise RunFailedError(f"{error}. The same command with a smaller --batch-size goes on.") from error
+        raise RunFailedError(f"{error}. The same command with a smaller --batch-size continues.") from error
     finally:
         process.destroy_process_group()
 
@@ -193,6 +193,8 @@ def _check_options(command: CommandParser, arguments: argparse.Namespace) -> Non
 
 
 def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any) -> None:
+    from transformers import ProcessorMixin
+
     from dynkp.models.checkpoints import check_available, find_checkpoint
     from dynkp.prediction.empty_outputs import advice_on_empty_outputs
     from dynkp.prediction.loading import run_settings
@@ -209,13 +211,16 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
     check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
     question = _question(command, arguments, checkpoint)
+    processor = _processor(checkpoint)
+    takes_images = processor is None or isinstance(processor, ProcessorMixin)
     posts = load_posts_to_predict(
         arguments.posts,
         question.task,
         image_dir=arguments.image_dir,
         split=arguments.split,
         on_invalid=arguments.on_invalid,
-        check_images=question.modality != "text",
+        use_images=takes_images and question.modality != "text",
+        processor=processor,
         progress=not arguments.no_progress,
         is_first_process=process.is_main_process,
         num_processes=process.num_processes,
@@ -273,6 +278,16 @@ def _question(command: CommandParser, arguments: argparse.Namespace, checkpoint:
     return Question(task, arguments.mode, arguments.prompt, modality_to_use(saved, checkpoint, arguments.modality))
 
 
+def _processor(checkpoint: Any) -> Any:
+    """The model's processor; None if there is none, which is an error only where an answer is generated."""
+    from dynkp.models.checkpoints import load_processor
+
+    try:
+        return load_processor(checkpoint)
+    except (OSError, ValueError):
+        return None
+
+
 def _engine_settings(arguments: argparse.Namespace) -> Any:
     from dataclasses import fields
 
@@ -288,7 +303,7 @@ def _load_engine(*args: Any, **options: Any) -> Any:
 
 
 def _info(arguments: argparse.Namespace, process: Any) -> dict[str, Any]:
-    """What is recorded with a run and not compared when it goes on."""
+    """What is recorded with a run and not compared when the run is continued."""
     import torch
     import transformers
 

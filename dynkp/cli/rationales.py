@@ -39,22 +39,24 @@ DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "no_gold_phrase")
 
 DESCRIPTION = """\
 Ask a large vision-language model why people would tag posts as they did, through any server with OpenAI's chat interface
-(vLLM, SGLang, transformers serve, hosted ones). For --output R.jsonl there will be
+(vLLM, SGLang, transformers serve, hosted ones).
+
+It writes, for --output R.jsonl,
 
   R.jsonl          the posts with their rationales, in the posts' order
   R.errors.jsonl   the posts without one, each with the reason
   R.report.json    counts, settings, cost
-  R.journal/       every answer, from the moment it came
+  R.journal/       every answer, as soon as it arrives
 
-Stop the command, or have it killed, and start it again: it goes on where it was, and asks nothing twice. The API key is
-read from the environment (OPENAI_API_KEY); a server without authentication needs none.
+The same command continues an interrupted or killed run, and no request is sent twice. The API key is read from the
+environment (OPENAI_API_KEY); a server without authentication needs none.
 
 actions:
   ask      (the default) ask about all posts that are not answered yet, then write the files
   export   write the requests that come next as files of OpenAI's batch interface
   import   take the results of such files
-  write    write the files, from what is answered so far; with other filters, say
-  merge    put the outputs of all --shard together"""
+  write    write the files from the answers so far, for example with other filters
+  merge    join the outputs of all shards (--shard)"""
 
 EPILOG = """\
 examples:
@@ -66,12 +68,12 @@ examples:
       a hosted model, at most 50 dollars; prices.json is {"gpt-4o": {"input": ..., "output": ...}} per million tokens
   dynkp rationales --posts masc.jsonl --image-dir images --output r.jsonl --base-url http://127.0.0.1:8000/v1 \\
       --model teacher --task masc
-      MulCoT-RD's chains of five fields; where the prediction is wrong, the label is told and an explanation asked for
+      MulCoT-RD's response chains; where the prediction is wrong, a second request gives the label and asks to explain it
   dynkp rationales --posts train.jsonl --image-dir images --output r.jsonl --base-url http://127.0.0.1:8000/v1 \\
       --model teacher --shard 2/4
       the second of four machines; when all are done: dynkp rationales merge --output r.jsonl
   dynkp rationales export --posts train.jsonl --image-dir images --output r.jsonl --model teacher --batch-dir batch
-      for vllm run-batch or a hosted batch service; then dynkp rationales import with --results, and all else the same
+      for vllm run-batch or a hosted batch service; then dynkp rationales import with --results and the same options
 
 exit status: 0 every post has an answer, 1 the server failed, 2 the command line or a file is wrong, 3 some posts failed,
 4 --max-cost was reached, 130 interrupted
@@ -82,13 +84,13 @@ def parser() -> CommandParser:
     """Build the parser; docs/cli.md is made of its help."""
     parser = CommandParser("rationales", DESCRIPTION, EPILOG)
     parser.add_argument("action", nargs="?", choices=ACTIONS, default="ask", help="see above (default: ask)")
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("posts and output")
     add_posts(what, "JSON Lines file of posts (dynkp convert makes one)", required=False)
     add_image_dir(what)
     what.add_argument("--output", required=True, metavar="FILE", help="JSON Lines file of posts with rationales")
     what.add_argument("--limit", type=positive, metavar="N", help="only the first N posts of the file")
     what.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th post from the I-th on")
-    what.add_argument("--allow-image-urls", action="store_true", help="let images be addresses, which the server fetches")
+    what.add_argument("--allow-image-urls", action="store_true", help="allow images that are URLs, which the server fetches")
 
     add_server_options(parser)
 
@@ -97,7 +99,7 @@ def parser() -> CommandParser:
         "--task",
         choices=TASKS,
         default="dynamic_cot",
-        help="dynamic_cot: why these keyphrases (the default). msc, masc, keyphrases: MulCoT-RD's chains of five fields",
+        help="dynamic_cot: why these keyphrases (the default). msc, masc, keyphrases: MulCoT-RD's response chains",
     )
     prompt.add_argument("--template", metavar="FILE", help="YAML with prompts of your own (docs/teacher.md)")
     add_sampling_options(prompt)
@@ -145,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parsed(parser(), argv)
     log_to_stderr()
     check_inputs(arguments, "posts", "image_dir", kind="file")
-    with resumable(f"the same command goes on with {arguments.output}"):
+    with resumable(f"the same command continues with {arguments.output}"):
         return _ACTIONS[arguments.action](arguments)
 
 

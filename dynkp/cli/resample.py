@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynkp.cli.arguments import CommandParser, check_inputs
+from dynkp.cli.arguments import CommandParser, add_old_spelling, check_inputs
 
 DESCRIPTION = """\
 Make the test set harder: fewer of its keyphrases are known from training, as in the Dynamic CoT paper's MMKP-V2 (section 4.1).
@@ -16,16 +16,16 @@ Make the test set harder: fewer of its keyphrases are known from training, as in
 2. Test posts are dropped, keyphrase by keyphrase in an order that --seed settles, until training knows no more than the
    share --target-overlap of the test set's different keyphrases.
 
-Into --out-dir go train.jsonl, test.jsonl, and last report.json and report.md with the columns of the paper's Table 2 and what
-`dynkp stats` says. Rows keep all their columns and image names; rows without id get one."""
+Writes train.jsonl, test.jsonl, report.json and report.md into --output-dir; the reports have the columns of the paper's Table 2
+and of `dynkp stats`. Rows keep all their columns and image names; rows without id get one."""
 
 EPILOG = """\
 examples:
-  dynkp resample --train train.jsonl --test test.jsonl --target-overlap 0.4492 --out-dir mmkp_v2
+  dynkp resample --train train.jsonl --test test.jsonl --target-overlap 0.4492 --output-dir mmkp_v2
       the overlap of the paper's MMKP-V2; not its posts, as the paper does not say which were dropped
-  dynkp resample --train train_src.txt --test test_src.txt --target-overlap 0 --out-dir unseen
+  dynkp resample --train train_src.txt --test test_src.txt --target-overlap 0 --output-dir unseen
       from CMKP's files; every post left in the test set has new keyphrases only
-  dynkp resample --train train.parquet --test test.parquet --target-overlap 0.5 --out-dir half --output-image-dir half/images
+  dynkp resample --train train.parquet --test test.parquet --target-overlap 0.5 --output-dir half --output-image-dir half/images
       images inside the source become files
 """
 
@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
         "--target-overlap", required=True, type=_share, metavar="SHARE", help="largest share of known keyphrases, from 0 to 1"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order in which posts are dropped (default: 0)")
-    parser.add_argument("--out-dir", required=True, metavar="DIR", help="made if need be; files of these names are replaced")
+    parser.add_argument("--output-dir", metavar="DIR", help="the folder, made if need be; files of these names are replaced")
+    add_old_spelling(parser, "--out-dir", "--output-dir", metavar="DIR")
     parser.add_argument("--output-image-dir", metavar="DIR", help="a folder for images that are inside the source (Parquet)")
     return parser
 
@@ -53,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError, OSError: if the posts cannot be read, or none would be left.
     """
-    arguments = parser().parse_args(argv)
+    command = parser()
+    arguments = command.parse_args(argv)
+    if arguments.output_dir is None:  # argparse's own check would not know the old spelling
+        command.error("the following arguments are required: --output-dir")
     check_inputs(arguments, "train", "test")
     _resample(arguments)
 
@@ -67,10 +71,10 @@ def _resample(arguments: argparse.Namespace) -> None:
     from dynkp.report.tables import markdown_table
 
     sources = {"train": arguments.train, "test": arguments.test}
-    out = Path(arguments.out_dir)
+    out = Path(arguments.output_dir)
     names = [out / name for name in ("train.jsonl", "test.jsonl", "report.md", "report.json")]
     if taken := {name.resolve() for name in names} & {Path(source).resolve() for source in sources.values()}:
-        raise ValueError(f"--out-dir {out}: {min(taken)} would be replaced, and its posts are read: name another folder")
+        raise ValueError(f"--output-dir {out}: {min(taken)} would be replaced, and its posts are read: name another folder")
     new = resample(_posts(arguments.train, "train"), _posts(arguments.test, "test"), arguments.target_overlap, arguments.seed)
     if not new.train:
         raise ValueError(f"no training post would stay: each has a keyphrase that {arguments.test} does not have")

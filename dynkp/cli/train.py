@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from trl import ModelConfig, TrlParser
 
-from dynkp import KeyphraseConfig
+from dynkp import PostConfig
 from dynkp.cli.arguments import OneLineErrors
 from dynkp.cli.errors import Interrupted, RunFailedError, hide_library_bars, log_to_stderr
 from dynkp.data.choices import did_you_mean
@@ -138,7 +138,7 @@ class TrainParser(OneLineErrors, TrlParser):
         yield f"options of the method {self.method}", self._of_method()
         yield "posts", ("train_file", "eval_file", "eval_posts", "image_dir", *_names(DataArguments))
         yield "prediction after the training", _names(PredictionArguments)
-        common = [name for name in KeyphraseConfig.__annotations__ if everything or name != "remove_unused_columns"]
+        common = [name for name in PostConfig.__annotations__ if everything or name != "remove_unused_columns"]
         yield "options of all methods", common
         yield "the small model that is built where none is named", _names(TinyModelArguments)
         if everything:
@@ -147,11 +147,9 @@ class TrainParser(OneLineErrors, TrlParser):
 
     def _of_method(self) -> list[str]:
         """What the method's configurations declare themselves: first what only they have, then what they set otherwise."""
-        ancestors = [
-            cls for cls in self.config_class.__mro__ if issubclass(cls, KeyphraseConfig) and cls is not KeyphraseConfig
-        ]
+        ancestors = [cls for cls in self.config_class.__mro__ if issubclass(cls, PostConfig) and cls is not PostConfig]
         declared = [name for cls in ancestors for name in inspect.get_annotations(cls) if not name.startswith("_")]
-        return sorted(declared, key=lambda name: name in KeyphraseConfig.__dataclass_fields__)
+        return sorted(declared, key=lambda name: name in PostConfig.__dataclass_fields__)
 
     def read(self, argv: Sequence[str], config: Mapping[str, Any], source: str = "") -> TrainingOptions:
         """Read the options.
@@ -333,7 +331,7 @@ def how_to_continue(argv: Sequence[str], output_dir: str) -> str:
         argv: the arguments of the run.
         output_dir: where its checkpoints are.
     """
-    from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+    from dynkp.trainer.durable_checkpoints import last_complete_checkpoint
 
     try:
         checkpoint = last_complete_checkpoint(output_dir)

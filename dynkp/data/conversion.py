@@ -14,6 +14,7 @@ Guarantees:
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS, READ_COLUMNS, Norm
 from dynkp.data.sources import read_rows, store_image
 from dynkp.data.tasks import TASKS
 from dynkp.files.atomic import atomic_files, atomic_folder
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_FORMATS = ("jsonl", "parquet", "llava", "cmkp")
 JOIN_FORMAT = "{text}\n{column}: {value}"
@@ -193,8 +196,14 @@ def convert_posts(
         else:
             writer = stack.enter_context({"jsonl": _jsonl, "llava": _llava, "cmkp": _cmkp}[output_format](Path(output)))
         met: set[str] = set()
+        without_content = 0
+        first_seen: dict[int, int] = {}
+        repeated: list[str] = []
         for index, (post, findings) in enumerate(tqdm(posts(), unit="post", disable=not progress)):
             met.update(post)
+            if first_seen.setdefault(hash(post["id"]), index) != index:
+                repeated.append(post["id"])
+            without_content += not any(post.get(name) for name in ("text", "keyphrases", "images", "prompt"))
             try:
                 if findings:
                     raise _Unwritable(f"{findings[0]['code']}: {findings[0]['message']}")
@@ -217,6 +226,13 @@ def convert_posts(
             report.not_written.update(lost)
         if not report.posts:
             raise ValueError(f"no post could be written: {report.summary()}" if report.skipped else "there are no posts")
+        if without_content == index + 1 and not join and (unread := ", ".join(sorted(met - {*IDENTITY, *CONTENT}))):
+            raise ValueError(
+                f"no post has a text, keyphrases or an image. These are read from the columns 'text', 'keyphrases' and "
+                f"'images'; not read: {unread}"
+            )
+        if repeated:
+            logger.warning("%d posts have the id of an earlier post, first %r", len(repeated), repeated[0])
         if missing := [name for name in join if name not in met]:
             raise ValueError(f"join={missing[0]!r}: no post has this column; the columns are {', '.join(sorted(met))}")
     return report

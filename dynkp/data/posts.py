@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +20,19 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 
-from dynkp.data.images import ImageError, check_image, open_image
-from dynkp.data.rows import CONTENT, CONVERSATION, IDENTITY, LOAD_FINDINGS, Posts, fold_keyphrase, normalise_posts
+from dynkp.data.images import ImageError, open_image
+from dynkp.data.images import check_images as find_image_errors
+from dynkp.data.rows import (
+    CONTENT,
+    CONVERSATION,
+    IDENTITY,
+    IMAGE_CODES,
+    LOAD_FINDINGS,
+    Posts,
+    fold_keyphrase,
+    normalise_posts,
+)
+from dynkp.data.sources import load_posts
 from dynkp.data.tasks import keyphrase_problem
 from dynkp.files.json_lines import json_line, write_json_lines
 
@@ -30,6 +41,7 @@ __all__ = [
     "ImageError",
     "InvalidPostsError",
     "PostReport",
+    "load_valid_posts",
     "normalise_posts",
     "open_image",
     "validate_posts",
@@ -37,6 +49,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "Correct them, or drop them with on_invalid='skip' (report_file= then lists every one)."
 _READ = {*IDENTITY, *CONTENT, *CONVERSATION, LOAD_FINDINGS}
 
 
@@ -121,12 +134,13 @@ class InvalidPostsError(ValueError):
         self.report = report
 
     @classmethod
-    def of(cls, report: PostReport, columns: Iterable[str] = ()) -> InvalidPostsError:
+    def of(cls, report: PostReport, columns: Iterable[str] = (), remedy: str = _REMEDY) -> InvalidPostsError:
         """Build the error from a report.
 
         Args:
             report: a report with findings.
             columns: names of the posts' columns. If no post has keyphrases, the message lists those that were not read.
+            remedy: the last sentence of the message.
         """
         shown = [f"  post {finding.id!r}: {finding.code}: {finding.message}" for finding in report.findings[:10]]
         if len(report.findings) > len(shown):
@@ -136,8 +150,7 @@ class InvalidPostsError(ValueError):
             shown.append(f"Keyphrases are read from the column 'keyphrases'; not read: {', '.join(sorted(unread))}.")
         invalid = len({finding.index for finding in report.findings})
         return cls(
-            f"{invalid} invalid posts. Read: {report.summary()}\n" + "\n".join(shown) + "\n"
-            "Correct them, or drop them with on_invalid='skip' (report_file= then lists every one).",
+            f"{invalid} invalid posts. Read: {report.summary()}\n" + "\n".join(shown) + f"\n{remedy}",
             report,
         )
 
@@ -145,8 +158,9 @@ class InvalidPostsError(ValueError):
 class _Validator:
     """Checks one post after another, in order."""
 
-    def __init__(self, separator: str, need_keyphrases: bool, unique_ids: bool) -> None:
+    def __init__(self, separator: str, need_keyphrases: bool, unique_ids: bool, use_images: bool) -> None:
         self.separator = separator
+        self.use_images = use_images
         self.need_keyphrases = need_keyphrases
         self.unique_ids = unique_ids
         self.report = PostReport()
@@ -155,7 +169,11 @@ class _Validator:
     def __call__(self, post: Mapping[str, Any], index: int, broken: Iterable[ImageError]) -> list[Finding]:
         """Count a post, and return its findings; `broken` are the errors of its images."""
         report = self.report
-        found = [(item["code"], item["message"]) for item in post.get(LOAD_FINDINGS) or ()]
+        found = [
+            (item["code"], item["message"])
+            for item in post.get(LOAD_FINDINGS) or ()
+            if self.use_images or item["code"] not in IMAGE_CODES
+        ]
         found += [(error.code, str(error)) for error in broken]
         first = self.first_seen.setdefault(hash(post["id"]), index)
         if self.unique_ids and first != index:
@@ -206,6 +224,9 @@ def validate_posts(
     image_dir: str | Path | None = None,
     need_keyphrases: bool = True,
     unique_ids: bool = True,
+    use_images: bool = True,
+    refuses: Callable[[tuple[int, int]], str | None] | None = None,
+    remedy: str = _REMEDY,
     progress: bool = True,
 ) -> tuple[Posts, PostReport]:
     """Validate posts before training, and report every finding with the id of its post.
@@ -219,10 +240,14 @@ def validate_posts(
         on_invalid: `"error"`, or `"skip"`: drop invalid posts and log their number.
         report_file: a JSON Lines file for all findings; replaced if it exists.
         check_images: whether to decode the images, in several threads. Image names are always checked.
+        use_images: whether images will be used; otherwise a post is not invalid because of its images.
+        refuses: returns why the model's processor refuses images of a size (width, height) in pixels, or None if it takes
+            them (`dynkp.batches.image_sizes.SizeCheck`). Used with `check_images` only.
         image_dir: as in `load_posts`.
         need_keyphrases: whether a post without keyphrases (or a row with an empty completion) is invalid: True for
             training and scoring, False for prediction.
         unique_ids: whether repeated ids are invalid. False for a mixture (`mix_posts`), which repeats posts.
+        remedy: the last sentence of the error's message.
         progress: whether to show a progress bar.
 
     Returns:
@@ -241,31 +266,33 @@ def validate_posts(
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid={on_invalid!r} is not known: use 'error' or 'skip'")
     posts = normalise_posts(posts, image_dir=image_dir)
-    validator = _Validator(separator, need_keyphrases, unique_ids)
+    validator = _Validator(separator, need_keyphrases, unique_ids, use_images)
+    check_images = check_images and use_images
     report = validator.report
     if isinstance(posts, IterableDataset):
         if report_file is not None:
             write_json_lines(report_file, ())
-        check = _StreamCheck(validator, on_invalid, report_file, check_images)
+        check = _StreamCheck(validator, on_invalid, report_file, check_images, refuses)
         checked = posts.filter(check, with_indices=True)
-        return checked.remove_columns(LOAD_FINDINGS), report
+        return checked.remove_columns(LOAD_FINDINGS) if use_images else checked, report
 
-    valid = _check_all(posts, validator, check_images, progress)
+    valid = _check_all(posts, validator, check_images, refuses, progress)
     report.dropped = report.total - len(valid)
     if report_file is not None:
         report.write_jsonl(report_file)
     if report.dropped and (on_invalid == "error" or not valid):
-        raise InvalidPostsError.of(report, posts.column_names)
+        raise InvalidPostsError.of(report, posts.column_names, remedy)
     if report.dropped:
         where = f"; they are listed in {report_file}" if report_file is not None else ""
         logger.warning("%d of %s%s. Dropped.", report.dropped, report.summary(), where)
         posts = posts.select(valid)
-    if LOAD_FINDINGS in posts.column_names:
+    # Findings about images stay for a later validation, by a reader that uses them.
+    if LOAD_FINDINGS in posts.column_names and use_images:
         posts = posts.remove_columns(LOAD_FINDINGS)
     return posts, report
 
 
-def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progress: bool) -> list[int]:
+def _check_all(posts: Dataset, validator: _Validator, check_images: bool, refuses: Any, progress: bool) -> list[int]:
     """Return the indices of the valid posts."""
     columns = [*IDENTITY, *CONTENT, *CONVERSATION, LOAD_FINDINGS]
     posts = posts.select_columns([name for name in columns if name in posts.column_names])
@@ -278,10 +305,12 @@ def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progre
         for batch in posts.iter(batch_size=256):
             rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
             # Pillow releases the interpreter lock while it reads and decodes.
-            checks = [[pool.submit(check_image, image) for image in row["images"] if check_images] for row in rows]
+            checks = [
+                pool.submit(find_image_errors, row["images"], refuses) if check_images and row["images"] else None
+                for row in rows
+            ]
             for row, pending in zip(rows, checks, strict=True):
-                broken = [error for check in pending if (error := check.result()) is not None]
-                if not validator(row, index, broken):
+                if not validator(row, index, [] if pending is None else pending.result()):
                     valid.append(index)
                 index += 1
             bar.update(len(rows))
@@ -291,11 +320,19 @@ def _check_all(posts: Dataset, validator: _Validator, check_images: bool, progre
 class _StreamCheck:
     """Decides whether a post is valid; the function for a stream's `filter`."""
 
-    def __init__(self, validator: _Validator, on_invalid: str, report_file: str | Path | None, check_images: bool) -> None:
+    def __init__(
+        self,
+        validator: _Validator,
+        on_invalid: str,
+        report_file: str | Path | None,
+        check_images: bool,
+        refuses: Callable[[tuple[int, int]], str | None] | None,
+    ) -> None:
         self.validator = validator
         self.on_invalid = on_invalid
         self.report_file = report_file
         self.check_images = check_images
+        self.refuses = refuses
         self.written: set[Finding] = set()
 
     def __call__(self, post: Mapping[str, Any], index: int) -> bool:
@@ -303,8 +340,7 @@ class _StreamCheck:
         if index == 0:  # a new pass, with the same ids
             self.validator.first_seen.clear()
             vars(report).update(vars(PostReport()))
-        images = post["images"] if self.check_images else []
-        broken = [error for image in images if (error := check_image(image)) is not None]
+        broken = find_image_errors(post["images"], self.refuses) if self.check_images else []
         findings = self.validator(post, index, broken)
         if not findings:
             return True
@@ -318,3 +354,57 @@ class _StreamCheck:
             logger.warning("dropping invalid posts of the stream, first %r: %s", post["id"], findings[0].message)
         report.dropped += 1
         return False
+
+
+def load_valid_posts(source: str, *, split: str = "train", image_dir: str | Path | None = None) -> Posts:
+    """Load posts whose content is read without training, as for scoring and statistics, and check it as training does.
+
+    Args:
+        source: as in `load_posts`.
+        split: as in `load_posts`.
+        image_dir: the folder that image names are relative to; the images are then checked. Without it they are not.
+
+    Returns:
+        All posts of the source. Repeated ids are logged.
+
+    Raises:
+        FileNotFoundError: as in `load_posts`.
+        InvalidPostsError: as in `validate_posts`, if a post is invalid.
+        ValueError: if there are no posts, or none of them has keyphrases.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "posts.jsonl")
+        >>> _ = file.write_text(json.dumps({"id": "1", "text": "my dog", "keyphrases": ["beagles"]}))
+        >>> load_valid_posts(str(file))["keyphrases"][:]
+        [['beagles']]
+    """
+    # Without a folder of images, names alone count, so any folder will do to look them up in.
+    beside = Path(source).parent if Path(source).is_file() else None
+    posts = load_posts(source, split=split, image_dir=beside if image_dir is None else image_dir)
+    columns = posts.column_names or []
+    if "keyphrases" not in columns:
+        raise ValueError(f"{source}: the posts have no column 'keyphrases'; the columns are {', '.join(columns)}")
+    try:
+        posts, report = validate_posts(
+            posts,
+            need_keyphrases=False,
+            unique_ids=False,
+            use_images=image_dir is not None,
+            remedy="Correct them.",
+            progress=False,
+        )
+    except InvalidPostsError as error:
+        raise InvalidPostsError(f"{source}: {error}", error.report) from error
+    if not report.total:
+        raise ValueError(f"{source}: there are no posts in it")
+    if report.without_keyphrases == report.total:
+        unread = ", ".join(sorted(set(columns) - _READ)) or "none"
+        raise ValueError(
+            f"{source}: none of the {report.total:,} posts has keyphrases. They are read from the column 'keyphrases'; not "
+            f"read: {unread}."
+        )
+    ids = Counter(posts["id"][:])
+    if repeated := [name for name, times in ids.items() if times > 1]:
+        logger.warning("%s: %d ids are of several posts, first %r", source, len(repeated), repeated[0])
+    return posts

@@ -25,6 +25,7 @@ import io
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Json, List, Valu
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from dynkp.data.images import MAX_IMAGE_PIXELS, ImageError, locate_image
+from dynkp.data.images import MAX_IMAGE_PIXELS, ImageError, locate_image, to_rgb
 from dynkp.data.tasks import TASKS
 from dynkp.mmkp_f1.answers import canonical_text, normalise_phrase
 
@@ -53,6 +54,17 @@ CONVERSATION = ("prompt", "completion", "reasoning_completion")
 # Findings of normalisation, kept for `validate_posts`, which removes the column.
 LOAD_FINDINGS = "load_findings"
 _FINDINGS_TYPE = List({"code": Value("string"), "message": Value("string")})
+# Codes of findings about an image, which do not matter where images are not used.
+IMAGE_CODES = frozenset(
+    ("no_image_dir", "unread_image", "missing_file", "unreadable_image", "decompression_bomb", "path_outside", "external_url")
+    + ("unprocessable_image",)
+)
+# Names of columns in which other data sets have images; they are not read, and a post with one of them and no image in
+# `images` has a finding.
+_OTHER_IMAGE_COLUMN = re.compile(
+    r"(?:(?:image|img|picture|pic|photo)s?(?:_?(?:path|file|file_?name|name|dir|bytes|base64|b64|url|uri)s?)?|file_?names?)",
+    re.IGNORECASE,
+)
 # Columns that normalisation replaces; others are kept.
 READ_COLUMNS = {*IDENTITY, *CONTENT, "image", "conversations", LOAD_FINDINGS}
 # Number of rows from which the columns of a stream without declared types are inferred.
@@ -84,10 +96,14 @@ class Normaliser:
         local: whether the data was written on this machine: a downloaded dataset cannot name files of this machine.
         stream: whether the rows are read as a stream: the first ignored image name is then logged at once.
         keep_names: whether image names are kept as they are, whatever they refer to.
+        typed: columns of the type `datasets.Image` or a list of it: without `image_dir`, their names are relative to the
+            working folder, as `datasets` reads them.
 
     Attributes:
+        other_image_columns: columns that are not read although they seem to have images.
         features: types of the columns that a normalised row has.
-        ignored: number of relative image names that were ignored because there is no image folder.
+        ignored: number of relative image names that were ignored because there is no image folder. Each is a finding
+            `no_image_dir` of its post too.
 
     Raises:
         FileNotFoundError: if `image_dir` is not a folder.
@@ -102,8 +118,13 @@ class Normaliser:
         local: bool = True,
         stream: bool = False,
         keep_names: bool = False,
+        typed: Iterable[str] = (),
     ) -> None:
         self.columns = set(columns)
+        self.typed = frozenset(typed)
+        self.other_image_columns = sorted(
+            name for name in self.columns - {"image", "images"} if _OTHER_IMAGE_COLUMN.fullmatch(name) or name in self.typed
+        )
         self.stem = stem
         self.root = None if image_dir is None else os.path.realpath(image_dir)
         if self.root is not None and not os.path.isdir(self.root):
@@ -163,45 +184,84 @@ class Normaliser:
         posts = [self(row, f"{self.stem}-{index}") for row, index in zip(rows, indices, strict=True)]
         return {name: [post[name] for post in posts] for name in self.features}
 
+    def columns_to_read(self, columns: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return the columns that `batch` reads, and those of them that the columns of `features` replace.
+
+        Args:
+            columns: names of the dataset's columns.
+        """
+        replaced = [name for name in columns if name in READ_COLUMNS]
+        return [*replaced, *self.other_image_columns], replaced
+
     def _images(self, row: Mapping[str, Any], report: Any) -> list[dict[str, Any]]:
-        given = [value for name in ("images", "image") if not _absent(value := row.get(name))]
+        given = [(name, value) for name in ("images", "image") if not _absent(value := row.get(name))]
         if len(given) > 1:
             report("wrong_type", "the post has both 'image' and 'images': give one of them")
+        if not given:
+            self._report_other_columns(row, report)
+            return []
+        column, values = given[0]
+        if isinstance(values, np.ndarray) and values.dtype == object:
+            values = values.tolist()
         images = []
-        for value in given[0] if given and isinstance(given[0], list | tuple) else given[:1]:
+        for value in values if isinstance(values, list | tuple) else [values]:
             try:
-                image = self._image(value)
+                images.append(self._image(value, column in self.typed))
             except ImageError as error:
                 report(error.code, str(error))
-            else:
-                if image is not None:
-                    images.append(image)
         return images
 
-    def _image(self, value: Any) -> dict[str, Any] | None:
+    def _report_other_columns(self, row: Mapping[str, Any], report: Any) -> None:
+        """Report a post that has no image in `images`, but a value in another column of images."""
+        if self.keep_names or any(item["code"] in IMAGE_CODES for item in row.get(LOAD_FINDINGS) or ()):
+            return
+        for name in self.other_image_columns:
+            if _names_image(value := row.get(name)):
+                report(
+                    "unread_image",
+                    f"the post's image is in the column {name!r} ({value!r:.80}), which is not read: rename the column to "
+                    "'images'",
+                )
+                return
+
+    def _image(self, value: Any, typed: bool = False) -> dict[str, Any]:
         if isinstance(value, bytes | bytearray):
             return {"bytes": bytes(value), "path": None}
         if isinstance(value, PILImage.Image):
             return {"bytes": _encode(value), "path": None}
-        if isinstance(value, Mapping) and value.get("bytes") is not None:
-            return {"bytes": value["bytes"], "path": value.get("path")}
+        if isinstance(value, Mapping) and (data := value.get("bytes")) is not None:
+            if not isinstance(data, bytes | bytearray):
+                raise ImageError(f"the 'bytes' of an image must be bytes, got {type(data).__name__}", "wrong_type")
+            return {"bytes": bytes(data), "path": value.get("path")}
         name = value.get("path") if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and name is None and isinstance(url := value.get("url"), str):
+            raise ImageError(
+                f"image {url!r:.120} is a URL, and images are never fetched: download it and name the file", "external_url"
+            )
         if not isinstance(name, str | Path) or not str(name):
-            raise ImageError(f"an image must be a file name, bytes or a PIL image, got {name!r:.80}", "wrong_type")
+            raise ImageError(f"an image must be a file name, bytes or a PIL image, got {value!r:.80}", "wrong_type")
         if self.keep_names:
             return {"bytes": None, "path": str(name)}
+        if isinstance(name, str) and name.lstrip()[:1] in ("[", "{") and name.rstrip()[-1:] in ("]", "}"):
+            raise ImageError(f"images must be a list, got a string of JSON {name!r:.80}: parse it", "wrong_type")
         if not self.local and isinstance(value, str) and os.path.isabs(value):
             raise ImageError(f"image {value!r:.120}, from a downloaded dataset, names a local file", "path_outside")
         path = locate_image(str(name), self.root)
+        if path is None and typed and self.local:
+            path = os.path.abspath(str(name))  # as `datasets` opens it
         if path is None:
             self.ignored += 1
             if self.stream and self.ignored == 1:
                 logger.warning(
-                    "the stream's posts have relative image names (%r), but there is no image folder: they are used without "
-                    "image. To use the images, pass image_dir=.",
+                    "the stream's posts have relative image names (%r), but there is no image folder. To use the images, pass "
+                    "image_dir=.",
                     str(name),
                 )
-            return None
+            raise ImageError(
+                f"image {str(name)!r:.120} is relative to an image folder, and none is given: pass image_dir= (--image-dir), "
+                "or use the text alone (--modality text)",
+                "no_image_dir",
+            )
         return {"bytes": None, "path": path}
 
     def announce_ignored(self, posts: int) -> None:
@@ -212,8 +272,7 @@ class Normaliser:
         """
         if self.ignored:
             logger.warning(
-                "%d relative image names in %d posts, but there is no image folder: they are used without image. To use the "
-                "images, pass image_dir=.",
+                "%d relative image names in %d posts, but there is no image folder. To use the images, pass image_dir=.",
                 self.ignored,
                 posts,
             )
@@ -222,8 +281,24 @@ class Normaliser:
 def _absent(value: Any) -> bool:
     """Return whether a value is no image: null, an empty name, an empty list, or Arrow's struct of nulls."""
     if isinstance(value, Mapping):
-        return value.get("bytes") is None and value.get("path") is None
+        return all(item is None for item in value.values())
     return value is None or (isinstance(value, str | bytes | list | tuple) and not value)
+
+
+def _names_image(value: Any) -> bool:
+    """Return whether a value of another column may be an image, or the name of one."""
+    if isinstance(value, list | tuple):
+        return any(map(_names_image, value))
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, bytes | Mapping | PILImage.Image) and not _absent(value)
+
+
+def _typed_columns(features: Features) -> list[str]:
+    """Return the columns whose values `datasets` opens as images."""
+    return [
+        name for name, kind in features.items() if isinstance(kind, Image) or isinstance(getattr(kind, "feature", None), Image)
+    ]
 
 
 def _post_id(value: Any, report: Any) -> str | None:
@@ -283,7 +358,7 @@ def _encode(image: PILImage.Image) -> bytes:
         raise ImageError(f"an image of {image.width} x {image.height} pixels is refused", "decompression_bomb")
     data = io.BytesIO()
     try:
-        ImageOps.exif_transpose(image).convert("RGB").save(data, "PNG", compress_level=1)
+        to_rgb(ImageOps.exif_transpose(image)).save(data, "PNG", compress_level=1)
     except Exception as error:  # as for files: decoders raise nearly anything
         raise ImageError(f"an image cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
     return data.getvalue()
@@ -309,8 +384,8 @@ def normalise_posts(posts: Any, *, image_dir: str | Path | None = None, stem: st
 
     Args:
         posts: a `Dataset`, an `IterableDataset` (stays a stream), or an iterable of dicts.
-        image_dir: the folder that image names are relative to. Without it, posts with a relative image name count as
-            posts without image; this is announced once.
+        image_dir: the folder that image names are relative to. Without it, a relative image name is a finding of its post,
+            except in columns of the type `datasets.Image`, where it is relative to the working folder.
         stem: posts without id become `<stem>-<row>`.
         local: whether the data was written on this machine: a downloaded dataset cannot name files of this machine.
 
@@ -423,12 +498,38 @@ def undecoded(posts: Any, features: Features) -> Any:
         posts: a `Dataset` or an `IterableDataset`.
         features: the types of its columns.
     """
-    for name in {"image", "images"} & set(features):
+    for name in _typed_columns(features):
         if isinstance(features[name], Image):
             posts = posts.cast_column(name, Image(decode=False))
         elif isinstance(getattr(features[name], "feature", None), Image):
             posts = posts.cast_column(name, List(Image(decode=False)))
     return posts
+
+
+def without_images(posts: Any) -> Any:
+    """Return posts as posts of text only: without images, other columns of images, and findings about images.
+
+    Args:
+        posts: posts as `load_posts` returns them.
+
+    Returns:
+        The posts; a stream stays a stream.
+
+    Example:
+        >>> without_images(normalise_posts([{"id": "1", "text": "my dog", "image": b"..."}])).column_names
+        ['id', 'text', 'keyphrases', 'rationale']
+    """
+    columns = posts.column_names or ()
+    kinds = posts.features or {}
+    typed = _typed_columns(kinds) if kinds else []
+    removed = [name for name in columns if name in ("image", "images", *typed) or _OTHER_IMAGE_COLUMN.fullmatch(name)]
+    if LOAD_FINDINGS in columns:
+        posts = posts.map(_without_image_findings, input_columns=[LOAD_FINDINGS])
+    return posts.remove_columns(removed)
+
+
+def _without_image_findings(findings: list[dict[str, str]]) -> dict[str, Any]:
+    return {LOAD_FINDINGS: [item for item in findings if item["code"] not in IMAGE_CODES]}
 
 
 def _carried(features: Features) -> Features:
@@ -437,20 +538,20 @@ def _carried(features: Features) -> Features:
 
 
 def _normalise_dataset(posts: Dataset, options: Mapping[str, Any]) -> Dataset:
-    normaliser = Normaliser(posts.column_names, **options)
+    normaliser = Normaliser(posts.column_names, typed=_typed_columns(posts.features), **options)
     posts = posts.with_format(None)
     if _is_normal(posts, normaliser):
         return posts
     posts = undecoded(posts, posts.features)
     features = Features({**normaliser.features, **_carried(posts.features)})
-    read = [name for name in posts.column_names if name in READ_COLUMNS]
+    columns, replaced = normaliser.columns_to_read(posts.column_names)
     normal = posts.map(
         normaliser.batch,
         batched=True,
         batch_size=256,
         with_indices=True,
-        fn_kwargs={"columns": read},
-        remove_columns=read,
+        fn_kwargs={"columns": columns},
+        remove_columns=replaced,
         features=features,
         # The cache key has the data but not the version of this code, and a cached pass would log no warning.
         load_from_cache_file=False,
@@ -469,6 +570,9 @@ def _is_normal(posts: Dataset, normaliser: Normaliser) -> bool:
     if any(features.get(name) != kind for name, kind in expected.items()):
         return False
     table = posts.data  # more rows than `posts` if it is a selection, which does no harm
+    if normaliser.other_image_columns and LOAD_FINDINGS not in features:
+        if not pc.all(pc.greater(pc.list_value_length(table.column("images")), 0)).as_py():
+            return False
     if any(table.column(name).null_count for name in expected if name != "rationale"):
         return False
     if "" in pc.unique(table.column("id")).to_pylist():
@@ -504,7 +608,8 @@ def _normalise_stream(posts: IterableDataset, options: Mapping[str, Any]) -> Ite
         normaliser, extra = row_types(rows, options)
     else:
         columns = list(posts.features)
-        normaliser, extra = Normaliser(columns, **options), _carried(posts.features)
+        normaliser = Normaliser(columns, typed=_typed_columns(posts.features), **options)
+        extra = _carried(posts.features)
         posts = undecoded(posts, posts.features)
     if "id" not in columns and posts.num_shards > 1:
         logger.warning(
@@ -512,13 +617,13 @@ def _normalise_stream(posts: IterableDataset, options: Mapping[str, Any]) -> Ite
             "Give the posts ids.",
             posts.num_shards,
         )
-    read = [name for name in columns if name in READ_COLUMNS]
+    read, replaced = normaliser.columns_to_read(columns)
     return posts.map(
         normaliser.batch,
         batched=True,
         batch_size=16,  # few, so that the first batch of training does not wait for many images
         with_indices=True,
         fn_kwargs={"columns": read},
-        remove_columns=read,
+        remove_columns=replaced,
         features=Features({**normaliser.features, **extra}),
     )

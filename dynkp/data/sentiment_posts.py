@@ -135,6 +135,7 @@ def load_sentiment_posts(
     on_invalid: str = "error",
     report_file: str | Path | None = None,
     check_images: bool = True,
+    use_images: bool = True,
     progress: bool = True,
     **options: Any,
 ) -> tuple[Dataset, PostReport]:
@@ -146,6 +147,7 @@ def load_sentiment_posts(
         on_invalid: as in `validate_posts`.
         report_file: as in `validate_posts`.
         check_images: as in `validate_posts`.
+        use_images: as in `validate_posts`.
         progress: as in `validate_posts`.
         **options: as in `read_sentiment_posts`.
 
@@ -169,6 +171,7 @@ def load_sentiment_posts(
         on_invalid=on_invalid,
         report_file=report_file,
         check_images=check_images,
+        use_images=use_images,
         progress=progress,
     )
     posts = posts.remove_columns([name for name in ("keyphrases",) if not any(posts[name])])

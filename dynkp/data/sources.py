@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, zip_longest
@@ -41,7 +42,7 @@ from dynkp.data.rows import (
 )
 from dynkp.files.atomic import write_bytes
 from dynkp.files.json_files import parse_json
-from dynkp.files.json_lines import write_json_lines
+from dynkp.files.json_lines import json_line, write_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ FORMATS = ("auto", "json", "cmkp", "masc", "parquet", "saved", "hub")
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "cmkp", ".parquet": "parquet"}
 # The formats that `datasets` reads.
 _DATASETS = ("parquet", "saved", "hub")
+_NOT_BLANK = re.compile(r"\S")
+# A row with one of these is a post; one without may be an object around the posts.
+_POST_COLUMNS = {"id", "text", "keyphrases", "images", "image", "rationale", "conversations", "prompt", "aspect"}
 # Number of rows from which the columns of a streamed file are inferred.
 _PROBE = 1000
 
@@ -75,8 +79,9 @@ def load_posts(
               `datasets.load_dataset` reads;
             - a Hub id;
             - a `Dataset`, an `IterableDataset`, or a list of dicts.
-        image_dir: the folder that image names are relative to. Without it, posts with a relative image name count as
-            posts without image; this is logged once.
+        image_dir: the folder that image names are relative to. Without it, a relative image name is a finding of its post,
+            which `validate_posts` reports unless images are not used; columns of the type `datasets.Image` are opened as
+            `datasets` does, relative to the working folder.
         split: the split of a folder or Hub dataset. A file has one split, whatever its name.
         streaming: whether to return an `IterableDataset` that reads the source during iteration.
         format: one of `FORMATS`, if it cannot be recognised from the source.
@@ -160,7 +165,7 @@ def load_masc_posts(path: str | Path, image_dir: str | Path | None = None, *, ra
 
     Args:
         path: the JSON Lines file.
-        image_dir: the folder of the images; without it no post has an image.
+        image_dir: the folder of the images; without it each image's name is a finding (see `load_posts`).
         rationales: `"first"` takes the response chain of the post's first aspect; `"joined"` takes all of them, with an
             empty line between two (up to several thousand tokens).
 
@@ -186,17 +191,28 @@ def write_posts_jsonl(posts: Posts, path: str | Path, *, image_dir: str | Path |
             are copied into it and named by their checksums. Required if a post has an image.
 
     Raises:
-        ValueError: naming the post, if it has an image and there is no `image_dir`.
+        ValueError: naming the post, if it has an image and there is no `image_dir`, if an image is missing, or if a value
+            cannot be written as JSON (NaN cannot). The file is then left as it was.
     """
     root = None if image_dir is None else os.path.realpath(image_dir)
     plain = posts.with_format(None) if isinstance(posts, Dataset) else posts
     write_json_lines(path, (_stored_row(post, root) for post in plain), allow_nan=False)
 
 
+def _check_writable(row: Mapping[str, Any], post_id: str) -> None:
+    """Raise an error that names the post, and the column, if a row cannot be written as JSON."""
+    for column, value in row.items():
+        try:
+            json_line(value, allow_nan=False).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"post {post_id!r} cannot be written: its column {column!r} is not JSON ({error})") from error
+
+
 def _stored_row(post: Mapping[str, Any], root: str | None) -> dict[str, Any]:
     """Return a post as a row of a JSON Lines file, after copying its images into the image folder."""
     row = {key: value for key, value in post.items() if key not in ("images", LOAD_FINDINGS)}
-    return row | {"images": [_stored(image, root, post["id"]) for image in post["images"]]}
+    _check_writable(row, post["id"])
+    return row | {"images": [_stored(image, root, post["id"]) for image in post.get("images") or []]}
 
 
 def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
@@ -207,7 +223,10 @@ def _stored(image: Mapping[str, Any], root: str | None, post_id: str) -> str:
     if data is None:
         if os.path.commonpath([root, os.path.realpath(path)]) == root:
             return os.path.relpath(os.path.realpath(path), root)
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"post {post_id!r} cannot be written: its image {path!r} cannot be read ({error})") from error
     return store_image(data, root)
 
 
@@ -277,6 +296,8 @@ def _load_dataset(files: list[str], format: str, split: str, streaming: bool, **
         if format == "parquet":
             more = {"data_files": {split.partition("[")[0]: files}}
         posts = load_dataset(path, split=split, streaming=streaming, **more)
+        if LOAD_FINDINGS in (posts.column_names or ()):  # a column of this package, not of a file
+            posts = posts.remove_columns(LOAD_FINDINGS)
         # pyarrow reads ahead of the consumer without limit: if a training step is slower than the disk, a whole file is in
         # memory, at several times its size. By row groups, one group is. Not over a network, where each group would be a
         # request, nor for posts without ids, which are numbered file by file.
@@ -351,7 +372,9 @@ def _read(files: Iterable[str], format: str) -> Iterator[tuple[str, dict[str, An
         elif format == "masc":
             yield from _masc_posts(_read_json(path), "first")
         else:
-            yield from _read_json(path)
+            for fallback_id, row in _read_json(path):
+                row.pop(LOAD_FINDINGS, None)  # a column of this package, not of a file
+                yield fallback_id, row
 
 
 def read_lines(path: str) -> Iterator[tuple[str, str]]:
@@ -384,11 +407,50 @@ def _read_json(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if index == 0 and line.lstrip().startswith("["):
             yield from enumerate_ids(_read_array(path), stem)
             return
-        row = parse_json(line, where)
+        try:
+            row = parse_json(line, where)
+        except ValueError:
+            if index or (rows := _read_spread_rows(path)) is None:
+                raise
+            yield from enumerate_ids(rows, stem)
+            return
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a row must be a JSON object, got {line:.80}")
+        if index == 0:
+            _refuse_wrapped_rows(row, where)
         yield f"{stem}-{index}", row
         index += 1
+
+
+def _read_spread_rows(path: str) -> list[dict[str, Any]] | None:
+    """Read JSON objects that are each spread over several lines; None if the file has anything else."""
+    text = "\n".join(line for _, line in read_lines(path)).rstrip()
+    rows: list[dict[str, Any]] = []
+    decoder, position = json.JSONDecoder(), 0
+    try:
+        while position < len(text):
+            position = _NOT_BLANK.search(text, position).start()  # type: ignore[union-attr]
+            row, position = decoder.raw_decode(text, position)
+            if not isinstance(row, dict):
+                return None
+            rows.append(row)
+    except (ValueError, RecursionError):
+        return None
+    if len(rows) == 1:
+        _refuse_wrapped_rows(rows[0], path)
+    return rows
+
+
+def _refuse_wrapped_rows(row: Mapping[str, Any], where: str) -> None:
+    """Raise an error for `{"data": [rows]}`: an object that is no post, and has posts inside."""
+    if _POST_COLUMNS & row.keys():
+        return
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            raise ValueError(
+                f"{where}: an object with {len(value):,} rows under {name!r}, not a post: write the rows themselves, as an "
+                "array or one per line"
+            )
 
 
 def _read_array(path: str) -> list[dict[str, Any]]:

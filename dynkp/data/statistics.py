@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynkp.data.posts import load_valid_posts
 from dynkp.data.rows import fold_keyphrase
-from dynkp.data.sources import load_posts
 from dynkp.mmkp_f1.answers import normalise_phrase
 from dynkp.mmkp_f1.scoring import stem_phrase
 
@@ -106,28 +106,56 @@ def load_keyphrases(source: str, split: str = "train") -> list[str]:
     """Load the distinct keyphrases of a training set.
 
     Args:
-        source: a text file with one keyphrase per line (`.txt`, except CMKP's `*_src.txt`), or posts in any format that
-            `load_posts` reads.
+        source: a text file with one keyphrase per line, or CMKP's `k1;k2` (`.txt`, except CMKP's `*_src.txt`), or posts in
+            any format that `load_posts` reads.
         split: the split of a folder or Hub dataset.
 
     Returns:
-        The keyphrases, in the order of their first occurrences.
+        The keyphrases, without "#" around them, in the order of their first occurrences.
 
     Raises:
-        ValueError: if there is no keyphrase, or a text file is not UTF-8.
+        InvalidPostsError: as in `load_valid_posts`.
+        ValueError: if there is no keyphrase, or a text file is not UTF-8 or is not a list of keyphrases.
     """
     if lists_keyphrases(source):
         try:
             lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{source}: not UTF-8 ({error.reason}): convert the file") from error
-        phrases = [phrase for line in lines if (phrase := normalise_phrase(line))]
+        if any("<sep>" in line for line in lines):
+            raise ValueError(f"{source}: lines with '<sep>' are CMKP's posts, not keyphrases: name the file X_src.txt")
+        # No keyphrase has ";": these are CMKP's lines of one post each (X_trg.txt).
+        phrases = [phrase for line in lines for piece in line.split(";") if (phrase := normalise_phrase(piece))]
     else:
-        posts = load_posts(source, split=split)
+        posts = load_valid_posts(source, split=split)
         phrases = [phrase for row in posts.select_columns(["keyphrases"]) for phrase in row["keyphrases"] or []]
     if not phrases:
         raise ValueError(f"{source} has no keyphrases")
     return list(dict.fromkeys(phrases))
+
+
+def repeated_posts(posts: Iterable[Mapping[str, Any]], train_posts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the ids of posts that repeat a training post: the same text, apart from whitespace, and the same images.
+
+    Args:
+        posts: posts of a test set, with `id`, `text` and `images`.
+        train_posts: training posts, with `text` and `images`.
+
+    Example:
+        >>> train = [{"id": "1", "text": "my dog", "images": []}]
+        >>> repeated_posts([{"id": "9", "text": "my  dog", "images": []}, {"id": "8", "text": "a cat", "images": []}], train)
+        ['9']
+    """
+    known = set(map(_content_hash, train_posts))
+    return [post["id"] for post in posts if _content_hash(post) in known]
+
+
+def _content_hash(post: Mapping[str, Any]) -> int:
+    text = " ".join((post.get("text") or "").split())
+    images = tuple(
+        image["bytes"] if image["bytes"] is not None else Path(image["path"]).name for image in post.get("images") or ()
+    )
+    return hash((text, images)) if text or images else hash(post["id"])
 
 
 def lists_keyphrases(source: str) -> bool:

@@ -48,7 +48,7 @@ def read_json_lines(path: str | os.PathLike[str], *, skip_torn: bool = False) ->
         `(where, row)`: the file and line number for errors (`posts.jsonl, line 3`), and the parsed line.
 
     Raises:
-        ValueError: If a line is not valid JSON; the message names file and line. An empty line is not valid JSON.
+        ValueError: If a line is not valid JSON; the message names file and line. Blank lines are passed over.
 
     Example:
         >>> import tempfile
@@ -61,6 +61,8 @@ def read_json_lines(path: str | os.PathLike[str], *, skip_torn: bool = False) ->
         for number, line in enumerate(file, start=1):
             if skip_torn and not line.endswith(b"\n"):
                 return
+            if not line.strip():
+                continue
             where = f"{path}, line {number}"
             try:
                 row = parse_json(line.rstrip(b"\r\n"), where)

@@ -1,15 +1,15 @@
-"""Every rank hands over the gradients of the same parameters in the same order.
+"""Gradients of the same parameters in the same order on every rank.
 
-Given: the trainable parameters, before the forward pass. Gives: a zero to add to the loss. Holds: in the backward pass
-every one of these parameters gets a gradient (zeros where nothing else reached it), none before all others have theirs
-too, and in the same order in every process, whatever else each of them computed. Values are those without it.
+DeepSpeed's ZeRO-2 copies gradients into one buffer as they arrive and reduces it position by position. Ranks whose backward
+passes differ (images on one rank only, one target or two) would add up gradients of different parameters, or abort. DDP's
+buckets are fixed beforehand and need none of this.
 
-DeepSpeed's ZeRO-2 puts gradients into one buffer as they arrive and reduces it position by position. Ranks whose
-backward passes differ (pictures on one only, one target or two) would add up different parameters' gradients, or
-abort. DDP's buckets are fixed beforehand and need none of this.
+[`gradients_in_order`] returns a zero to add to the loss. In the backward pass, every trainable parameter then gets a gradient
+(zeros, where nothing else reaches it), none before all others have theirs too, and in the same order in every process, whatever
+else each of them computes. The values of gradients are unchanged.
 
-Cost: one addition per parameter. All gradients exist at the same time, as they do anyway where a parameter is used in
-more than one forward pass.
+Cost: one addition per parameter. All gradients exist at the same time, as they do anyway where a parameter is used in more than
+one forward pass.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from torch import nn
 
 
 def gradients_in_order(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """A zero whose backward pass runs after everything that is computed later.
+    """Create a zero whose backward pass runs after that of everything computed later.
 
     Args:
-        parameters: those that must all get a gradient; frozen ones are left out.
+        parameters (`Iterable[torch.nn.Parameter]`): the parameters that must all get a gradient; frozen ones are left out.
 
     Returns:
-        float32 zero, to be added to a loss that is computed after this call.
+        `torch.Tensor`: float32 zero, a scalar, to be added to a loss that is computed after this call.
 
     Example:
-        >>> zero = gradients_in_order(model.parameters())
-        >>> loss = model(inputs).sum() + zero
+        >>> used, unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        >>> zero = gradients_in_order([used, unused])
+        >>> (3 * used.sum() + zero).backward()
+        >>> used.grad, unused.grad
+        (tensor([3.]), tensor([0.]))
     """
     return _Zero.apply(*(parameter for parameter in parameters if parameter.requires_grad))
 

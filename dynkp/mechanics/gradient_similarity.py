@@ -258,7 +258,6 @@ class PostGradients(VariantGradients):
         ValueError: for a model without trainable parameters, for float16, and for reentrant gradient checkpointing.
 
     Example:
-
     ```python
     gradients = PostGradients(model, count=2, image_tokens=[576, 576])
     gradients.add("full", lambda indices: full_losses(indices))

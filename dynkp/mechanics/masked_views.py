@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from dynkp.batches.prompt_layout import PromptLayout
 from dynkp.batches.targets import CONTINUED_INPUTS, Targets, targets_of
+from dynkp.batches.typed_batches import MaskedViewBatch, SinglePostsBatch
 from dynkp.mechanics.gradient_similarity import PlainPostGradients, PostGradients, VariantGradients
 from dynkp.mechanics.modality_masking import (
     EncodedPrompt,
@@ -191,7 +191,7 @@ class BatchedViews(MaskedViews):
     Args:
         model (`torch.nn.Module`): causal (vision-)language model (or a PEFT model around one) for which
             [`~dynkp.mechanics.gradient_similarity.why_gradients_cannot_be_batched`] returns `None`.
-        batch (`dict`): a batch of B posts, as [`~dynkp.batches.masking_collator.MaskingCollator`] collates it.
+        batch ([`~dynkp.batches.typed_batches.MaskedViewBatch`]): a batch of B posts.
         strides (`Mapping[str, Sequence[int]]`): per masked modality, `"text"` or `"image"`, B strides.
         masking ([`Masking`], *optional*): how strides become masks.
         longest_target (`int`): tokens of the longest target the views will be computed for.
@@ -207,7 +207,7 @@ class BatchedViews(MaskedViews):
     def __init__(
         self,
         model: nn.Module,
-        batch: Mapping[str, Any],
+        batch: MaskedViewBatch,
         strides: Mapping[str, Sequence[int]],
         masking: Masking = Masking(),
         *,
@@ -261,8 +261,7 @@ class PlainViews(MaskedViews):
 
     Args:
         model (`torch.nn.Module`): causal (vision-)language model, or a PEFT model around one.
-        batch (`dict`): a batch of B posts, as [`~dynkp.batches.masking_collator.SinglePostsCollator`] collates it: with
-            `single_posts`, B batches of one post each.
+        batch ([`~dynkp.batches.typed_batches.SinglePostsBatch`]): a batch of B posts, whole and post by post.
         strides (`Mapping[str, Sequence[int]]`): as for [`BatchedViews`].
         masking ([`Masking`], *optional*): as for [`BatchedViews`].
         score ([`~dynkp.mechanics.shared_prompt.Scorer`], *optional*): as for [`BatchedViews`].
@@ -271,7 +270,7 @@ class PlainViews(MaskedViews):
     def __init__(
         self,
         model: nn.Module,
-        batch: Mapping[str, Any],
+        batch: SinglePostsBatch,
         strides: Mapping[str, Sequence[int]],
         masking: Masking = Masking(),
         *,

@@ -1,14 +1,16 @@
-"""AimKP's masked views of a prompt: which tokens of one modality stay, and the prompt without the others.
+"""AimKP's masks: which tokens of one modality are kept, and the prompts without the others (Eq. 2).
 
-Given   a batch of left-padded prompts, where their posts' text and pictures lie ([`PromptLayout`]), a stride per post.
-Gives   keep-masks, and the prompts under them in two ways: [`masked`], attention bit 0 at masked tokens, and
-        [`EncodedPrompt.view`], the masked tokens taken out and everything else left where it was.
-Holds   both give the same log-probabilities and gradients, to rounding: a masked token is seen by nobody, and the
-        positions of the others do not move. The pictures are encoded once for any number of views.
+Given a batch of left-padded prompts, where their posts' text and images are
+([`~dynkp.batches.prompt_layout.PromptLayout`]), and a stride per post, this module makes masks of the kept tokens, and the
+prompts under them in two ways: [`masked`] sets the attention bits of masked tokens to 0, and [`EncodedPrompt.view`] drops
+masked tokens.
 
-`masked` is the paper's definition and the plain twin. Masks: `strided` (the paper's) and `random` (the ablation of its
-Table 5, as many tokens kept). The ablation's "feature compression" is [`EncodedPrompt.pooled`]: as many tokens, each the
-mean of its stride, and no gaps between their positions.
+Guarantee: both give the same log-probabilities and gradients, to rounding. No token attends to a masked token, and the position
+ids of the other tokens do not change. Images are encoded once for any number of views.
+
+[`masked`] is the paper's definition and the reference that dropping is tested against. Masks are strided (the paper's) or
+random (the ablation of its Table 5, with as many tokens kept). That table's "feature compression" is [`EncodedPrompt.pooled`]:
+as many tokens, each the mean of its stride, without gaps between their positions.
 """
 
 from __future__ import annotations
@@ -33,21 +35,22 @@ MODALITIES = ("text", "image")
 
 
 def kept_cells(height: int, width: int, stride: int) -> list[int]:
-    """The cells of a grid that stay: a ≡ s-1 and b ≡ s-1 (mod s), the last of each stride; the last cell if none is.
+    """Return the kept cells of an image's grid: (a, b) with a ≡ s-1 and b ≡ s-1 (mod s), the last cell of each stride.
 
     Args:
-        height, width (`int`): tokens, at least 1.
+        height (`int`): rows of tokens, at least 1.
+        width (`int`): columns of tokens, at least 1.
         stride (`int`): s, at least 1; 1 keeps all.
 
     Returns:
-        `list[int]`: indices a * width + b, rising.
+        `list[int]`: indices a * width + b, ascending; the last cell alone, if there is no such cell.
+
+    Raises:
+        ValueError: if `stride` is less than 1.
 
     Example:
-
-    ```python
-    >>> kept_cells(4, 4, 2), kept_cells(4, 4, 8)
-    ([5, 7, 13, 15], [15])
-    ```
+        >>> kept_cells(4, 4, 2), kept_cells(4, 4, 8)
+        ([5, 7, 13, 15], [15])
     """
     if stride < 1:
         raise ValueError(f"stride={stride} keeps nothing: give 1 (no masking) or more")
@@ -56,9 +59,21 @@ def kept_cells(height: int, width: int, stride: int) -> list[int]:
 
 
 def kept_tokens(length: int, stride: int) -> list[int]:
-    """The tokens of a text that stay: k ≡ s-1 (mod s); the last one if none is.
+    """Return the kept tokens of a text: k with k ≡ s-1 (mod s), the last token of each stride.
 
-    Example: `kept_tokens(7, 3)` is `[2, 5]`, `kept_tokens(7, 16)` is `[6]`, `kept_tokens(0, 2)` is `[]`.
+    Args:
+        length (`int`): tokens of the text.
+        stride (`int`): s, at least 1; 1 keeps all.
+
+    Returns:
+        `list[int]`: indices, ascending; the last token alone, if there is no such token.
+
+    Raises:
+        ValueError: if `stride` is less than 1.
+
+    Example:
+        >>> kept_tokens(7, 3), kept_tokens(7, 16), kept_tokens(0, 2)
+        ([2, 5], [6], [])
     """
     if stride < 1:
         raise ValueError(f"stride={stride} keeps nothing: give 1 (no masking) or more")
@@ -66,13 +81,13 @@ def kept_tokens(length: int, stride: int) -> list[int]:
 
 
 def keep_mask(layouts: Sequence[PromptLayout], modality: str, strides: Sequence[int], width: int) -> torch.Tensor:
-    """Mark what stays of prompts whose text, or whose pictures, are masked with a stride.
+    """Mark the kept tokens of prompts whose text, or whose images, are masked with strides.
 
     Args:
-        layouts (`Sequence[PromptLayout]`): B prompts.
-        modality (`str`): `"text"` or `"image"`; all else stays.
+        layouts (`Sequence[PromptLayout]`): where the text and the images of B posts are in their prompts.
+        modality (`str`): `"text"` or `"image"`; all other tokens are kept.
         strides (`Sequence[int]`): one s per post; 1 masks nothing.
-        width (`int`): P, slots of the padded prompts.
+        width (`int`): P, columns of the padded prompts.
 
     Returns:
         `torch.Tensor` of shape `(B, P)`: bool, on the CPU; False at masked tokens, True at padding.
@@ -90,14 +105,21 @@ def random_keep_mask(
     visits: Sequence[int],
     seed: int,
 ) -> torch.Tensor:
-    """As [`keep_mask`], with as many tokens kept of every text and grid, drawn anew for each visit of a post.
+    """Keep as many tokens of every text and grid as [`keep_mask`], drawn at random for each visit of a post.
 
     The draw is a hash of seed, post, visit, modality and grid: batch, rank and resumption do not change it.
 
     Args:
+        layouts (`Sequence[PromptLayout]`): as in [`keep_mask`].
+        modality (`str`): as in [`keep_mask`].
+        strides (`Sequence[int]`): as in [`keep_mask`].
+        width (`int`): as in [`keep_mask`].
         post_ids (`Sequence[str]`): the B posts' ids.
-        visits (`Sequence[int]`): how often each has been visited before, such as the epoch's number.
+        visits (`Sequence[int]`): how often each post was visited before, such as the epoch's number.
         seed (`int`): the run's seed.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P)`: bool, as from [`keep_mask`].
     """
 
     def draw(row: int, part: int, size: int, kept: list[int]) -> list[int]:
@@ -110,12 +132,12 @@ def random_keep_mask(
 
 @dataclass(frozen=True)
 class Pooling:
-    """Which tokens of a modality become one.
+    """Which tokens of a modality are averaged into one.
 
     Attributes:
-        owners (`torch.Tensor` of shape `(B, P)`): the slot that each slot is averaged into; the slots that stay are their own
+        owners (`torch.Tensor` of shape `(B, P)`): the column that each column is averaged into; kept columns are their own
             owners, and so are all outside the modality.
-        grids (`list[list[tuple[int, int]]]`): per post, height and width of its pictures in tokens afterwards.
+        grids (`list[list[tuple[int, int]]]`): per post, height and width of its images in tokens afterwards.
     """
 
     owners: torch.Tensor
@@ -124,21 +146,32 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Mask:
-    """What stays of B prompts, (B, P) bool, and what becomes of the rest: it is lost, or averaged into what stays."""
+    """Which tokens of B prompts are kept, and what happens to the others.
+
+    Attributes:
+        keep (`torch.Tensor` of shape `(B, P)`): bool.
+        pooling ([`Pooling`], *optional*): how the other tokens are averaged into those that are kept; they are masked, if
+            `None`.
+    """
 
     keep: torch.Tensor
     pooling: Pooling | None = None
 
 
 def pool(layouts: Sequence[PromptLayout], modality: str, strides: Sequence[int], width: int) -> Pooling:
-    """Pool text or pictures with a stride: s tokens, or s x s cells, become one, which takes the slot that [`keep_mask`] keeps.
+    """Pool texts or images with strides: s tokens, or s x s cells, become one, in the column that [`keep_mask`] keeps.
 
-    What is left over at the end (of a row, of a column) belongs to the last one; a side shorter than s becomes one cell.
+    The remainder at the end of a text, row or column belongs to the last of them; a side shorter than s becomes one cell. Five
+    tokens with s = 2 become two: the mean of the first two and the mean of the last three.
 
     Args:
-        layouts, modality, strides, width: as in [`keep_mask`].
+        layouts (`Sequence[PromptLayout]`): as in [`keep_mask`].
+        modality (`str`): as in [`keep_mask`].
+        strides (`Sequence[int]`): as in [`keep_mask`].
+        width (`int`): as in [`keep_mask`].
 
-    Example: five tokens with s = 2 become two, the mean of the first two and that of the last three.
+    Returns:
+        [`Pooling`]: of the B prompts.
     """
     owners = torch.arange(width).repeat(len(layouts), 1)
     grids = [[(grid.height, grid.width) for grid in layout.grids] for layout in layouts]
@@ -182,14 +215,20 @@ def _mark(
 
 
 def masked(prompt: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
-    """The prompt with attention bit 0 where `keep` is False: the paper's masking, and the plain twin of dropping.
+    """Set the attention bits of masked tokens to 0: the paper's masking, and the reference of dropping.
 
-    The positions are those of the unmasked prompt: take them from `prompt_positions(model, prompt)`, never from what
-    this returns.
+    Position ids must be those of the unmasked prompt, `prompt_positions(model, prompt)`, not those of what this returns.
 
     Args:
-        prompt (`dict`): the processor's output, (B, P).
-        keep (`torch.Tensor` of shape `(B, P)`): bool.
+        prompt (`dict`): the processor's output for B prompts of P columns.
+        keep (`torch.Tensor` of shape `(B, P)`): bool, False at masked tokens.
+
+    Returns:
+        `dict`: the prompt with another `attention_mask`.
+
+    Example:
+        >>> masked({"attention_mask": torch.tensor([[1, 1, 1]])}, torch.tensor([[True, False, True]]))["attention_mask"]
+        tensor([[1, 0, 1]])
     """
     attention_mask = prompt["attention_mask"]
     return {**prompt, "attention_mask": attention_mask * keep.to(attention_mask)}
@@ -197,15 +236,15 @@ def masked(prompt: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Prompts whose pictures went through the vision tower and the projector, in the autograd graph.
+    """Prompts whose images went through the vision tower and the projector, in the autograd graph.
 
     Attributes:
-        inputs (`dict`): what to call the model with, beside positions and use of a cache.
-        positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`): those of the full prompts, to be passed explicitly.
-            Left to itself the model would count the kept tokens only, or take a gap for the border of a packed sequence.
-        feature_index (`torch.Tensor` of shape `(B, P)`): which feature an image token gets; -1 at other tokens.
-        embeddings (`torch.Tensor` of shape `(B, P, D)`, *optional*): of tokens that are not the vocabulary's, but means of
-            some; call the model within [`embedded`].
+        inputs (`dict`): inputs of the model, besides position ids and use of a cache.
+        positions (`torch.Tensor` of shape `(B, P)` or `(3, B, P)`): position ids of the full prompts, to be passed explicitly.
+            By default the model would count the kept tokens only, or take a gap for the border of a packed sequence.
+        feature_index (`torch.Tensor` of shape `(B, P)`): index of the feature that an image token gets; -1 at other tokens.
+        embeddings (`torch.Tensor` of shape `(B, P, D)`, *optional*): embeddings of tokens that are means of others; the model
+            must be called within [`embedded`].
     """
 
     inputs: dict[str, Any]
@@ -214,7 +253,12 @@ class EncodedPrompt:
     embeddings: torch.Tensor | None = None
 
     def pooled(self, model: nn.Module, pooling: Pooling) -> EncodedPrompt:
-        """The prompts with features and embeddings averaged into those that stay; [`view`] then takes out the others."""
+        """Average features and embeddings into those that are kept; [`view`] then drops the others.
+
+        Args:
+            model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+            pooling ([`Pooling`]): what is averaged into what.
+        """
         owners = pooling.owners.to(self.feature_index.device)
         is_image = self.feature_index >= 0
         inputs = dict(self.inputs)
@@ -226,11 +270,19 @@ class EncodedPrompt:
         count, width, _ = embeddings.shape
         groups = (owners + width * torch.arange(count, device=owners.device)[:, None]).flatten()
         means = _group_means(embeddings.flatten(0, 1), groups).view_as(embeddings)
-        # Placeholders of pictures are found by their tokens and filled in behind the embeddings.
+        # Image placeholders are found by their token ids and replaced behind the embedding layer.
         return EncodedPrompt(inputs, self.positions, self.feature_index, torch.where(is_image[..., None], embeddings, means))
 
     def renumbered(self, model: nn.Module, grids: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
-        """Positions without gaps, as of prompts that were never longer; `grids` are the posts' pictures, in tokens."""
+        """Compute position ids without gaps, as of prompts that were never longer.
+
+        Args:
+            model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+            grids (`Sequence[Sequence[tuple[int, int]]]`): per post, height and width of its images in tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(B, P)` or `(3, B, P)`.
+        """
         prompt: dict[str, Any] = {key: value for key, value in self.inputs.items() if key in SEQUENCE_INPUTS}
         config = causal_lm_of(model).config
         merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
@@ -240,39 +292,47 @@ class EncodedPrompt:
         return prompt_positions(model, prompt)
 
     def before(self, starts: Sequence[int]) -> EncodedPrompt:
-        """The beginnings of all prompts: what is in slots below `starts`, one number per post."""
+        """Cut off the beginnings of all prompts.
+
+        Args:
+            starts (`Sequence[int]`): per post, the first column that is not part of its beginning.
+
+        Returns:
+            [`EncodedPrompt`]: of the B beginnings, padded on the left.
+        """
         attends = self.inputs["attention_mask"].bool()
         ends = torch.as_tensor(starts, device=attends.device)[:, None]
         attends = attends & (torch.arange(attends.shape[1], device=attends.device) < ends)
         return self._moved(attends, attends, torch.arange(len(attends), device=attends.device))
 
-    def view(self, keep: torch.Tensor, rows: Sequence[int] | None = None, drop: bool = True) -> EncodedPrompt:
-        """The prompts without their masked tokens and without those tokens' image features.
+    def view(self, keep: torch.Tensor, indices: Sequence[int] | None = None, drop: bool = True) -> EncodedPrompt:
+        """Remove masked tokens, and the image features of masked tokens, from the prompts.
 
-        A row's last slot predicts the target, so it stays as a query even when masked, with attention bit 0.
+        The last token of a prompt predicts the target, so it remains as a query even if it is masked, with attention bit 0.
 
         Args:
-            keep (`torch.Tensor` of shape `(len(rows), P)`): bool, one mask per view.
-            rows (`Sequence[int]`, *optional*): the post of each view; a post may be there more than once, as its full
-                and its masked view. All posts in order, if `None`.
-            drop: `False` leaves masked tokens in their slots, with attention bit 0, as the paper's definition has it.
+            keep (`torch.Tensor` of shape `(R, P)`): bool, one mask per view.
+            indices (`Sequence[int]`, *optional*): the post of each of the R views; a post may have several. All posts in
+                order, if `None`.
+            drop (`bool`, *optional*, defaults to `True`): remove the tokens. `False` leaves them in their columns, with
+                attention bit 0, as in the paper's definition.
 
         Returns:
-            [`EncodedPrompt`] of `len(rows)` prompts, padded on the left to the longest of them.
+            [`EncodedPrompt`]: of R prompts, padded on the left to the longest of them.
         """
         attended = self.inputs["attention_mask"].bool()
         index = torch.arange(len(attended), device=attended.device)
-        if rows is not None:
-            index = torch.as_tensor(rows, device=attended.device)
+        if indices is not None:
+            index = torch.as_tensor(indices, device=attended.device)
         attends = attended[index] & keep.to(attended.device)
         stays = attends.clone() if drop else attended[index]
         stays[:, -1] = True
         return self._moved(attends, stays, index)
 
     def _moved(self, attends: torch.Tensor, stays: torch.Tensor, index: torch.Tensor) -> EncodedPrompt:
-        """The slots that stay, of the posts in `index`, moved together to the right end; bits as in `attends`."""
+        """Move the columns of `stays` of the posts in `index` to the right end, with the attention bits of `attends`."""
         width = int(stays.sum(dim=1).max())
-        # Stable: the slots that stay move to the right end in their order, padding fills the left.
+        # Stable: the remaining columns keep their order, and padding fills the left.
         slots = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - width :]
         filled = stays.gather(1, slots)
         views = index[:, None]
@@ -281,10 +341,10 @@ class EncodedPrompt:
         for key, value in self.inputs.items():
             if key in SEQUENCE_INPUTS:
                 moved = value[views, slots]
-                # Padding becomes token 0, which is no picture's and which nobody sees.
+                # Padding becomes token 0, which is no image token and which no token attends to.
                 inputs[key] = moved * filled.view(*filled.shape, *[1] * (moved.dim() - 2)).to(moved)
             elif key != "mm_encoder_outputs":
-                inputs[key] = value[index]  # Mllama's pictures, which are no tokens
+                inputs[key] = value[index]  # Mllama's images, which are no tokens
         inputs["attention_mask"] = attends.gather(1, slots).to(self.inputs["attention_mask"])
         chosen = self.feature_index[views, slots].masked_fill(~filled, -1)
         wanted = chosen[chosen >= 0]
@@ -298,30 +358,39 @@ class EncodedPrompt:
 
 
 def encode(model: nn.Module, prompt: dict[str, Any]) -> EncodedPrompt:
-    """Run the pictures of a batch through the vision tower and the projector, once, and fix the positions.
+    """Run the images of a batch through the vision tower and the projector, once, and compute the position ids.
 
     Args:
-        model: causal language model of transformers, or a PEFT model around one.
+        model (`torch.nn.Module`): causal language model of transformers, or a PEFT model around one.
         prompt (`dict`): the processor's output for the prompts, left-padded.
 
-    Example: `encode(model, prompt).view(keep_mask(layouts, "image", [4, 4], width))` are the prompts of two posts with
-    a sixteenth of their image tokens.
+    Returns:
+        [`EncodedPrompt`]: `encode(model, prompt).view(keep_mask(layouts, "image", [4, 4], width))` are then the prompts of two
+        posts with a sixteenth of their image tokens.
     """
     causal_lm = causal_lm_of(model)
     inputs = {key: value for key, value in prompt.items() if key in SEQUENCE_INPUTS}
-    pictures = {key: value for key, value in prompt.items() if key not in SEQUENCE_INPUTS}
+    images = {key: value for key, value in prompt.items() if key not in SEQUENCE_INPUTS}
     feature_index = torch.full_like(inputs["input_ids"], -1)
     if "cross_attention_mask" in prompt:
-        inputs |= pictures
-    elif pictures:
-        inputs["mm_encoder_outputs"] = {"image": causal_lm.base_model.get_image_features(**pictures, return_dict=True)}
+        inputs |= images
+    elif images:
+        inputs["mm_encoder_outputs"] = {"image": causal_lm.base_model.get_image_features(**images, return_dict=True)}
         is_image = inputs["input_ids"] == causal_lm.config.image_token_id
         feature_index = is_image.flatten().cumsum(0).view_as(is_image).sub(1).masked_fill(~is_image, -1)
     return EncodedPrompt(inputs, prompt_positions(model, prompt), feature_index)
 
 
 def image_token_counts(model: nn.Module, prompt: dict[str, Any]) -> list[int]:
-    """How the rows of vision tower and projector are divided among the posts: B numbers in that proportion."""
+    """Return how the rows of vision tower and projector are divided among the posts.
+
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        prompt (`dict`): the processor's output for B prompts.
+
+    Returns:
+        `list[int]`: B numbers in proportion to the posts' rows.
+    """
     if "cross_attention_mask" in prompt:  # Mllama: as many tiles for every post of a batch
         return [1] * len(prompt["input_ids"])
     token = getattr(causal_lm_of(model).config, "image_token_id", -1)
@@ -329,19 +398,23 @@ def image_token_counts(model: nn.Module, prompt: dict[str, Any]) -> list[int]:
 
 
 def why_tokens_cannot_be_dropped(model: nn.Module, length: int) -> str | None:
-    """Why masked tokens cannot be dropped from inputs of this length; `None` if they can. Then mask instead.
+    """Return the reason why masked tokens cannot be dropped from inputs, so that they must be masked.
 
     Args:
-        model: causal language model, or a PEFT model around one.
-        length (`int`): tokens of the longest unmasked prompt and target.
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        length (`int`): tokens of the longest unmasked prompt and target together.
+
+    Returns:
+        `str` or `None`: a clause such as "its layers of type linear_attention keep a state that masked tokens write to"; `None`
+        if masked tokens can be dropped.
     """
     config = causal_lm_of(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    # Mistral, Phi-3, Starcoder2: a window, and no word about which layers have it.
+    # Mistral, Phi-3, Starcoder2: all layers have the window, and `layer_types` is not set.
     everywhere = window is not None and getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if everywhere else "full_attention"]
     if "sliding_attention" in kinds and window is not None and window < length:
-        return f"some layers see {window} tokens back, counted in the kept ones, and the batch has {length}"
+        return f"some layers attend to {window} tokens back, counted in kept tokens, and the batch has {length}"
     if unknown := set(kinds) - {"full_attention", "sliding_attention", "cross_attention"}:
         return f"its layers of type {', '.join(sorted(unknown))} keep a state that masked tokens write to"
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):
@@ -351,7 +424,13 @@ def why_tokens_cannot_be_dropped(model: nn.Module, length: int) -> str | None:
 
 @contextlib.contextmanager
 def embedded(model: nn.Module, embeddings: torch.Tensor | None) -> Iterator[None]:
-    """Within the block the model's first W tokens are embedded as given, (R, W, D); the others, and all for `None`, as ever."""
+    """Within the block, the model's first W tokens have the given embeddings.
+
+    Args:
+        model (`torch.nn.Module`): causal language model, or a PEFT model around one.
+        embeddings (`torch.Tensor` of shape `(R, W, D)` or `None`): of the first W tokens; other tokens are embedded as usual,
+            and all tokens are if `None`.
+    """
     if embeddings is None:
         yield
         return
@@ -367,26 +446,26 @@ def embedded(model: nn.Module, embeddings: torch.Tensor | None) -> Iterator[None
 
 
 def _pick(output: Any, wanted: torch.Tensor) -> BaseModelOutputWithPooling:
-    """The given features of all images and tiles in a row, in the container the model expects."""
+    """Select features of all images and tiles in a row, in the container the model expects."""
     return _changed(output, lambda features: features[wanted])
 
 
 def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> BaseModelOutputWithPooling:
-    """`change` of the features (N, D) of all images and tiles in a row, in the container the model expects."""
+    """Apply `change` to the features (N, D) of all images and tiles in a row, in the container the model expects."""
 
     def changed(features: Any) -> Any:
         if isinstance(features, torch.Tensor):
             return change(features.reshape(-1, features.shape[-1]))
         return [change(torch.cat(list(features)))]
 
-    levels = getattr(output, "deepstack_features", None)  # Qwen3-VL adds features to deeper layers, too
+    levels = getattr(output, "deepstack_features", None)  # Qwen3-VL adds features to deeper layers too
     if levels is None:
         return BaseModelOutputWithPooling(pooler_output=changed(output.pooler_output))
     return type(output)(pooler_output=changed(output.pooler_output), deepstack_features=[changed(level) for level in levels])
 
 
 def _group_means(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """The mean of each group's rows, (N, D), at the row that names the group; other rows are zero."""
+    """Return the mean of each group's rows, (N, D), at the row whose index is the group; other rows are zero."""
     sums = torch.zeros_like(values).index_add(0, groups, values)
     counts = groups.bincount(minlength=len(values)).clamp(min=1)
     return sums / counts[:, None].to(sums)

@@ -211,7 +211,6 @@ class SharedPrompt(Prompt):
         RuntimeError: if the model did not write the prompt's keys and values into the given cache.
 
     Example:
-
     ```python
     prompt = SharedPrompt(model, batch["prompt"])
     direct = prompt.loss(batch["direct"])

@@ -81,8 +81,8 @@ def parse_answer(output: str, separator: str = ";") -> Answer:
 
     The answer is the first `<answer>…</answer>` behind the first `</think>`; without a `</think>` (or with none behind it) the
     first of the output; else the whole output. Every `<think>…</think>` is removed from it, so an `<answer>` that is quoted
-    inside the reasoning is not taken for the answer; the rest is split at the separator, each piece is normalised by `normalise_phrase`, and empty pieces and
-    repeats are dropped. In cases that the methods do not define:
+    inside the reasoning is not taken for the answer; the rest is split at the separator, each piece is normalised by
+    `normalise_phrase`, and empty pieces and repeats are dropped. In cases that the methods do not define:
 
     - after an unclosed `<think>` (the output was cut off) everything is reasoning, not an answer;
     - a `</think>` before any `<think>` closes reasoning that the chat template had opened in the prompt;

@@ -1,11 +1,11 @@
-"""The task that a model was trained with, saved beside it and followed wherever it is used.
+"""The task that a model was trained with, saved beside the model and used by prediction and distillation.
 
-Given   a trainer's task and what of the posts it was trained on.
-Gives   `dynkp_task.json` in every folder that a trainer saves a model, a checkpoint or an adapter to, and the task read back
-        from there: prompt instruction, separator, fields of a response chain, modality, method, strategy, longest input.
-Holds   the task that is read equals the one that was written, whatever later versions of the package call by its name; a
-        request that contradicts the file is refused, since a model that is asked otherwise than it was trained answers badly
-        without a sign of it (an AimKP model asked with Dynamic CoT's prompt falls from F1@1 61.9 to 4.2).
+Every save of a trainer (model, checkpoint, adapter) writes `dynkp_task.json`: the task with its prompt instruction, separator
+and fields, the modality, the method, the strategy and the maximum length.
+
+Guarantees: the task that is read equals the task that was written, even if a later version of the package changes the task of
+that name; a request that contradicts the file is refused. A model that is prompted otherwise than in its training predicts
+badly, and nothing else shows it: an AimKP model falls from F1@1 61.9 to 4.2 with Dynamic CoT's prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILE = "dynkp_task.json"
 # The option of the commands that follow a saved task.
 IGNORE = "--ignore-saved-task"
 Modality = Literal["both", "text", "image"]
-# How tasks are told apart in the file.
+# The kinds of tasks, as the file names them.
 _KINDS: dict[str, type[KeyphraseTask] | type[ReasoningTask]] = {
     "keyphrases": KeyphraseTask,
     "reasoning": ReasoningTask,
@@ -41,15 +41,15 @@ _KINDS: dict[str, type[KeyphraseTask] | type[ReasoningTask]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SavedTask:
-    """What a model was trained for.
+    """The task of a trained model, and how it was trained.
 
     Args:
         task: the task, with its prompt and the format of its answers.
-        modality: what of the posts the training showed: `"both"`, `"text"` or `"image"`.
-        method: the method, as `dynkp train --method` calls it; None if it is not one of ours.
+        modality: the part of the posts that the training used: `"both"`, `"text"` or `"image"`.
+        method: the method's name for `dynkp train --method`; None if unknown.
         strategy: Dynamic CoT's strategy, such as `"dynamic"`; None for other methods.
         max_length: the longest prompt plus target in tokens; None for no limit.
-        template_date: the date handed to the chat template, for templates that print one; None if none was.
+        template_date: reserved for the date that is passed to a chat template which prints one; None so far.
         dynkp_version: the version of the package that saved it.
     """
 

@@ -10,7 +10,7 @@ is the size of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,12 +151,14 @@ def distilled(hard: TargetLoss, soft: TargetLoss, distillation_weight: float) ->
     return TargetLoss(mean * hard.tokens, hard.tokens)
 
 
-def multitask_loss(losses: Sequence[TargetLoss], task_weights: Sequence[float], over_tokens: bool = False) -> PostLosses:
+def multitask_loss(
+    losses: Mapping[str, TargetLoss], task_weights: Mapping[str, float], over_tokens: bool = False
+) -> PostLosses:
     """Combine the losses of the tasks: L = Σ_k w_k L_k.
 
     Args:
-        losses (`Sequence[TargetLoss]`): L_k of each task, parts of shape (B,); at least one.
-        task_weights (`Sequence[float]`): w_k; the paper's are 1 and 1.
+        losses (`Mapping[str, TargetLoss]`): L_k per task k, parts of shape (B,); at least one.
+        task_weights (`Mapping[str, float]`): w_k per task; the paper's are 1 and 1.
         over_tokens (`bool`, *optional*, defaults to `False`): normalize over tokens instead of posts. Over posts, a post adds
             its tasks' weighted means and counts 1, whatever tasks it has; over tokens, it adds their weighted sums and weighted
             numbers of tokens.
@@ -166,14 +168,14 @@ def multitask_loss(losses: Sequence[TargetLoss], task_weights: Sequence[float], 
 
     Example:
         >>> label, chain = (TargetLoss(torch.tensor([total]), torch.tensor([2.0])) for total in (4.0, 2.0))
-        >>> multitask_loss([label, chain], [1.0, 1.0])
+        >>> multitask_loss({"label": label, "chain": chain}, {"label": 1.0, "chain": 1.0})
         PostLosses(total=tensor([3.]), denominator=tensor([1.]))
     """
-    pairs = list(zip(losses, task_weights, strict=True))
+    weighted = [(task_weights[task], loss) for task, loss in losses.items()]
     if over_tokens:
-        total = torch.stack([weight * loss.total for loss, weight in pairs]).sum(dim=0)
-        return PostLosses(total, torch.stack([weight * loss.tokens for loss, weight in pairs]).sum(dim=0))
-    total = torch.stack([weight * loss.mean for loss, weight in pairs]).sum(dim=0)
+        total = torch.stack([weight * loss.total for weight, loss in weighted]).sum(dim=0)
+        return PostLosses(total, torch.stack([weight * loss.tokens for weight, loss in weighted]).sum(dim=0))
+    total = torch.stack([weight * loss.mean for weight, loss in weighted]).sum(dim=0)
     return PostLosses(total, torch.ones_like(total))
 
 

@@ -1,9 +1,10 @@
-"""The switch of Dynamic CoT (Ma et al., EMNLP 2025, Eq. 5) and the thresholds it is compared with.
+"""Dynamic CoT's switch (Ma et al., EMNLP 2025, Section 3.3) and the thresholds its losses are compared with.
 
-Given   a post's direct loss ℓ, nats per token, under the current weights.
-Gives   whether the post is easy (ℓ < γ), that is, taught the teacher's reasoning instead of the bare answer.
-Holds   a tie is direct; a threshold learned from the losses changes between optimizer steps only, so that the number
-        of micro-batches and of ranks never changes a decision, and its state is plain JSON.
+A post is easy if its direct loss under the current weights, in nats per token, is below the threshold γ (Eq. 5); it is then
+trained on its reasoning target, and otherwise on its direct target (Eq. 4). A tie is direct.
+
+A threshold that is computed from the losses changes between optimizer steps only, so that the number of micro-batches and of
+ranks never changes a decision. Its state is plain JSON.
 """
 
 from __future__ import annotations
@@ -19,31 +20,29 @@ from dynkp.objectives.token_loss import PostLosses, TargetLoss
 
 
 def below_threshold(direct_loss: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Easy posts: ℓ < γ, strictly (Eq. 5: a tie gets the direct answer).
+    """Determine the easy posts: those with a direct loss below γ, strictly (Eq. 5).
 
     Args:
-        direct_loss (`torch.Tensor` of shape `(B,)`): mean negative log-likelihood of the direct target, nats a token.
-        gamma (`float`): γ, nats per token; 0 makes no post easy, `inf` every post.
+        direct_loss (`torch.Tensor` of shape `(B,)`): L_sft, the mean negative log-likelihood of the direct target, in nats per
+            token.
+        gamma (`float`): γ, in nats per token; 0 makes no post easy, `inf` every post.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, bool.
+        `torch.Tensor` of shape `(B,)`: bool; False for a loss that is NaN.
 
     Example:
-
-    ```python
-    >>> below_threshold(torch.tensor([0.1, 0.4, 0.9]), 0.4)
-    tensor([ True, False, False])
-    ```
+        >>> below_threshold(torch.tensor([0.1, 0.4, 0.9]), 0.4)
+        tensor([ True, False, False])
     """
     return direct_loss < gamma
 
 
 def switched_loss(easy: torch.Tensor, reasoning: TargetLoss, direct: TargetLoss) -> TargetLoss:
-    """Select the loss of what each post is taught, NLL(y^d | x) of Eq. 4.
+    """Select the loss of the target that each post is trained on, NLL(y^d | x) of Eq. 4.
 
     Args:
-        easy (`torch.Tensor` of shape `(B,)`): bool; where True the post is taught its reasoning target, y^d = y^c, elsewhere
-            its direct target, y^d = y^s.
+        easy (`torch.Tensor` of shape `(B,)`): bool; where True the post is trained on its reasoning target, y^d = y^c,
+            elsewhere its direct target, y^d = y^s.
         reasoning ([`TargetLoss`]): loss of the reasoning targets y^c, parts of shape (B,).
         direct ([`TargetLoss`]): loss of the direct targets y^s, parts of shape (B,).
 
@@ -91,11 +90,17 @@ def mixed_loss(
 
 
 class Threshold:
-    """γ as a constant, and the interface of those that follow the losses.
+    """A constant γ, and the interface of thresholds that are computed from the losses.
 
-    `value` is γ in force for the whole optimizer step; `observe` takes the direct losses of a finished optimizer step
-    (all ranks' posts) and moves γ for the next one. Losses that are not finite (an overflow) are left out: one of them
-    would decide for all posts to come.
+    [`value`] is γ for a whole optimizer step; [`observe`] takes the direct losses of a completed step (of the posts of all
+    ranks) and changes γ for the next one. Losses that are not finite (an overflow) are left out: one of them would decide for
+    all later posts.
+
+    Args:
+        gamma (`float`): γ, in nats per token.
+
+    Attributes:
+        is_constant (`bool`): whether γ does not depend on the losses.
     """
 
     is_constant = True
@@ -105,24 +110,38 @@ class Threshold:
 
     @property
     def value(self) -> float:
-        """γ in force, nats per token."""
+        """γ in force, in nats per token."""
         return self._gamma
 
     def observe(self, direct_losses: list[float]) -> None:
-        """Take in one optimizer step's direct losses. A constant ignores them."""
+        """Update γ with the direct losses of an optimizer step; a constant stays as it is.
+
+        Args:
+            direct_losses (`list[float]`): nats per token, in any order.
+        """
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold (JSON)."""
+        """Return what a checkpoint must hold, as JSON values."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
+        """Continue from a saved state.
+
+        Args:
+            state (`dict`): what [`state`] returned.
+        """
 
 
 class RunningMeanThreshold(Threshold):
-    """γ = mean of all direct losses seen so far (the paper's "avg", Table 5).
+    """γ as the mean of all direct losses observed so far (the paper's "avg", Table 5).
 
-    Before the first step there is no mean: no post is below it, so the first step is direct.
+    Before the first step there is no mean and no post is below it, so the first step is direct.
+
+    Example:
+        >>> threshold = RunningMeanThreshold()
+        >>> threshold.observe([2.0, 4.0])
+        >>> threshold.value
+        3.0
     """
 
     is_constant = False
@@ -132,25 +151,40 @@ class RunningMeanThreshold(Threshold):
 
     @property
     def value(self) -> float:
+        """γ in force, in nats per token; 0 before the first step."""
         return self._sum / self._count if self._count else 0.0
 
     def observe(self, direct_losses: list[float]) -> None:
+        """Add the direct losses of an optimizer step to the mean; see [`Threshold.observe`]."""
         finite = list(filter(math.isfinite, direct_losses))
         # fsum: the order in which ranks or micro-batches report must not change the last bit.
         self._sum = math.fsum([self._sum, *finite])
         self._count += len(finite)
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, as JSON values."""
         return {"sum": self._sum, "count": self._count}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; see [`Threshold.load_state`]."""
         self._sum, self._count = float(state["sum"]), int(state["count"])
 
 
 class QuantileThreshold(Threshold):
-    """γ = the q-quantile of the last `window` direct losses: it fixes the share of reasoning instead of the level.
+    """γ as the q-quantile of the last direct losses: it fixes the share of reasoning instead of the level of the loss.
 
-    Not in the paper. Linear interpolation between order statistics, as `numpy.quantile`. The first step is direct.
+    It is not in the paper. Between order statistics it is interpolated linearly, as by `numpy.quantile`. The first step is
+    direct.
+
+    Args:
+        q (`float`): between 0 and 1.
+        window (`int`): number of last direct losses, at least 1.
+
+    Example:
+        >>> threshold = QuantileThreshold(0.5, window=3)
+        >>> threshold.observe([1.0, 2.0, 6.0])
+        >>> threshold.value
+        2.0
     """
 
     is_constant = False
@@ -161,6 +195,7 @@ class QuantileThreshold(Threshold):
 
     @property
     def value(self) -> float:
+        """γ in force, in nats per token; 0 before the first step."""
         if not self._losses:
             return 0.0
         ordered = sorted(self._losses)
@@ -170,13 +205,16 @@ class QuantileThreshold(Threshold):
         return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
 
     def observe(self, direct_losses: list[float]) -> None:
+        """Add the direct losses of an optimizer step to the window; see [`Threshold.observe`]."""
         # Sorted, because which of a step's losses leave the window must not depend on how ranks split the step.
         self._losses.extend(sorted(filter(math.isfinite, direct_losses)))
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, as JSON values."""
         return {"losses": list(self._losses)}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; see [`Threshold.load_state`]."""
         self._losses.clear()
         self._losses.extend(float(loss) for loss in state["losses"])
 
@@ -186,13 +224,17 @@ def parse_gamma(gamma: float | int | str, window: int = 1024) -> Threshold:
 
     Args:
         gamma (`float` or `str`): a number >= 0 (0 and `inf` included), `"avg"`, or `"quantile:q"` with 0 <= q <= 1.
-        window (`int`): number of recent posts that `"quantile:q"` looks at.
+        window (`int`, *optional*, defaults to 1024): number of last posts that `"quantile:q"` is computed from.
 
     Returns:
-        [`Threshold`]
+        [`Threshold`]: constant, running mean or quantile.
 
     Raises:
         ValueError: if `gamma` is none of these.
+
+    Example:
+        >>> parse_gamma("0.4").value, type(parse_gamma("avg")).__name__
+        (0.4, 'RunningMeanThreshold')
     """
     wanted = "Give a number >= 0 (the paper's value is 0.4), 'inf', 'avg' or 'quantile:q' with q between 0 and 1."
     if isinstance(gamma, str):
@@ -214,9 +256,9 @@ def parse_gamma(gamma: float | int | str, window: int = 1024) -> Threshold:
 
 
 def dropped_at_random(post_ids: list[str], epoch: int, rate: float, seed: int) -> list[bool]:
-    """The control for "dynamic": drop each post's rationale with probability `rate`, anew each epoch.
+    """Draw the posts whose rationale is dropped, for the control experiment of "dynamic" without a choice by loss.
 
-    The draw is a hash of seed, epoch and id, not a generator's state: a resumed run, another batch size and another
+    The draw is a hash of seed, epoch and id, not a random generator's state: a resumed run, another batch size and another
     number of ranks draw the same.
 
     Args:
@@ -227,6 +269,10 @@ def dropped_at_random(post_ids: list[str], epoch: int, rate: float, seed: int) -
 
     Returns:
         `list[bool]`: True where the rationale is dropped.
+
+    Example:
+        >>> dropped_at_random(["a", "b"], epoch=0, rate=1.0, seed=42)
+        [True, True]
     """
     dropped = []
     for post_id in post_ids:

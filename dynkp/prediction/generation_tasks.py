@@ -5,15 +5,20 @@
 Guarantees: a prompt is rendered by the renderer that training uses, from the post's text, images and aspect alone; its
 keyphrases, label and rationale are never part of it.
 
-When asked for keyphrases, the model decides whether to reason (mode "auto"), or is made to. Mode "think" writes `<think>`
-behind the rendered prompt, as it stands in front of a reasoning target, and the model continues from there. Mode "direct"
-forbids, as long as the output is whitespace only, every token that `<think>` could begin with, and everywhere the tags of
-reasoning that are tokens of their own.
+When asked for keyphrases, the model decides whether to reason (mode "auto"), or is made to. Mode "think" puts the
+tokens of `<think>` behind the prompt, those that a reasoning target begins with, and the model continues from there. Mode
+"direct" forbids, as long as the output is whitespace only, every token that `<think>` could begin with, and everywhere the
+tags of reasoning that are tokens of their own.
+
+Where the chat template itself writes `<think>` behind the prompt, mode "think" adds nothing, mode "direct" puts the tokens of
+`</think>` behind it, as direct targets begin, and an output of mode "auto" that closes the reasoning at once is read as a
+direct answer. Prompts of reasoning tasks are continued behind `</think>`.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
@@ -37,13 +42,18 @@ Mode: TypeAlias = Literal["auto", "think", "direct"]
 _PROMPT_COLUMNS = ("id", "text", "images", "image", "aspect", "prompt")
 
 
+# What a direct answer begins with behind a template's own <think>.
+_EMPTY_REASONING = re.compile(rf"\A{THINK}\s*{END_THINK}\s*")
+
+
 class KeyphrasePrediction(TypedDict):
     """The keyphrases that a model predicts for one post.
 
     Attributes:
         id: the post's id.
         keyphrases: as `parse_answer` reads them, in the order generated.
-        raw: the whole output, with the tags of reasoning and answer, without control tokens.
+        raw: the whole output, with the tags of reasoning and answer, without control tokens; without an empty
+            `<think></think>` that the template has opened.
         reasoned: whether the output has reasoning.
         output_tokens: number of generated tokens, without the end of turn.
         prompt_tokens: number of tokens of the prompt, image placeholders included.
@@ -113,7 +123,6 @@ class GenerationTask(ABC):
         renderer: renders the prompts.
         modality: as in `generate_keyphrases`.
         prefix: text that is part of an output although it was written for the model.
-        prefix_tokens: number of tokens of the prefix that are part of the prompt.
 
     Attributes:
         renderer: the renderer.
@@ -126,12 +135,11 @@ class GenerationTask(ABC):
         ValueError: if `modality` is unknown.
     """
 
-    def __init__(self, renderer: ChatRenderer, modality: Modality = "both", prefix: str = "", prefix_tokens: int = 0):
+    def __init__(self, renderer: ChatRenderer, modality: Modality = "both", prefix: str = ""):
         if modality not in ("both", "text", "image"):
             raise ValueError(f"modality={modality!r} is not known: use 'both', 'text' or 'image'")
         self.modality = modality
         self.prefix = prefix
-        self.prefix_tokens = prefix_tokens
         self.renderer = renderer
         self.collator = ChatCollator(renderer)
         tokenizer = self.tokenizer = renderer.tokenizer
@@ -186,7 +194,7 @@ class GenerationTask(ABC):
         self.num_cut_off += end is None
         tokens = tokens[:end]
         raw = self.prefix + self.tokenizer.decode([token for token in tokens if token not in self.dropped_ids])
-        return self.read(post_id, raw, len(tokens), prompt_tokens - self.prefix_tokens)
+        return self.read(post_id, raw, len(tokens), prompt_tokens - len(self.renderer.opening_ids))
 
     def warn_about_cut_off_outputs(self, max_new_tokens: int) -> None:
         """Log a warning if outputs had no end of turn.
@@ -212,8 +220,7 @@ class KeyphraseGenerationTask(GenerationTask):
         modality: as in `generate_keyphrases`.
 
     Raises:
-        ValueError: if `task`, `mode` or `modality` is unknown, or if `mode` is "direct" and the chat template itself writes
-            `<think>` behind the prompt.
+        ValueError: if `task`, `mode` or `modality` is unknown.
     """
 
     def __init__(
@@ -227,22 +234,20 @@ class KeyphraseGenerationTask(GenerationTask):
         if mode not in ("auto", "think", "direct"):
             raise ValueError(f"mode={mode!r} is not known: use 'auto', 'think' or 'direct'")
         renderer = KeyphraseRenderer(processor, task)
-        template_thinks = renderer.prompt({"text": "?"}, 0).rstrip().endswith(THINK)
-        if template_thinks and mode == "direct":
-            raise ValueError(
-                f"mode='direct': the chat template of {renderer.tokenizer.name_or_path!r} itself writes {THINK} behind the "
-                "prompt; use 'auto' or 'think', or a template that leaves it to the model"
-            )
+        opened = renderer.opens_reasoning
         opening = ""
-        if mode == "think" and not template_thinks:
+        if mode == "direct" and opened:
+            opening = END_THINK
+        elif mode == "think" and not opened:
             # With the whitespace, if any, that the template writes between prompt and answer.
             example = {"text": "?", "keyphrases": ["keyphrase"], "rationale": "why"}
             before, tag, _ = (renderer.reasoning_target(example, 0) or "").partition(THINK)
             opening = before + THINK if tag else THINK
+        if opening:
             renderer = KeyphraseRenderer(processor, task, opening)
         # <think> is read as part of the output, whoever wrote it: an output cut off inside its reasoning has no answer.
-        prefix = THINK if template_thinks else opening.lstrip()
-        super().__init__(renderer, modality, prefix, len(renderer.tokenizer(opening, add_special_tokens=False)["input_ids"]))
+        prefix = THINK if mode == "think" or (opened and mode == "auto") else ""
+        super().__init__(renderer, modality, prefix)
         self.mode = mode
         self.task = renderer.task
 
@@ -264,6 +269,8 @@ class KeyphraseGenerationTask(GenerationTask):
 
     def read(self, post_id: str, raw: str, output_tokens: int, prompt_tokens: int) -> KeyphrasePrediction:
         """Read the keyphrases of an output; as `GenerationTask.read`."""
+        if self.renderer.opens_reasoning:
+            raw = _EMPTY_REASONING.sub("", raw)
         answer = self.task.parse(raw)
         return KeyphrasePrediction(
             id=post_id,
@@ -300,6 +307,8 @@ class ReasoningGenerationTask(GenerationTask):
         modality: Modality = "both",
     ):
         renderer = ReasoningRenderer(processor, task, prompt)
+        if renderer.opens_reasoning:
+            renderer = ReasoningRenderer(processor, task, prompt, END_THINK)
         super().__init__(renderer, modality)
         self.task, self.prompt = renderer.task, prompt
 

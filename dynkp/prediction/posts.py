@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dynkp.batches.image_sizes import SizeCheck
 from dynkp.data.posts import validate_posts
 from dynkp.data.reasoning_tasks import ReasoningTask
 from dynkp.data.sentiment_posts import read_sentiment_posts
@@ -21,7 +22,8 @@ def load_posts_to_predict(
     image_dir: str | None = None,
     split: str = "test",
     on_invalid: str = "error",
-    check_images: bool = True,
+    use_images: bool = True,
+    processor: Any = None,
     progress: bool = True,
     is_first_process: bool = True,
     num_processes: int = 1,
@@ -36,7 +38,8 @@ def load_posts_to_predict(
         image_dir: the folder that image names are relative to.
         split: of a folder or Hub dataset.
         on_invalid: `"error"`, or `"skip"` to leave out posts that cannot be predicted.
-        check_images: whether to open every image.
+        use_images: whether the model will be shown images; each is then opened.
+        processor: the model's processor, which may refuse images of some sizes; None to not ask it.
         progress: whether to show a progress bar.
         is_first_process: whether this process is the first of its group.
         num_processes: number of processes of the group.
@@ -60,14 +63,21 @@ def load_posts_to_predict(
     if is_first_process:
         try:
             numbered = posts.add_column("_row", list(range(len(posts))))
-            valid, _ = validate_posts(
+            valid, report = validate_posts(
                 numbered,
                 on_invalid=on_invalid,
                 need_keyphrases=False,
-                check_images=check_images,
+                use_images=use_images,
+                refuses=None if processor is None else SizeCheck(processor),
                 separator="; " if isinstance(task, ReasoningTask) else task.separator,
                 progress=progress,
             )
+            if use_images and report.without_image == report.total and "prompt" not in valid.column_names:
+                raise ValueError(
+                    f"{source}: the model reads images, but none of the {report.total:,} posts has one. Images are read from "
+                    f"the column 'images' (or 'image'); the columns are {', '.join(posts.column_names)}. If text alone is "
+                    "meant, give --modality text."
+                )
             kept = [valid["_row"][:]]
         except ValueError as error:
             kept = [str(error)]

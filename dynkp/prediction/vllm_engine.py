@@ -117,8 +117,9 @@ class VllmEngine:
         for row in rows:
             images = renderer.images(row)
             text = renderer.prompt(row, len(images))
-            # As tokens: for a string, vLLM would put a second BOS token in front of the template's.
-            prompt: dict[str, Any] = {"prompt_token_ids": renderer.tokenizer(text, add_special_tokens=False)["input_ids"]}
+            # As tokens: for a string, vLLM would put a second BOS token in front of the prompt's.
+            tokens = renderer.tokenizer(text, add_special_tokens=renderer.add_special_tokens)["input_ids"]
+            prompt: dict[str, Any] = {"prompt_token_ids": [*tokens, *renderer.opening_ids]}
             if images:
                 prompt["multi_modal_data"] = {"image": images}
             prompts.append(prompt)

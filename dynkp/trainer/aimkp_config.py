@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 from dynkp.mechanics.masked_views import MASK_PATTERNS
 from dynkp.mechanics.stride_schedule import SCHEDULES
 from dynkp.objectives.filtering import REDUCTIONS
-from dynkp.trainer.keyphrase_config import KeyphraseConfig, one_of
+from dynkp.trainer.post_config import PostConfig, one_of
 
 
 @dataclass
-class AimKPConfig(KeyphraseConfig):
-    """Configuration of [`AimKPTrainer`]. Defaults are the paper's (AimKP, AAAI 2026, implementation details and Table 4).
+class AimKPConfig(PostConfig):
+    """Configuration of [`~dynkp.trainer.aimkp_trainer.AimKPTrainer`].
 
-    The rows of the paper's Table 2 and Table 5 are one option away: `mask_text=False`, `mask_image=False`,
-    `filter_gradients=False`, `stride_schedule="fixed"` (with `initial_stride` 2 or 4), `warmup_epochs=0`,
-    `mask_pattern="random"` and `"pooled"`, `stride_schedule="linear"`.
+    Defaults are the paper's (AimKP, AAAI 2026, implementation details and Table 4). The rows of its Table 2 and Table 5 each
+    need one option: `mask_text=False`, `mask_image=False`, `filter_gradients=False`, `stride_schedule="fixed"` (with
+    `initial_stride` 2 or 4), `warmup_epochs=0`, `mask_pattern="random"` and `"pooled"`, `stride_schedule="linear"`.
+
+    Raises:
+        ValueError: if an option is out of range, or not supported by this method.
     """
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of AdamW (paper: 2e-4, of LoRA)."})
@@ -30,7 +33,7 @@ class AimKPConfig(KeyphraseConfig):
     )
     task: str = field(
         default="aimkp",
-        metadata={"help": "Template of prompt and targets: 'aimkp' (default, answers joined by ', ') or 'dynamic_cot'."},
+        metadata={"help": "Task, that is prompt and targets: 'aimkp' (default, keyphrases joined by ', ') or 'dynamic_cot'."},
     )
     loss_normalization: str = field(
         default="token",
@@ -51,24 +54,24 @@ class AimKPConfig(KeyphraseConfig):
         default=1, metadata={"help": "Epochs of plain fine-tuning before any masking. Paper: 1; 0 is its row 'w/o warm up'."}
     )
     initial_stride: int = field(
-        default=2, metadata={"help": "'s' at a post's first masked visit; of each stride the last token stays. Paper: 2."}
+        default=2, metadata={"help": "'s' at a post's first masked visit; the last token of each stride is kept. Paper: 2."}
     )
     stride_schedule: str = field(
         default="adaptive",
         metadata={
-            "help": "How a post's stride moves from epoch to epoch: 'adaptive' (doubled if its variant was kept, else halved, "
-            "never below 2; the paper's), 'fixed', or 'linear' (one up, one down)."
+            "help": "How a post's stride changes from epoch to epoch: 'adaptive' (doubled if its variant was kept, else "
+            "halved, never below 2; the paper's), 'fixed', or 'linear' (one up, one down)."
         },
     )
     freeze_failed_strides: bool = field(
         default=False,
-        metadata={"help": "Whether a stride that failed once never changes again, as in the authors' code; the paper: False."},
+        metadata={"help": "Whether a stride never changes again after its variant was not kept (authors' code). Paper: False."},
     )
     mask_pattern: str = field(
         default="strided",
         metadata={
-            "help": "What stays of a masked modality: 'strided' (the paper's), 'random' (as many tokens, drawn for each visit) "
-            "or 'pooled' (as many, each the mean of its stride, moved together: 'feature compression')."
+            "help": "What is kept of a masked modality: 'strided' (the paper's), 'random' (as many tokens, drawn for each "
+            "visit) or 'pooled' (as many, each the mean of its stride, without gaps: 'feature compression')."
         },
     )
     mask_text: bool = field(default=True, metadata={"help": "Whether to train on text-masked variants. Paper: True."})
@@ -80,7 +83,7 @@ class AimKPConfig(KeyphraseConfig):
     variant_reduction: str = field(
         default="mean",
         metadata={
-            "help": "'mean' divides a post's loss by the number of variants it is made of (the authors' code), 'sum' does not "
+            "help": "'mean' divides a post's loss by the number of losses that it adds up (the authors' code), 'sum' does not "
             "(the paper's Eq. 4)."
         },
     )
@@ -92,8 +95,8 @@ class AimKPConfig(KeyphraseConfig):
         default="auto",
         metadata={
             "help": "How single posts' gradients are compared: 'batched' (one backward per variant for the whole batch), "
-            "'plain' (one forward and backward per post and variant, the published way: slower, more memory, same numbers), "
-            "'auto' (default) takes the batched way where the model allows it and says so once where it does not."
+            "'plain' (one forward and backward per post and variant, as published: slower, more memory, same numbers), 'auto' "
+            "(default) takes 'batched' where the model allows it, and logs once where it does not."
         },
     )
     log_visits: bool = field(
@@ -122,12 +125,12 @@ class AimKPConfig(KeyphraseConfig):
         if self.fp16:
             raise ValueError(
                 "`fp16` is True, but its loss scaling does not cover the gradients of single posts, which would underflow "
-                "unnoticed. Use bf16=True, or fp16=False."
+                "without notice. Use bf16=True, or fp16=False."
             )
         if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "`gradient_checkpointing_kwargs` asks for reentrant checkpointing, under which gradients of single posts "
-                "cannot be asked for. Set use_reentrant to False."
+                "`gradient_checkpointing_kwargs` sets reentrant checkpointing, with which gradients of single posts cannot be "
+                "computed. Set use_reentrant to False."
             )
 
     @property

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -18,51 +18,60 @@ from torch import nn
 
 from dynkp.batches.masking_collator import MaskingCollator, SinglePostsCollator
 from dynkp.batches.targets import Targets
+from dynkp.batches.typed_batches import MaskedViewBatch, PostBatch, SinglePostsBatch
 from dynkp.mechanics.gradient_similarity import why_gradients_cannot_be_batched
 from dynkp.mechanics.masked_views import FULL, BatchedViews, MaskedViews, Masking, PlainViews
 from dynkp.mechanics.stride_schedule import StrideSchedule
 from dynkp.objectives.filtering import filtered_loss, keep_variants
 from dynkp.objectives.token_loss import PostLosses
 from dynkp.trainer.aimkp_config import AimKPConfig
-from dynkp.trainer.keyphrase_trainer import KeyphraseTrainer, repeated_posts
+from dynkp.trainer.model_setup import projector_parameters, set_learning_rate
+from dynkp.trainer.post_streams import repeated_posts
+from dynkp.trainer.post_trainer import PostTrainer
 from dynkp.trainer.stopwatch import Stopwatch
 from dynkp.trainer.visit_log import VisitLog
 
 logger = logging.getLogger(__name__)
 
 
-class AimKPTrainer(KeyphraseTrainer):
-    r"""AimKP: auxiliary losses with text or pictures masked, kept where their gradients agree with the full input's.
+class AimKPTrainer(PostTrainer):
+    r"""AimKP: auxiliary losses with text or images masked, kept if their gradients agree with those of the full inputs.
 
-    Per post, with \\(g_0, g_t, g_v\\) the gradients of the target's loss given the full input, its text masked, and its
-    pictures masked with the post's own strides (Eq. 2), over all trainable parameters:
+    Per post, g_0, g_t and g_v are the gradients of the target's loss given the full input, its text masked, and its images
+    masked with the post's own strides (Eq. 2), over all trainable parameters. The variants with c_m > τ_m are kept:
 
     $$c_m = \cos(g_0, g_m), \qquad g = \frac{g_0 + \sum_{m: c_m > \tau_m} g_m}{1 + |\{m: c_m > \tau_m\}|}$$
 
-    (Eq. 3 and 4; the paper's equation has no denominator, the authors' code has: `variant_reduction`). A post whose variant
-    was kept is masked with twice the stride in the next epoch, else with half of it. The first epoch masks nothing and
-    costs plain fine-tuning. A post without text or without picture has no such variant. Departures from the authors' code:
-    any batch size, one backward per variant for the whole batch, masked tokens left out rather than masked; same numbers.
+    (Eq. 3 and 4; the paper's equation has no denominator, the authors' code has: option `variant_reduction`). A variant that
+    was kept is masked with twice the stride in the next epoch, another with half of it. The first epoch masks nothing and
+    costs as much as plain fine-tuning. A post without text or without images does not have that variant. Departures from the
+    authors' code, with equal results: any batch size, one backward pass per variant for the whole batch, masked tokens dropped
+    rather than masked.
 
-    Takes what [`KeyphraseTrainer`] takes; the training posts must have ids of their own and be a dataset that is not
-    streamed, because strides belong to posts. Logged per window and modality: `MODALITY_cosine` (mean c_m),
-    `MODALITY_kept_share`, `MODALITY_loss` (nats per token; also `full_loss`), `MODALITY_stride_S` (share of the posts visited
-    so far whose next stride is S); `step_cost` (device time of a step over that of its plain part).
+    Logged per window and modality: `MODALITY_cosine` (mean c_m), `MODALITY_kept_share`, `MODALITY_loss` (nats per token; also
+    `full_loss`), `MODALITY_stride_S` (share of the posts visited so far whose next stride is S); `step_cost` (device time of a
+    step over that of its plain part).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): as for
+            [`~dynkp.trainer.post_trainer.PostTrainer`].
+        args ([`~dynkp.trainer.aimkp_config.AimKPConfig`]): options.
+        **kwargs: as for [`~dynkp.trainer.post_trainer.PostTrainer`]. Training posts must have ids of their own and must not be
+            a stream, because strides belong to posts.
 
     Raises:
-        ValueError: for float16, ZeRO-3, FSDP, streams, posts without ids of their own, and models whose tokens cannot be
-            masked as asked.
+        ValueError: for float16, ZeRO-3, FSDP, streams, posts without ids of their own, and models whose tokens cannot be masked
+            as the options say.
 
     Example:
-
     ```python
-    >>> trainer = AimKPTrainer(
-    ...     model="llava-hf/llava-1.5-7b-hf",
-    ...     args=AimKPConfig(output_dir="out", per_device_train_batch_size=16),
-    ...     train_dataset=load_posts("train.jsonl", image_dir="images"),
-    ...     peft_config=LoraConfig(r=128, lora_alpha=256, modules_to_save=["multi_modal_projector"]),
-    ... )
-    >>> trainer.train()
+    trainer = AimKPTrainer(
+        model="llava-hf/llava-1.5-7b-hf",
+        args=AimKPConfig(output_dir="out", per_device_train_batch_size=16),
+        train_dataset=load_posts("train.jsonl", image_dir="images"),
+        peft_config=LoraConfig(r=128, lora_alpha=256, modules_to_save=["multi_modal_projector"]),
+    )
+    trainer.train()
     ```
     """
 
@@ -81,22 +90,22 @@ class AimKPTrainer(KeyphraseTrainer):
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 "`train_dataset` is a stream, but AimKP keeps a stride for every post and must know them beforehand. Load the "
-                "posts (streaming=False); their pictures stay on disk."
+                "posts (streaming=False); their images stay on disk."
             )
         if not isinstance(self.data_collator, MaskingCollator):
             raise ValueError(
-                f"`data_collator` is a {type(self.data_collator).__name__}, which does not tell where text and pictures lie. "
+                f"`data_collator` is a {type(self.data_collator).__name__}, which does not locate text and images. "
                 "Leave it out, or give a subclass of dynkp.batches.masking_collator.MaskingCollator."
             )
         if "image" in args.modalities and getattr(self.model.config.get_text_config(), "cross_attention_layers", None):
             raise ValueError(
-                "`mask_image` is True, but this model reads pictures by cross-attention: they have no tokens to mask. Set "
+                "`mask_image` is True, but this model reads images by cross-attention: they have no tokens to mask. Set "
                 "mask_image=False."
             )
         if "text" in args.modalities and "prompt" in self.train_dataset.column_names:
             raise ValueError(
-                "`mask_text` is True, but the posts come with prompts of their own, in which nobody can tell the text from the "
-                "instruction. Give the columns `text`, `keyphrases` and `images`, or set mask_text=False."
+                "`mask_text` is True, but the posts have prompts of their own, in which text and instruction cannot be "
+                "distinguished. Give the columns `text`, `keyphrases` and `images`, or set mask_text=False."
             )
         self.schedule = self.new_schedule()
         self.batches_similarity = self._choose_similarity_backend()
@@ -119,7 +128,7 @@ class AimKPTrainer(KeyphraseTrainer):
         """Return the options that the collator is built with."""
         return {**super().collator_options(), "modalities": self.args.modalities}
 
-    def compute_post_losses(self, model: nn.Module, inputs: dict[str, Any]) -> PostLosses:
+    def compute_post_losses(self, model: nn.Module, inputs: PostBatch) -> PostLosses:
         """Compute the filtered loss of each post (Eq. 2 to 4), or the plain one in evaluation and warm-up epochs.
 
         Args:
@@ -135,9 +144,8 @@ class AimKPTrainer(KeyphraseTrainer):
         views = self.open_views(model, inputs, strides)  # full input, text masked, image masked: Eq. 2
         targets = self.choose_targets(views, inputs)
 
-        for view in views:
+        for view in self.stopwatch.laps(views):
             views.backward(view, targets, self.normalizes_over_tokens)  # g_0, g_t, g_v of each post
-            self.stopwatch.mark(view)
         cosines = views.cosines()  # c_m = cos(g_0, g_m), Eq. 3
         kept = keep_variants(cosines, self.args.thresholds)  # c_m > τ_m
         self.record_visits(inputs, strides, views, targets, cosines, kept)
@@ -156,11 +164,11 @@ class AimKPTrainer(KeyphraseTrainer):
         """Whether there are masked variants in the current epoch."""
         return bool(self.args.modalities) and self.schedule.masks(self.current_epoch)
 
-    def strides_of(self, inputs: dict[str, Any]) -> dict[str, list[int]]:
+    def strides_of(self, inputs: PostBatch) -> dict[str, list[int]]:
         """Return the strides of a batch's posts in the current epoch, per masked modality."""
         return {name: self.schedule.strides(inputs["id"], name, self.current_epoch) for name in self.args.modalities}
 
-    def open_views(self, model: nn.Module, inputs: dict[str, Any], strides: dict[str, list[int]]) -> MaskedViews:
+    def open_views(self, model: nn.Module, inputs: PostBatch, strides: dict[str, list[int]]) -> MaskedViews:
         """Prepare the full inputs of a batch and their masked variants (Eq. 2, or an ablation of it).
 
         Args:
@@ -171,16 +179,22 @@ class AimKPTrainer(KeyphraseTrainer):
         masking = Masking(self.args.mask_pattern, visit=self.current_epoch, seed=self.args.seed)
         score = self._scorer(inputs["prompt"]["input_ids"].device)
         if not self.batches_similarity:
-            return PlainViews(model, inputs, strides, masking, score=score)
-        longest = max(max(inputs[kind]["lengths"]) for kind in self.target_kinds)
+            return PlainViews(model, cast(SinglePostsBatch, inputs), strides, masking, score=score)
+        longest = max(*inputs["direct"]["lengths"], *inputs["reasoning"]["lengths"])
         views = BatchedViews(
-            model, inputs, strides, masking, longest_target=longest, shares_prefix=self.shares_prompt, score=score
+            model,
+            cast(MaskedViewBatch, inputs),
+            strides,
+            masking,
+            longest_target=longest,
+            shares_prefix=self.shares_prompt,
+            score=score,
         )
         if views.why_masked:
             self._announce(f"Masked tokens are masked, not left out, which costs more: {views.why_masked}.")
         return views
 
-    def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:
+    def choose_targets(self, views: MaskedViews, inputs: PostBatch) -> Targets:
         """Return the targets whose losses are computed given every view: the keyphrases.
 
         Args:
@@ -198,7 +212,7 @@ class AimKPTrainer(KeyphraseTrainer):
 
     def record_visits(
         self,
-        inputs: dict[str, Any],
+        inputs: PostBatch,
         strides: dict[str, list[int]],
         views: MaskedViews,
         targets: Targets,
@@ -248,6 +262,7 @@ class AimKPTrainer(KeyphraseTrainer):
         return loss
 
     def begin_training(self) -> None:
+        """Start with new strides and a new file of visits."""
         super().begin_training()
         self.schedule = self.new_schedule()
         self._masked_visits.clear()
@@ -255,8 +270,9 @@ class AimKPTrainer(KeyphraseTrainer):
             self.visit_log.begin(self.state.global_step)
 
     def end_of_step(self) -> None:
+        """Change the strides by the visits of all ranks, and write the visits to the file."""
         super().end_of_step()
-        epoch = math.ceil(self.state.epoch or 0) - 1  # of the visits: `state.epoch` has moved on to where the step ended
+        epoch = math.ceil(self.state.epoch or 0) - 1  # of the visits: `state.epoch` is now that of the step's end
         visits = self.gather_list(self._masked_visits) if self.schedule.masks(epoch) else []
         for visit in visits:
             self.schedule.record(visit["id"], visit["modality"], visit["kept"], epoch)
@@ -265,6 +281,12 @@ class AimKPTrainer(KeyphraseTrainer):
         self._masked_visits.clear()
 
     def derive_metrics(self, logs: dict[str, float], prefix: str) -> None:
+        """Add the distribution of strides and the cost of the steps to the log of training.
+
+        Args:
+            logs (`dict`): what is about to be logged; changed in place.
+            prefix (`str`): prefix of the names in `logs`; empty in training.
+        """
         super().derive_metrics(logs, prefix)
         if prefix:
             return
@@ -274,9 +296,18 @@ class AimKPTrainer(KeyphraseTrainer):
             logs["step_cost"] = times["step"] / times[FULL]
 
     def method_state(self) -> dict[str, Any]:
+        """Return the strides, for checkpoints."""
         return {**super().method_state(), "strides": self.schedule.state()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
+        """Continue with the strides of a checkpoint.
+
+        Args:
+            state (`dict`): what [`method_state`] returned when the checkpoint was written.
+
+        Raises:
+            ValueError: if the checkpoint has no strides, or those of other posts.
+        """
         if "strides" not in state:
             raise ValueError("the checkpoint has no strides: it was not written by AimKPTrainer. Start a new run.")
         super().load_method_state(state)
@@ -285,9 +316,18 @@ class AimKPTrainer(KeyphraseTrainer):
     # Set-up
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer, with the projector's own learning rate if there is one.
+
+        Args:
+            *args: as in `transformers.Trainer.create_optimizer`.
+            **kwargs: as in `transformers.Trainer.create_optimizer`.
+
+        Raises:
+            ValueError: if `projector_learning_rate` is set and no projector is trained.
+        """
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.projector_learning_rate is not None:
-            give_own_learning_rate(optimizer, projector_parameters(self.model), self.args.projector_learning_rate)
+            set_learning_rate(optimizer, projector_parameters(self.model), self.args.projector_learning_rate)
         return optimizer
 
     def _choose_similarity_backend(self) -> bool:
@@ -298,7 +338,7 @@ class AimKPTrainer(KeyphraseTrainer):
             return True
         if self.args.similarity_backend == "batched":
             raise ValueError(
-                f"`similarity_backend` is 'batched', but gradients of single posts cannot be told apart in a batch: {reason}. "
+                f"`similarity_backend` is 'batched', but gradients of single posts cannot be computed in one batch: {reason}. "
                 "Use 'plain', or do not train these parameters."
             )
         self._announce(f"Gradients are computed one post at a time (similarity_backend='plain'): {reason}.")
@@ -311,10 +351,18 @@ class AimKPTrainer(KeyphraseTrainer):
 
 
 def refuse_generated_ids(posts: Any) -> None:
-    """Refuse posts that would be called by their row number.
+    """Refuse posts that would get their row number as id.
+
+    Args:
+        posts (`Dataset` or a list of rows): training posts; anything else is not checked.
 
     Raises:
-        ValueError: if any has no id: with the rows in another order, its stride would go to another post.
+        ValueError: if a post has no id: with the rows in another order, its stride would become another post's.
+
+    Example:
+        >>> refuse_generated_ids([{"id": "1"}, {"text": "goal"}])
+        Traceback (most recent call last):
+        ValueError: row 1 of `train_dataset` has no `id`, but strides belong to posts by their ids, ...
     """
     if isinstance(posts, Dataset):
         ids = posts["id"] if "id" in posts.column_names else [None] * len(posts)
@@ -325,35 +373,3 @@ def refuse_generated_ids(posts: Any) -> None:
             f"row {list(ids).index(None)} of `train_dataset` has no `id`, but strides belong to posts by their ids, whatever "
             "the rows' order. Give every post an `id` of its own."
         )
-
-
-def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained of the layers between vision tower and language model.
-
-    Raises:
-        ValueError: if nothing of them is trained.
-    """
-    # LLaVA, InternVL, Gemma 3, Mllama; Qwen-VL; Idefics3 and SmolVLM.
-    names = ("multi_modal_projector", "merger", "connector")
-    found = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and any(part.startswith(names) or "merger" in part for part in name.split("."))
-    ]
-    if not found:
-        raise ValueError(
-            "`projector_learning_rate` is set, but no parameter of a projector is trained. With LoRA, name the projector in "
-            "`modules_to_save` (LLaVA: 'multi_modal_projector', Qwen-VL: 'merger'), or set projector_learning_rate to None."
-        )
-    return found
-
-
-def give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
-    """Move some of a fresh optimizer's parameters into groups with a learning rate of their own."""
-    wanted = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in wanted]
-        if moved:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
-            options = {key: value for key, value in group.items() if key != "params"}
-            optimizer.add_param_group({**options, "params": moved, "lr": rate})

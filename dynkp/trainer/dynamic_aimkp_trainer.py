@@ -1,13 +1,13 @@
-"""Dynamic CoT and AimKP in one: the target that Dynamic CoT chooses, under AimKP's masks and filter."""
+"""Dynamic CoT and AimKP combined: the target that Dynamic CoT selects, with AimKP's masks and filter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dynkp.batches.targets import Targets, mixed_targets
+from dynkp.batches.typed_batches import PostBatch
 from dynkp.mechanics.masked_views import FULL, MaskedViews
 from dynkp.objectives.switching import below_threshold
 from dynkp.objectives.token_loss import TargetLoss
@@ -19,17 +19,21 @@ from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 
 @dataclass
 class DynamicAimKPConfig(AimKPConfig, DynamicCoTConfig):
-    """Configuration of [`DynamicAimKPTrainer`]: the options of both methods. No paper has published values for the two."""
+    """Configuration of [`DynamicAimKPTrainer`]: the options of both methods. No paper has published values for both.
+
+    Raises:
+        ValueError: if an option is out of range, or not supported by this method.
+    """
 
     task: str = field(
         default="dynamic_cot",
-        metadata={"help": "Template of prompt and targets: 'dynamic_cot' (default) or 'aimkp' (answers joined by ', ')."},
+        metadata={"help": "Task, that is prompt and targets: 'dynamic_cot' (default) or 'aimkp' (keyphrases joined by ', ')."},
     )
     loss_normalization: str = field(
         default="sample",
         metadata={
             "help": "'sample' (default, Dynamic CoT's): mean over a target's tokens, then over posts. 'token' (AimKP's): mean "
-            "over all target tokens of the optimizer step; long rationales then outweigh direct answers."
+            "over all target tokens of the optimizer step; long rationales then outweigh direct targets."
         },
     )
 
@@ -37,26 +41,33 @@ class DynamicAimKPConfig(AimKPConfig, DynamicCoTConfig):
         super().__post_init__()
         if self.strategy == "multitask":
             raise ValueError(
-                "`strategy` is 'multitask', which teaches a post two targets, while a masked variant is filtered by the "
+                "`strategy` is 'multitask', which trains a post on two targets, while masked variants are filtered by the "
                 "gradient of one. Choose 'dynamic', 'direct', 'cot' or 'random:p'."
             )
 
 
 class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
-    """Dynamic CoT's switch and AimKP's masking together.
+    """Dynamic CoT's switch together with AimKP's masking.
 
-    While AimKP's warm-up lasts, a step is Dynamic CoT's. Afterwards the direct answer's loss given the full input decides
-    what a post is taught (Dynamic CoT, Eq. 5), and this target's losses given the full input, the text masked and the
-    pictures masked are filtered and added up (AimKP, Eq. 3 and 4). The switch costs a forward pass over the direct answers'
-    tokens alone, behind the prompt that the full view computes anyway.
+    During AimKP's warm-up, a step is Dynamic CoT's. Afterwards the direct loss given the full input selects the target of each
+    post (Dynamic CoT, Eq. 5), and this target's losses given the full input, the text masked and the images masked are filtered
+    and combined (AimKP, Eq. 3 and 4). The switch costs a forward pass over the tokens of the direct targets alone, behind the
+    prompt that is computed for the full view anyway.
 
-    Takes and logs what both take and log; `strategy="direct"` is AimKP.
+    It logs what both trainers log; the loss of the selected targets is `full_loss`. `strategy="direct"` is AimKP.
+
+    Args:
+        *args: as for [`~dynkp.trainer.post_trainer.PostTrainer`].
+        **kwargs: as for [`~dynkp.trainer.post_trainer.PostTrainer`].
+
+    Raises:
+        ValueError: as for [`~dynkp.trainer.aimkp_trainer.AimKPTrainer`] and
+            [`~dynkp.trainer.dynamic_cot_trainer.DynamicCoTTrainer`].
 
     Example:
-
     ```python
-    >>> trainer = DynamicAimKPTrainer(model, DynamicAimKPConfig(output_dir="out", gamma=0.4), train_dataset=posts)
-    >>> trainer.train()
+    trainer = DynamicAimKPTrainer(model, DynamicAimKPConfig(output_dir="out", gamma=0.4), train_dataset=posts)
+    trainer.train()
     ```
     """
 
@@ -64,18 +75,18 @@ class DynamicAimKPTrainer(AimKPTrainer, DynamicCoTTrainer):
     method = "dynamic_aimkp"
     args: DynamicAimKPConfig
 
-    def choose_targets(self, views: MaskedViews, inputs: dict[str, Any]) -> Targets:
+    def choose_targets(self, views: MaskedViews, inputs: PostBatch) -> Targets:
         """Select the target of each post by its direct loss given the full input (Dynamic CoT, Eq. 5).
 
         Args:
             views ([`~dynkp.mechanics.masked_views.MaskedViews`]): views of the batch, not yet run.
             inputs (`dict`): the batch.
         """
-        _, reasons = self.candidates(inputs)
-        direct = TargetLoss(*torch.zeros(2, len(reasons), device=reasons.device))
+        _, easy = self.candidates(inputs)
+        direct = TargetLoss(*torch.zeros(2, len(easy), device=easy.device))
         if self.args.strategy == "dynamic":
             with torch.no_grad():
                 direct = views.loss(FULL, inputs["direct"])  # L_sft = NLL(y^s | x)
-            reasons = reasons & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ
-        self.record_choices(inputs, reasons, direct)
-        return mixed_targets(inputs["direct"], inputs["reasoning"], reasons)  # y^d
+            easy = easy & below_threshold(direct.mean, self.gamma.value)  # L_sft < γ
+        self.record_choices(inputs, easy, direct)
+        return mixed_targets(inputs["direct"], inputs["reasoning"], easy)  # y^d

@@ -6,14 +6,20 @@ from dataclasses import dataclass, field
 
 from dynkp.data.choices import did_you_mean
 from dynkp.objectives.switching import parse_gamma
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.post_config import PostConfig
 
 STRATEGIES = ("dynamic", "direct", "cot", "multitask", "random:p")
 
 
 @dataclass
-class DynamicCoTConfig(KeyphraseConfig):
-    """Configuration of [`DynamicCoTTrainer`]. Defaults are the paper's (Ma et al., EMNLP 2025, Section 4.2)."""
+class DynamicCoTConfig(PostConfig):
+    """Configuration of [`~dynkp.trainer.dynamic_cot_trainer.DynamicCoTTrainer`].
+
+    Defaults are the paper's (Ma et al., EMNLP 2025, Section 4.2).
+
+    Raises:
+        ValueError: if an option is out of range, or not supported by this method.
+    """
 
     learning_rate: float = field(
         default=5e-5,
@@ -23,9 +29,9 @@ class DynamicCoTConfig(KeyphraseConfig):
     strategy: str = field(
         default="dynamic",
         metadata={
-            "help": "What each post is taught: 'dynamic' (reasoning where the direct loss is below γ, else the bare answer), "
-            "'direct' (SFT), 'cot' (Fine-tune-CoT: reasoning wherever there is a rationale), 'multitask' (both targets as "
-            "two objectives), 'random:p' (control: the rationale is dropped at random with rate p)."
+            "help": "Which target each post is trained on: 'dynamic' (the reasoning target where the direct loss is below γ, "
+            "else the direct target), 'direct' (SFT), 'cot' (Fine-tune-CoT: the reasoning target where there is a rationale), "
+            "'multitask' (both as two objectives), 'random:p' (control: the rationale is dropped at random with rate p)."
         },
     )
     gamma: str = field(
@@ -37,20 +43,20 @@ class DynamicCoTConfig(KeyphraseConfig):
     )
     gamma_window: int = field(
         default=1024,
-        metadata={"help": "Number of recent posts that gamma='quantile:q' looks at."},
+        metadata={"help": "Number of last posts that gamma='quantile:q' is computed from."},
     )
     loss_normalization: str = field(
         default="sample",
         metadata={
             "help": "'sample' (default, as the paper's batch size of 1): mean over a target's tokens, then over posts. "
-            "'token': mean over all target tokens of the optimizer step; long rationales then outweigh direct answers."
+            "'token': mean over all target tokens of the optimizer step; long rationales then outweigh direct targets."
         },
     )
     answer_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of a reasoning target's tokens from <answer> on, against 1 for its thinking. 1.0 is the paper's "
-            "mean over tokens."
+            "help": "Weight of a reasoning target's tokens from <answer> on, against 1 for those of its reasoning. 1.0 is the "
+            "paper's mean over tokens."
         },
     )
     multitask_weight: float = field(
@@ -77,7 +83,11 @@ class DynamicCoTConfig(KeyphraseConfig):
                 raise ValueError(f"`{name}` is {value}; a weight must be finite and not negative.")
 
     def drop_rate(self) -> float | None:
-        """p of strategy 'random:p'; `None` for the other strategies."""
+        """Return p of strategy 'random:p'; `None` for the other strategies.
+
+        Raises:
+            ValueError: if there is no such strategy.
+        """
         kind, colon, rate = self.strategy.partition(":")
         if self.strategy in STRATEGIES[:-1]:
             return None

@@ -1,9 +1,7 @@
-"""Evaluation of a reasoning task by generating labels: the figure by which MulCoT-RD chooses its checkpoint.
+"""Evaluation of a reasoning task by generating labels: the metrics by which MulCoT-RD selects its checkpoint.
 
-Given   a trainer's model and evaluation posts with labels.
-Gives   accuracy, macro and weighted F1 of the labels that the label prompt is answered with.
-Holds   prompts are made of text, pictures and aspect alone; an output that names no label counts as wrong; ranks share the
-        posts and know all the same figures afterwards.
+Prompts are made of text, images and aspect alone. An output without a label counts as wrong. Ranks share the posts and have
+equal metrics afterwards.
 """
 
 from __future__ import annotations
@@ -33,15 +31,24 @@ def label_metrics(
     gather: Callable[[list[Any]], list[Any]],
     progress: bool,
 ) -> dict[str, float]:
-    """Answer the label prompt for the posts, score all of them, and return the same metrics on every rank.
+    """Generate answers to the label prompt for posts and score all of them.
 
     Args:
-        task: with labels.
-        others: as in [`~dynkp.trainer.generative_evaluation.generative_metrics`].
+        model (`torch.nn.Module`): the unwrapped model.
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]): its processor or tokenizer.
+        posts (`Iterable`): evaluation posts with labels, the same on every rank.
+        task ([`~dynkp.data.reasoning_tasks.ReasoningTask`]): a task with labels.
+        limit (`int` or `None`): number of posts from the start that are generated for; all, if `None`.
+        batch_size (`int`): posts per batch.
+        max_new_tokens (`int`): greatest length of an output in tokens.
+        rank (`int`): index of this process.
+        ranks (`int`): number of processes.
+        gather (`Callable`): joins the lists of all ranks; called on every rank.
+        progress (`bool`): show a progress bar.
 
     Returns:
-        `accuracy`, `macro_f1`, `weighted_f1` (scikit-learn's, over the task's labels), `unread_share` (outputs that name no
-        label), `generated_posts`, `output_tokens`. Empty if there is no post.
+        `dict[str, float]`: equal on every rank: `accuracy`, `macro_f1`, `weighted_f1` (scikit-learn's, over the task's labels),
+        `unread_share` (outputs without a label), `generated_posts`, `output_tokens`. Empty if there is no post.
     """
     gold: list[str] = []
 
@@ -63,8 +70,8 @@ def label_metrics(
     pairs = gather(pairs)
     if not pairs:
         return {}
-    right, said, tokens = zip(*pairs, strict=True)
-    scores = classification_scores(said, right, task.labels)
+    right, predicted, tokens = zip(*pairs, strict=True)
+    scores = classification_scores(predicted, right, task.labels)
     return {
         **{name: scores[name] for name in ("accuracy", "macro_f1", "weighted_f1")},
         "unread_share": scores["unread"] / len(pairs),

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from dynkp.data.choices import did_you_mean
 from dynkp.data.reasoning_tasks import REASONING_TASKS
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.post_config import PostConfig
 
 POSITIONS = ("answer", "all")
 # The paper's, for lr_scheduler_type="reduce_lr_on_plateau".
@@ -16,13 +16,17 @@ PLATEAU = {"factor": 0.5, "patience": 2}
 
 
 @dataclass
-class MulCoTRDConfig(KeyphraseConfig):
-    """Configuration of [`MulCoTRDTrainer`]. Defaults are the paper's (Findings of ACL 2026) for the student.
+class MulCoTRDConfig(PostConfig):
+    """Configuration of [`~dynkp.trainer.mulcot_rd_trainer.MulCoTRDTrainer`].
 
-    Without `assistant` and `soft_labels` there is nobody to learn from but the labels: that is the assistant's own training.
+    Defaults are the paper's (Findings of ACL 2026) for the student. Without `assistant` and `soft_labels` there are hard labels
+    only: that is the assistant's own training.
+
+    Raises:
+        ValueError: if an option is out of range, or not supported by this method.
     """
 
-    _VALID_DICT_FIELDS = [*KeyphraseConfig._VALID_DICT_FIELDS, "task_weights"]
+    _VALID_DICT_FIELDS = [*PostConfig._VALID_DICT_FIELDS, "task_weights"]
 
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -35,15 +39,15 @@ class MulCoTRDConfig(KeyphraseConfig):
     task: str = field(
         default="masc",
         metadata={
-            "help": "What is asked about a post: 'masc' (sentiment towards an aspect), 'msc' (sentiment of the whole post) or "
-            "'keyphrases'; each with a chain of reasons, and for the answer alone."
+            "help": "What is predicted of a post: 'masc' (sentiment towards an aspect), 'msc' (sentiment of the whole post) or "
+            "'keyphrases'; each as a response chain and as the answer alone."
         },
     )
     task_weights: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "'w_k': weight of each task's loss, as JSON. None (default) is the paper's {\"chain\": 1, \"label\": 1}. "
-            "A post without a chain learns its label alone."
+            "A post without a rationale has the label's loss only."
         },
     )
     distillation_weight: float = field(
@@ -67,26 +71,26 @@ class MulCoTRDConfig(KeyphraseConfig):
     assistant: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of the trained assistant (an adapter's folder will do), whose soft labels are computed "
-            "as they are needed. With `soft_labels` it is not loaded, only compared with who wrote them."
+            "help": "Folder or Hub id of the trained assistant (or the folder of an adapter), whose soft labels are computed "
+            "during training. With `soft_labels` it is not loaded, only compared with the model that computed them."
         },
     )
     assistant_dtype: str = field(
         default="auto",
-        metadata={"help": "Its weights' type: 'auto' (default, as saved), 'float32', 'bfloat16' or 'float16'."},
+        metadata={"help": "Type of the assistant's weights: 'auto' (default, as saved), 'float32', 'bfloat16' or 'float16'."},
     )
     assistant_device: str | None = field(
-        default=None, metadata={"help": "Where it runs, such as 'cuda:1'. None (default): where the student does."}
+        default=None, metadata={"help": "The assistant's device, such as 'cuda:1'. None (default): the student's."}
     )
     soft_labels: str | None = field(
         default=None,
-        metadata={"help": "Folder that `dynkp distill cache` wrote: the assistant's soft labels, so that it is not loaded."},
+        metadata={"help": "Folder of soft labels written by `dynkp distill cache`; the assistant is not loaded then."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr_scheduler_type == "reduce_lr_on_plateau":
-            # torch's own mode is "min", whatever the metric: an accuracy that rises would count as no progress.
+            # torch's default mode is "min", whatever the metric: a rising accuracy would count as no progress.
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs = {"mode": mode, **PLATEAU, **cast(dict[str, Any], self.lr_scheduler_kwargs or {})}
         if self.task not in REASONING_TASKS:
@@ -96,6 +100,11 @@ class MulCoTRDConfig(KeyphraseConfig):
             )
         if self.separator is not None:
             raise ValueError(f"`separator` is {self.separator!r}, but task {self.task!r} has its own. Leave it None.")
+        if not self.trailing_template_tokens:
+            raise ValueError(
+                "`trailing_template_tokens` is False, but MulCoT-RD compares student and assistant at all tokens that the chat "
+                "template writes, and so do soft labels on the disk. Leave it True."
+            )
         _ = self.parsed_task_weights
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` is {self.distillation_weight}; it is a share between 0 and 1.")
@@ -105,8 +114,8 @@ class MulCoTRDConfig(KeyphraseConfig):
             raise ValueError(f"`kd_positions` is {self.kd_positions!r}; choose one of {', '.join(map(repr, POSITIONS))}.")
         if self.kd_positions == "all" and self.soft_labels is not None:
             raise ValueError(
-                "`kd_positions` is 'all', but `soft_labels` holds those of the answers alone. Give `assistant` in its place, "
-                "or kd_positions='answer'."
+                "`kd_positions` is 'all', but `soft_labels` contains those of the answers alone. Give `assistant` instead, or "
+                "kd_positions='answer'."
             )
         if self.assistant_dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
@@ -124,7 +133,7 @@ class MulCoTRDConfig(KeyphraseConfig):
             return {"label": 1.0, "chain": 1.0}
         wanted = (
             f"`task_weights` is {self.task_weights!r}; give the weights of both tasks, finite and not negative, such as "
-            '{"chain": 1.0, "label": 1.0}. The label\'s must be above 0: a post without a chain would teach nothing.'
+            '{"chain": 1.0, "label": 1.0}. The label\'s must be above 0: a post without a rationale would have no loss.'
         )
         try:
             given = json.loads(self.task_weights) if isinstance(self.task_weights, str) else dict(self.task_weights)

@@ -1,8 +1,9 @@
-"""From whatever a user calls a dataset to validated posts a trainer can read."""
+"""Validation of posts before the first step of a training."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.lengths import post_lengths
 from dynkp.data.posts import validate_posts
 from dynkp.data.reasoning_tasks import ReasoningTask
+from dynkp.data.rows import LOAD_FINDINGS
 from dynkp.files.json_lines import write_json_lines
-from dynkp.trainer.keyphrase_config import KeyphraseConfig
+from dynkp.trainer.post_config import PostConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +25,25 @@ logger = logging.getLogger(__name__)
 def prepare_posts(
     dataset: Any,
     name: str,
-    args: KeyphraseConfig,
+    args: PostConfig,
     takes_images: bool,
     separator: str = "; ",
     need_keyphrases: bool = True,
+    refuses: Callable[[tuple[int, int]], str | None] | None = None,
 ) -> Dataset | IterableDataset:
-    """Normalise and validate a dataset of posts before the first step.
+    """Bring a dataset of posts into the package's schema and validate it.
 
     Args:
-        dataset: what [`~dynkp.data.posts.validate_posts`] takes: a dataset, a streaming dataset or a list of rows.
-        name: `"train"`, `"eval"` or an evaluation set's name; it is part of the report's file name.
-        args: options `on_invalid`, `check_images`, `output_dir`, `disable_tqdm`.
-        takes_images: whether the model has a vision tower; for a text model pictures are left out.
-        separator: what must not occur inside a keyphrase.
-        need_keyphrases: whether a post without keyphrases is invalid.
+        dataset (`Dataset`, `IterableDataset` or a list of rows): what [`~dynkp.data.posts.validate_posts`] takes.
+        name (`str`): `"train"`, `"eval"` or an evaluation set's name; part of the report's file name.
+        args ([`~dynkp.trainer.post_config.PostConfig`]): options `on_invalid`, `check_images`, `output_dir`, `disable_tqdm`.
+        takes_images (`bool`): whether the model has a vision tower; for a text model, images are removed.
+        separator (`str`, *optional*, defaults to `"; "`): what must not occur inside a keyphrase.
+        need_keyphrases (`bool`, *optional*, defaults to `True`): whether a post without keyphrases is invalid.
+        refuses (`Callable`, *optional*): returns why the processor refuses images of a size, as in `validate_posts`.
 
     Returns:
-        The posts that can be trained on, in their order.
+        `Dataset` or `IterableDataset`: the posts that can be trained on, in their order.
 
     Raises:
         InvalidPostsError: if a post cannot be trained on and `args.on_invalid` is `"error"`.
@@ -56,7 +60,9 @@ def prepare_posts(
         need_keyphrases=need_keyphrases,
         on_invalid=args.on_invalid,
         report_file=report_file,
-        check_images=args.check_images and takes_images,
+        check_images=args.check_images,
+        use_images=takes_images,
+        refuses=refuses,
         unique_ids=args.unique_ids,
         progress=main and not args.disable_tqdm,
     )
@@ -64,30 +70,44 @@ def prepare_posts(
         raise ValueError(f"the {name} set has no posts; give at least one, or None for no such set.")
     if main and report.total:
         logger.info("%s set: %s", name, report.summary())
+    if takes_images and main and report.total and report.without_image == report.total:
+        logger.warning(
+            "The model reads images, but none of the %d %s posts has one. Images are read from the column 'images'.",
+            report.total,
+            name,
+        )
     if not takes_images:
         if report.total > report.without_image:
             logger.warning(
-                "The model reads text only: the pictures of %d %s posts are left out.",
+                "The model reads text only: the images of %d %s posts are left out.",
                 report.total - report.without_image,
                 name,
             )
-        posts = posts.remove_columns([column for column in ("image", "images") if column in (posts.column_names or ())])
+        removed = ("image", "images", LOAD_FINDINGS)
+        posts = posts.remove_columns([column for column in removed if column in (posts.column_names or ())])
     return posts
 
 
-def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any) -> Any:
-    """Find posts whose prompt leaves no room for a target within `max_length`, before the first step.
+def fit_max_length(dataset: Any, name: str, args: PostConfig, collator: Any) -> Any:
+    """Find posts whose prompt leaves no token for a target within `max_length`, before the first step.
 
-    Such a prompt would lose image placeholders or its end. Posts whose target is cut are counted. A stream is not
-    read ahead, nor are posts for another collator than [`PairedTargetCollator`]; there the collator raises at the post.
+    Such a prompt would lose image placeholders or its end. Posts whose target is cut are counted. A stream is not read ahead,
+    nor are posts for a collator other than [`~dynkp.batches.collators.PairedTargetCollator`]; there, the collator raises the
+    error when it comes to such a post.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): validated posts.
+        name (`str`): name of the set, for messages and files.
+        args ([`~dynkp.trainer.post_config.PostConfig`]): options `max_length`, `on_invalid`, `output_dir`, `disable_tqdm`.
+        collator (`Callable`): the collator of the batches.
 
     Returns:
-        The posts that fit: all of them, or with `args.on_invalid="skip"` the others dropped and listed in
-        `too_long_posts.<name>.jsonl`.
+        `Dataset` or `IterableDataset`: the posts that fit: all of them, or with `args.on_invalid="skip"` without the others,
+        which are listed in `too_long_posts.<name>.jsonl`.
 
     Raises:
         ValueError: with the first ids and the remedy, if prompts are too long and `args.on_invalid` is `"error"`, or if all
-            are.
+        are.
     """
     if args.max_length is None or not isinstance(dataset, Dataset) or not isinstance(collator, PairedTargetCollator):
         return dataset
@@ -110,7 +130,7 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any
         raise ValueError(
             f"`max_length` is {args.max_length}, but the prompts of {len(too_long)} {name} posts, image placeholders included, "
             f"leave nothing of it for a target: {first}. Set max_length to None or above "
-            f"{max(length.prompt for length in too_long)}, make the pictures smaller, or, if others are left, drop these posts "
+            f"{max(length.prompt for length in too_long)}, make the images smaller, or, if others are left, drop these posts "
             "with on_invalid='skip'."
         )
     if main:
@@ -124,10 +144,21 @@ def fit_max_length(dataset: Any, name: str, args: KeyphraseConfig, collator: Any
 def keep_answerable(
     posts: Dataset | IterableDataset, name: str, task: ReasoningTask, on_invalid: str
 ) -> Dataset | IterableDataset:
-    """Find posts without answer or aspect before the first step; a stream is not read ahead, there the collator raises.
+    """Find posts without an answer or an aspect before the first step.
+
+    A stream is not read ahead; there, the collator raises the error when it comes to such a post.
+
+    Args:
+        posts (`Dataset` or `IterableDataset`): validated posts.
+        name (`str`): name of the set, for messages.
+        task ([`~dynkp.data.reasoning_tasks.ReasoningTask`]): the task they must fit.
+        on_invalid (`str`): `"error"` or `"skip"`.
+
+    Returns:
+        `Dataset` or `IterableDataset`: the posts that fit.
 
     Raises:
-        ValueError: with the first ids, if there are such posts and `on_invalid` is `"error"`, or if there are no others.
+        ValueError: with the first ids, if there are others and `on_invalid` is `"error"`, or if none fits.
     """
     if not isinstance(posts, Dataset):
         return posts

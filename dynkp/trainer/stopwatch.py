@@ -1,9 +1,10 @@
-"""Times stages of a step on the device's own clock, without making the host wait for it."""
+"""A stopwatch for the stages of a step that uses the device's own clock, without waiting for the device."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,34 +13,50 @@ _MOST = 10_000
 
 
 class Stopwatch:
-    """Sums of the times from a start to later marks.
+    """Adds up the times from a start to later marks.
+
+    Args:
+        device (`torch.device`): the device whose work is timed.
 
     Example:
-
-    ```python
-    >>> watch = Stopwatch(torch.device("cpu"))
-    >>> watch.start()
-    >>> watch.mark("half")  # half of the work is done
-    >>> watch.mark("whole")
-    >>> watch.take()
-    {'half': 1.0, 'whole': 2.0}
-    ```
+        >>> watch = Stopwatch(torch.device("cpu"))
+        >>> watch.start()
+        >>> watch.mark("half")
+        >>> watch.mark("whole")
+        >>> times = watch.take()
+        >>> 0 < times["half"] < times["whole"]
+        True
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._started: Any = None
-        self._spans: deque[tuple[str, Any, Any]] = deque(maxlen=_MOST)  # nobody may ever ask for them
+        self._spans: deque[tuple[str, Any, Any]] = deque(maxlen=_MOST)  # `take` may never be called
 
     def start(self) -> None:
+        """Start, or start again."""
         self._started = self._now()
 
     def mark(self, name: str) -> None:
-        """Add the time since the start to `name`."""
+        """Add the time since the start to a sum.
+
+        Args:
+            name (`str`): name of the sum.
+        """
         self._spans.append((name, self._started, self._now()))
 
+    def laps(self, names: Iterable[str]) -> Iterator[str]:
+        """Iterate over names, and mark the time when the next one is asked for.
+
+        Args:
+            names (`Iterable[str]`): names of the sums.
+        """
+        for name in names:
+            yield name
+            self.mark(name)
+
     def take(self) -> dict[str, float]:
-        """The sums in seconds since the last call; waits for the device."""
+        """Return the sums since the last call, in seconds; waits for the device."""
         sums: dict[str, float] = {}
         for name, start, end in self._spans:
             sums[name] = sums.get(name, 0.0) + self._seconds(start, end)

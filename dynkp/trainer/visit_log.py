@@ -1,4 +1,4 @@
-"""A log of visits, one JSON row per post, visit and whatever the method decided, in step with the checkpoints."""
+"""A file with one JSON line per visit of a post and what the method decided, consistent with the checkpoints."""
 
 from __future__ import annotations
 
@@ -15,27 +15,37 @@ from dynkp.files.json_lines import LineAppender
 
 
 class VisitLog:
-    """Appends to a file of the run's folder; used by the main process only.
+    """Appends to a file in the run's folder; used by the main process only.
+
+    A new run renames an existing file (`choices.1.jsonl`, ...). A resumed run deletes the lines that were written after its
+    checkpoint, an incomplete last line included, so that the file contains every visit exactly once.
 
     Args:
-        path: the file, such as `out/choices.jsonl`.
-
-    A fresh run moves an existing file aside (`choices.1.jsonl`, ...). A resumed run drops the rows after its checkpoint,
-    a torn last line included, so that every visit stands in the file exactly once.
+        path (`str` or `Path`): the file, such as `out/choices.jsonl`.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
     def write(self, visits: Iterable[Mapping[str, Any]], state: TrainerState) -> None:
-        """Append one optimizer step's visits: `id` first, then `epoch` and `step`, then the rest; NaN and infinity as null."""
+        """Append the visits of an optimizer step.
+
+        Args:
+            visits (`Iterable[Mapping]`): one per line, with `id`; written with `epoch` and `step` after the `id`, and NaN and
+                infinity as null.
+            state ([`~transformers.TrainerState`]): epoch and optimizer step.
+        """
         when = {"epoch": round(state.epoch or 0.0, 6), "step": state.global_step}
         rows = ({"id": visit["id"], **when} | {key: _finite(value) for key, value in visit.items()} for visit in visits)
         with LineAppender(self.path) as file:
             file.append_rows(rows)
 
     def begin(self, last_step: int) -> None:
-        """Make the file hold exactly the steps up to `last_step`, after which training begins."""
+        """Prepare the file for a training run, so that it contains exactly the steps before it.
+
+        Args:
+            last_step (`int`): number of completed optimizer steps; 0 for a new run.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
@@ -56,5 +66,5 @@ class VisitLog:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN."""
+    """Replace infinity and NaN, which JSON does not have, by `None`."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

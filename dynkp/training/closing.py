@@ -1,4 +1,4 @@
-"""The table that a run ends with, at most 80 columns wide, and what to look at where it says nothing."""
+"""The table that a run ends with, for terminals of 80 columns."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from dynkp import AimKPConfig, KeyphraseConfig, MulCoTRDConfig
+from dynkp import AimKPConfig, MulCoTRDConfig, PostConfig
 from dynkp.data.tasks import resolve_task
 from dynkp.synthetic.tiny_model import build_tiny_vlm
 from dynkp.training import mulcot_rd
@@ -60,7 +60,7 @@ def load_model(options: TrainingOptions, train_posts: Dataset | IterableDataset)
     return model, processor
 
 
-def texts_of(train_posts: Dataset, args: KeyphraseConfig) -> list[str]:
+def texts_of(train_posts: Dataset, args: PostConfig) -> list[str]:
     """Collect the texts that a tokenizer built for these posts must know.
 
     Raises:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 
-from dynkp import KeyphraseTrainer, MulCoTRDConfig, generate_reasoning, load_posts, write_predictions
+from dynkp import MulCoTRDConfig, PostTrainer, generate_reasoning, load_posts, write_predictions
 from dynkp.batches.reasoning_renderer import PromptKind
 from dynkp.data.reasoning_tasks import KeyphraseReasoningTask, ReasoningTask, resolve_reasoning_task
 from dynkp.data.sentiment_posts import load_sentiment_posts
 from dynkp.files.json_files import write_json
 from dynkp.models.checkpoints import check_available, find_checkpoint
-from dynkp.models.saved_task import find_saved_task
+from dynkp.models.saved_task import Modality, find_saved_task
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
 from dynkp.report.scores import score_predictions
 from dynkp.report.sentiment import SentimentEvaluation, labelled_posts
@@ -46,7 +46,7 @@ def load(source: Any, args: MulCoTRDConfig, image_dir: str | None, split: str = 
         image_dir=image_dir,
         split=split,
         on_invalid=args.on_invalid,
-        check_images=False,
+        use_images=False,
         progress=not args.disable_tqdm,
     )
     return posts
@@ -80,7 +80,7 @@ def texts(posts: Dataset, args: MulCoTRDConfig) -> list[str]:
     return known
 
 
-def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOptions) -> None:
+def evaluate(trainer: PostTrainer, eval_posts: Dataset, options: TrainingOptions) -> None:
     """Answer both prompts on all processes, from the run's modality; score, print and write on the first.
 
     Leaves `predictions.jsonl` (of the label prompt, by which systems are compared), `chains.jsonl` (of the prompt that asks
@@ -106,7 +106,7 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOp
                 prompt=kind,
                 batch_size=options.prediction.predict_batch_size,
                 max_new_tokens=limit,
-                modality=options.data.modality,
+                modality=cast(Modality, options.data.modality),
                 progress=state.is_main_process and not trainer.args.disable_tqdm,
             )
         )

@@ -1,4 +1,4 @@
-"""What a run says before its first step, and how it shows its progress."""
+"""The lines that a run logs before its first step, and its progress bar."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from dynkp import KeyphraseTrainer
+from dynkp import PostTrainer
 
 logger = logging.getLogger(__name__)
 
 
 class OpeningLines(TrainerCallback):
-    """Logs, once the number of steps is known, what is about to be trained on what.
+    """Logs method, model, posts, steps and output folder, once the number of steps is known.
 
     Args:
         trainer: the trainer.
@@ -26,7 +26,7 @@ class OpeningLines(TrainerCallback):
         modality: what of the posts it is trained on.
     """
 
-    def __init__(self, trainer: KeyphraseTrainer, method: str, modality: str = "both") -> None:
+    def __init__(self, trainer: PostTrainer, method: str, modality: str = "both") -> None:
         self.trainer, self.method, self.modality = trainer, method, modality
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,8 +61,8 @@ class TrainingBar(ProgressCallback):
         """Show nothing: the bar of the evaluation's loss would stand, finished, above that of the generation."""
 
 
-def announce(trainer: KeyphraseTrainer, method: str, modality: str = "both") -> None:
-    """Let a trainer log its opening lines, and show one progress bar at a time.
+def announce(trainer: PostTrainer, method: str, modality: str = "both") -> None:
+    """Make a trainer log its opening lines, and show one progress bar at a time.
 
     Args:
         trainer: the trainer, before `train` is called.

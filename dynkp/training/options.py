@@ -1,4 +1,4 @@
-"""What a training run can be told, beside the options of its method's trainer."""
+"""The options of a training run, beside those of its method's trainer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dynkp import (
     DynamicAimKPTrainer,
     DynamicCoTConfig,
     DynamicCoTTrainer,
-    KeyphraseConfig,
-    KeyphraseTrainer,
     MulCoTRDConfig,
     MulCoTRDTrainer,
+    PostConfig,
+    PostTrainer,
 )
 from dynkp.data.choices import did_you_mean
 from dynkp.data.mixing import PostMixtureConfig
 
 # --method: the trainer and its options.
-METHODS: dict[str, tuple[type[KeyphraseTrainer], type[KeyphraseConfig]]] = {
+METHODS: dict[str, tuple[type[PostTrainer], type[PostConfig]]] = {
     "dynamic_cot": (DynamicCoTTrainer, DynamicCoTConfig),
     "aimkp": (AimKPTrainer, AimKPConfig),
     "dynamic_aimkp": (DynamicAimKPTrainer, DynamicAimKPConfig),
@@ -141,7 +141,7 @@ class TrainingOptions(NamedTuple):
     """
 
     data: DataArguments
-    args: KeyphraseConfig
+    args: PostConfig
     model: ModelConfig
     prediction: PredictionArguments
     tiny: TinyModelArguments
@@ -152,7 +152,7 @@ class TrainingOptions(NamedTuple):
         return not self.data.train_file and not self.data.datasets
 
     @property
-    def trainer_class(self) -> type[KeyphraseTrainer]:
+    def trainer_class(self) -> type[PostTrainer]:
         """The method's trainer."""
         return METHODS[self.data.method][0]
 

@@ -6,8 +6,9 @@ import logging
 
 from datasets import Dataset, IterableDataset
 
-from dynkp import KeyphraseConfig, MulCoTRDConfig, load_posts
+from dynkp import MulCoTRDConfig, PostConfig, load_posts
 from dynkp.data.mixing import load_mixture
+from dynkp.data.rows import LOAD_FINDINGS, undecoded, without_images
 from dynkp.data.tasks import resolve_task
 from dynkp.training import mulcot_rd
 from dynkp.training.options import DataArguments, check_modality
@@ -15,7 +16,7 @@ from dynkp.training.options import DataArguments, check_modality
 logger = logging.getLogger(__name__)
 
 
-def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
+def load_data(data: DataArguments, args: PostConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Load the training posts and, if there are any, the evaluation posts.
 
     Args:
@@ -49,7 +50,7 @@ def load_data(data: DataArguments, args: KeyphraseConfig) -> tuple[Dataset | Ite
     return train_posts, eval_posts
 
 
-def _load_train_posts(data: DataArguments, args: KeyphraseConfig) -> Dataset | IterableDataset:
+def _load_train_posts(data: DataArguments, args: PostConfig) -> Dataset | IterableDataset:
     """One dataset of posts, or a mixture of several."""
     if isinstance(args, MulCoTRDConfig):
         if data.datasets or data.streaming:
@@ -57,7 +58,8 @@ def _load_train_posts(data: DataArguments, args: KeyphraseConfig) -> Dataset | I
         return mulcot_rd.load(data.train_file, args, data.image_dir)
     if data.datasets:
         separator = resolve_task(args.task).separator if args.separator is None else args.separator
-        train_posts = load_mixture(data, on_invalid=args.on_invalid, separator=separator)
+        train_posts = load_mixture(data, on_invalid=args.on_invalid, separator=separator, use_images=False)
+        # The trainer checks the images, and knows whether its model reads any.
         args.unique_ids = False  # each dataset was checked by itself, and a mixture may repeat its posts
         return train_posts
     return load_posts(data.train_file, image_dir=data.image_dir, streaming=data.streaming)
@@ -80,11 +82,37 @@ def only(posts: Dataset | IterableDataset, modality: str) -> Dataset | IterableD
     if modality == "both":
         return posts
     if modality == "text":
-        images = [column for column in ("image", "images") if column in (posts.column_names or ())]
-        kept = posts.remove_columns(images).filter(lambda text: bool((text or "").strip()), input_columns=["text"])
+        kept = without_images(posts).filter(lambda text: bool((text or "").strip()), input_columns=["text"])
     else:
         column = "images" if "images" in (posts.column_names or ()) else "image"
-        kept = posts.filter(bool, input_columns=[column]).map(lambda _: {"text": ""}, input_columns=["text"])
+        # A post whose image could not be read stays, for the trainer to report it.
+        columns = [name for name in (column, LOAD_FINDINGS) if name in (posts.column_names or ())]
+        kept = posts.filter(lambda *values: any(values), input_columns=columns)
+        kept = kept.map(lambda _: {"text": ""}, input_columns=["text"])
     if isinstance(posts, Dataset):
         logger.info("Of %d posts %d have the modality %r.", len(posts), len(kept), modality)
     return kept
+
+
+def check_images_present(posts: Dataset | IterableDataset, name: str) -> None:
+    """Refuse a set without any image for a model that reads images; that is nearly always a column of another name.
+
+    Args:
+        posts: the posts that are trained on; a stream is not read ahead.
+        name: `"training"` or `"evaluation"`, for the error.
+
+    Raises:
+        ValueError: if no post has an image.
+    """
+    if not isinstance(posts, Dataset):
+        return
+    if "prompt" in posts.column_names:  # TRL's rows say themselves what the model is shown
+        return
+    for column in {"image", "images"} & set(posts.column_names):
+        only_images = posts.select_columns([column])
+        if any(row[column] for row in undecoded(only_images, only_images.features)):
+            return
+    raise ValueError(
+        f"The model reads images, but none of the {len(posts):,} {name} posts has one. Images are read from the column "
+        f"'images' (or 'image'); the columns are {', '.join(posts.column_names)}. If text alone is meant, give --modality text."
+    )

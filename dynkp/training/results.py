@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from dynkp import KeyphraseTrainer, generate_keyphrases, write_predictions
+from dynkp import PostTrainer, generate_keyphrases, write_predictions
 from dynkp.data.baselines import most_frequent_keyphrase, nearest_neighbour_keyphrases
 from dynkp.files.json_files import write_json
 from dynkp.prediction.empty_outputs import advice_on_empty_outputs
@@ -20,7 +20,7 @@ from dynkp.training.options import TrainingOptions
 logger = logging.getLogger(__name__)
 
 
-def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOptions) -> None:
+def evaluate(trainer: PostTrainer, eval_posts: Dataset, options: TrainingOptions) -> None:
     """Predict on all processes; score, print and write on the first.
 
     Leaves `predictions.jsonl` (of the first modality asked for), `predictions.MODALITY.jsonl` (of the others) and
@@ -65,12 +65,12 @@ def evaluate(trainer: KeyphraseTrainer, eval_posts: Dataset, options: TrainingOp
         logger.warning("%s", wrapped(advice))
 
 
-def longest_output(trainer: KeyphraseTrainer, options: TrainingOptions) -> int:
+def longest_output(trainer: PostTrainer, options: TrainingOptions) -> int:
     """The most tokens of an output: as asked for, or 32 for a model that was taught direct answers alone, else 512."""
     return options.prediction.max_new_tokens or (512 if "reasoning" in trainer.target_kinds else 32)
 
 
-def predict(trainer: KeyphraseTrainer, posts: Dataset, modality: str, options: TrainingOptions) -> list[Any]:
+def predict(trainer: PostTrainer, posts: Dataset, modality: str, options: TrainingOptions) -> list[Any]:
     """Predict this process's share of the posts; every process gets the predictions of all, in the posts' order."""
     state = trainer.accelerator
     rows: list[Any] = list(

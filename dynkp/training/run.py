@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from transformers import ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
-from dynkp import DynamicCoTTrainer, KeyphraseConfig, MulCoTRDConfig, MulCoTRDTrainer
+from dynkp import DynamicCoTTrainer, MulCoTRDConfig, MulCoTRDTrainer, PostConfig
 from dynkp.data.tasks import resolve_task
 from dynkp.models.saved_task import Modality
 from dynkp.training import drawn_posts, mulcot_rd
 from dynkp.training.models import load_model
 from dynkp.training.opening import announce
 from dynkp.training.options import TrainingOptions
-from dynkp.training.posts import load_data, only
+from dynkp.training.posts import check_images_present, load_data, only
 from dynkp.training.results import evaluate
 
 
@@ -57,6 +58,12 @@ def train(options: TrainingOptions) -> None:
         peft_config=get_peft_config(options.model),
         quantization_config=get_quantization_config(options.model) if options.model.model_name_or_path else None,
     )
+    # A small model from scratch, of no name, is built for whatever posts there are.
+    named = options.model.model_name_or_path
+    if named and data.modality == "both" and isinstance(trainer.processing_class, ProcessorMixin):
+        check_images_present(train_posts, "training")
+        if eval_posts is not None:
+            check_images_present(eval_posts, "evaluation")
     trainer.modality = cast(Modality, data.modality)  # saved with the model
     announce(trainer, method, data.modality)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
@@ -69,7 +76,7 @@ def train(options: TrainingOptions) -> None:
         evaluate(trainer, eval_posts, options)
 
 
-def checkpoint_to_resume(args: KeyphraseConfig) -> str | bool | None:
+def checkpoint_to_resume(args: PostConfig) -> str | bool | None:
     """Find what `--resume_from_checkpoint` stands for.
 
     Args:

@@ -43,8 +43,8 @@ def test_whole_batch_of_llava() -> None:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    first = encode("USER: " + "<image>" * 16 + f"\ngoal\n{QUESTION} ASSISTANT:")
-    second = encode(f"USER: {QUESTION} ASSISTANT:")
+    first = encode("<s>USER: " + "<image>" * 16 + f"\ngoal\n{QUESTION} ASSISTANT:")
+    second = encode(f"<s>USER: {QUESTION} ASSISTANT:")
     padding = len(first) - len(second)
     assert padding > 0
     assert batch["prompt"]["input_ids"].tolist() == [first, [tokenizer.pad_token_id] * padding + second]
@@ -59,7 +59,8 @@ def test_whole_batch_of_llava() -> None:
     assert batch["direct"]["weights"].tolist() == [[1.0] * len(i) + [0.0] * (width - len(i)) for i in direct]
     assert batch["direct"]["lengths"] == [len(ids) for ids in direct]
 
-    reasoning = encode(" <think>A dog.</think><answer>dog</answer> </s>")
+    pieces = (" <think>", "A dog.", "</think>", "<answer>", "dog", "</answer>", " </s>")  # tags are tokenized apart
+    reasoning = [token for piece in pieces for token in encode(piece)]
     assert batch["reasoning"]["input_ids"].tolist() == [reasoning, [pad] * len(reasoning)]
     assert batch["reasoning"]["mask"].tolist() == [[True] * len(reasoning), [False] * len(reasoning)]
     assert batch["reasoning"]["lengths"] == [len(reasoning), 0]
@@ -279,6 +280,7 @@ def test_direct_targets_are_trls(family: str) -> None:
         ours = [batch["prompt"]["input_ids"][0].tolist(), batch["direct"]["input_ids"][0].tolist()]
         if family == "llava":
             theirs[1] += [tokenizer.eos_token_id]  # published without an end of turn
+            theirs[0].insert(0, tokenizer.bos_token_id)  # nor a BOS, which TRL leaves out
         if family == "mllama":  # its processor writes a BOS before any text, so TRL's completions have one too
             assert theirs[1].pop(0) == tokenizer.bos_token_id
         if family == "qwen3":

@@ -2,7 +2,7 @@
 
 - text that only looks like markup is kept as it is; TRL's messages get the image placeholders that TRL gives them;
 - the tags of reasoning and answer stay whole in a target, even where they are special tokens;
-- an opening stands behind every prompt and changes no target.
+- an opening changes neither prompts nor targets as texts.
 
 Whole prompts and targets are compared in tests/batches/test_collators.py.
 """
@@ -44,10 +44,11 @@ def test_tags_that_are_special_tokens_stay_whole_in_targets_and_end_no_turn() ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_opening_stands_behind_every_prompt_and_changes_no_target(family: str) -> None:
+def test_an_opening_changes_neither_prompts_nor_targets(family: str) -> None:
     _, processor = build(family)
     plain, opened = KeyphraseRenderer(processor), KeyphraseRenderer(processor, opening="<think>")
-    assert opened.prompt(post(), 0) == plain.prompt(post(), 0) + "<think>"
+    assert opened.prompt(post(), 0) == plain.prompt(post(), 0)
+    assert opened.opening_ids == opened.tokenize_target("<think>").input_ids and not plain.opening_ids
     for kind in ("direct", "reasoning"):
         assert opened.target(post(), 0, kind) == plain.target(post(), 0, kind)
     assert plain.target(post(rationale=None), 0, "reasoning") is None

@@ -1,8 +1,8 @@
 """The suite `gpu`: the same code on a CPU at tiny shapes; times are never asserted.
 
-Holds: the shapes are the published models'; every case asked for is there; AimKP as published and ours give the same loss
-and gradients, and Dynamic CoT's ways the losses of plain fine-tuning; a way that fails leaves the others and the next cases
-alone, and its row says why; without time, rows say so.
+Holds: every case asked for is there; AimKP as published and ours give the same loss and gradients, and Dynamic CoT's ways the
+losses of plain fine-tuning; a way that fails does not stop the others or the next cases, and its row says why; without time,
+rows say so.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from dynkp import cli
-from dynkp.bench import gpu, run
+from dynkp.bench import gpu
 from dynkp.bench.measure import Setting
-from dynkp.bench.real_shapes import SHAPES, TINY, Lengths, config_of, draw_batch
+from dynkp.bench.real_shapes import SHAPES, TINY, draw_batch
 from dynkp.bench.steps import TwoPassTrainer, train, train_masked
-from dynkp.trainer import keyphrase_trainer
+from dynkp.cli import bench as command
+from dynkp.trainer import post_trainer
 from dynkp.trainer.aimkp_config import AimKPConfig
 from dynkp.trainer.aimkp_trainer import AimKPTrainer
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
@@ -30,14 +30,6 @@ from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, threads=1, repeats=1, quick=True)
-
-
-@pytest.mark.parametrize(("name", "billions"), [(SHAPES[0], 3.75), (SHAPES[1], 7.06), (SHAPES[2], 7.94)])
-def test_shapes_are_the_published_ones(name: str, billions: float) -> None:
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(config_of(name, tiny=False))
-    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.01)
-    assert Lengths().side ** 2 == 576
 
 
 def test_every_case_is_there() -> None:
@@ -182,8 +174,8 @@ def test_without_time_rows_say_so(few: None) -> None:
 
 
 def test_real_shapes_are_refused_on_a_cpu() -> None:
-    with pytest.raises(SystemExit, match="--quick"):
-        run.main(["--suite", "gpu", "--device", "cpu"])
+    with pytest.raises(ValueError, match="--quick"):
+        command.main(["--suite", "gpu", "--device", "cpu"])
 
 
 def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +191,7 @@ def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 
     def fused(*inputs: Any) -> torch.Tensor:
         calls.append(inputs)
-        return keyphrase_trainer.fused_score_targets(*inputs)
+        return post_trainer.fused_score_targets(*inputs)
 
     for step in (partial(train, naive, batch), partial(train, ours, batch), partial(train_masked, masked, batch, 2)):
         calls.clear()
@@ -207,7 +199,7 @@ def test_the_gpu_s_head_gives_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         found = [gradients(bench.model)]
         assert not calls
         with monkeypatch.context() as patch:
-            patch.setattr(keyphrase_trainer, "score_targets", fused)  # which the trainers take on a CPU
+            patch.setattr(post_trainer, "score_targets", fused)  # which the trainers take on a CPU
             losses.append(float(step()))
             found.append(gradients(bench.model))
         assert len(calls) >= 2

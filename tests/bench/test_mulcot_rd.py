@@ -1,4 +1,4 @@
-"""`dynkp bench --suite mulcot_rd` measures ways that compute the same, and says so in every row.
+"""`dynkp bench --suite mulcot_rd` measures ways that compute the same, and each row says what it measured.
 
 Holds at the quick size: online and a whole cache agree, whatever is computed twice or once; one that computes something
 else stops the suite. Times are never asserted: the machine is shared.

@@ -149,6 +149,9 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     file.write_bytes(lines[0] + b"rubbish\n" + lines[2])
     with pytest.raises(ValueError, match=rf"answers-00001.jsonl, byte {len(lines[0])}: not an answer: b'rubbish"):
         AnswerJournal(tmp_path)
+    file.write_bytes(lines[0] + lines[2])  # the remedy
+    with AnswerJournal(tmp_path) as journal:  # which the error left unlocked
+        assert [key(number) in journal for number in range(3)] == [True, False, True]
 
 
 def test_a_line_cut_short_behind_the_index_is_named(tmp_path: Path) -> None:

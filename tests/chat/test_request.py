@@ -99,6 +99,14 @@ def test_an_uncommon_format_becomes_a_jpeg(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(data)).size == (56, 42)
 
 
+@pytest.mark.parametrize(("mode", "color"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("I;16", 65535)])
+def test_the_teacher_sees_what_the_model_sees(tmp_path: Path, mode: str, color: Any) -> None:
+    Image.new(mode, (8, 8), color).save(tmp_path / "a.png")
+    kind, data = encode_image(str(tmp_path / "a.png"), 100)
+    assert kind == "image/jpeg"
+    assert Image.open(io.BytesIO(data)).convert("RGB").getpixel((4, 4)) == (255, 255, 255)
+
+
 def test_a_turned_image_is_sent_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

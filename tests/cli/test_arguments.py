@@ -68,7 +68,7 @@ def test_an_old_spelling(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--motor" not in parser().format_help()
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_has_the_debug_option_and_a_reference(command: str) -> None:
     module = importlib.import_module(COMMANDS[command][0])
     text = module.parser().format_help()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynkp import KeyphraseConfig
+from dynkp import PostConfig
 from dynkp.cli import COMMANDS
 from dynkp.cli.train import TrainParser, read_config
 from dynkp.recipes.catalog import find_recipe
@@ -57,7 +57,7 @@ def documented_options(command: str) -> list[str]:
     ours = [DataArguments, PredictionArguments, TinyModelArguments]
     names = [field.name for configuration in ours for field in dataclasses.fields(configuration)]
     names += [name for _, configuration in METHODS.values() for name in configuration.__annotations__ if name[0] != "_"]
-    names += [name for name in KeyphraseConfig.__annotations__ if name[0] != "_" and name != "remove_unused_columns"]
+    names += [name for name in PostConfig.__annotations__ if name[0] != "_" and name != "remove_unused_columns"]
     return ["--recipe", "--config", "--help-all", *(f"--{name} " for name in names)]
 
 

@@ -29,7 +29,7 @@ MISSING = {
     "predict": ["--model", "MODEL", "--posts", "nowhere.jsonl", "--output", "p.jsonl"],
     "evaluate": ["--predictions", "nowhere.jsonl", "--posts", "POSTS"],
     "stats": ["--test", "nowhere.jsonl"],
-    "resample": ["--train", "nowhere.jsonl", "--test", "POSTS", "--target-overlap", "0.5", "--out-dir", "out"],
+    "resample": ["--train", "nowhere.jsonl", "--test", "POSTS", "--target-overlap", "0.5", "--output-dir", "out"],
     "convert": ["--posts", "nowhere.jsonl", "--output", "x.jsonl"],
     "distill": ["cache", "--model", "./nowhere", "--posts", "POSTS", "--output", "labels"],
     "rationales": ["--posts", "nowhere.jsonl", "--output", "r.jsonl", "--base-url", "http://127.0.0.1:9/v1", "--model", "m"],
@@ -93,7 +93,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ("error", "status", "line"),
     [
         (KeyboardInterrupt(), 130, "\ndynkp stats: interrupted\n"),
-        (Interrupted("the same command goes on"), 130, "\ndynkp stats: interrupted; the same command goes on\n"),
+        (Interrupted("the same command continues"), 130, "\ndynkp stats: interrupted; the same command continues\n"),
         (RunFailedError("the server is down"), 1, "dynkp stats: error: the server is down\n"),
         (ImportError("needs an extra"), 2, "dynkp stats: error: needs an extra (dynkp stats --debug shows where)\n"),
     ],

@@ -120,7 +120,7 @@ def test_interrupted_it_goes_on(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == INTERRUPTED and "the same command goes on" in said
+        assert process.returncode == INTERRUPTED and "the same command continues" in said
         assert cli.main(asked(tmp_path, url, "--concurrency", "32")) == 0
         assert len(server.bodies) == 61
 

@@ -261,7 +261,7 @@ def test_a_checkpoint_is_more_than_its_weights(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
-        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, which says what made them, is missing"),
+        (b'{"id": "p1"}\n{"id": "p2"}\n', None, "p.jsonl.meta.json, the file of their settings, is missing"),
         (b'{"id": "p1"}\n', b"{", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1"}\n', b"[]", "p.jsonl.meta.json is damaged"),
         (b'{"id": "p1", "raw": ""}\nnonsense\n{"id": "p2"}\n', True, "p.jsonl, line 2: not a prediction"),
@@ -380,7 +380,7 @@ def test_interrupted_by_hand(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(predict, "_load_engine", interrupt)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -389,7 +389,7 @@ def test_out_of_memory_says_what_to_do(folder: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(predict, "_load_engine", full)
     assert cli.main(arguments(folder, tmp_path / "p.jsonl")) == 1
-    assert "with a smaller --batch-size goes on" in capsys.readouterr().err
+    assert "with a smaller --batch-size continues" in capsys.readouterr().err
 
 
 # --- the task that is saved with a model ---
@@ -727,3 +727,25 @@ def test_options_of_the_other_tasks(
     with pytest.raises(SystemExit):
         cli.main(arguments(folder, tmp_path / "p.jsonl", *more))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"image": "1.png"}], "post 'p0': no_image_dir: image '1.png'"),
+        ([{"img": "1.png"}, {}], "post 'p0': unread_image"),
+        ([{}, {}], "none of the 2 posts has one"),
+    ],
+)
+def test_posts_are_not_predicted_without_their_images_in_silence(
+    folder: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("".join(json.dumps({"id": f"p{n}", "text": "united", **row}) + "\n" for n, row in enumerate(rows)))
+    command = ["predict", "--model", str(folder / "model"), "--posts", str(posts), "--output", str(tmp_path / "p.jsonl")]
+    command += ["--max-new-tokens", "2", "--device", "cpu", "--no-progress"]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error and not (tmp_path / "p.jsonl").exists()
+    assert cli.main([*command, "--modality", "text"]) == 0
+    assert len(read(tmp_path / "p.jsonl")) == len(rows)

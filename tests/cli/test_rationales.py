@@ -117,7 +117,7 @@ def test_ctrl_c_and_on(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == INTERRUPTED and "the same command goes on" in said
+        assert process.returncode == INTERRUPTED and "the same command continues" in said
         assert answered(tmp_path) == len(server.bodies) < 60
         assert cli.main(arguments(tmp_path, "--base-url", url, "--concurrency", "32")) == 0
         assert len(server.bodies) == 60

@@ -79,7 +79,7 @@ def test_images_into_parquet_and_out(shared, tmp_path):
     assert (report.posts, report.images) == (607, 300)
     convert_posts(tmp_path / "t.parquet", tmp_path / "t.jsonl", output_image_dir=tmp_path / "images")
     convert_posts(tmp_path / "t.jsonl", tmp_path / "u.parquet", image_dir=tmp_path / "images")
-    whole = [dict(post) for post in load_posts(source / "test.jsonl")]
+    whole = [dict(post) for post in load_posts(source / "test.jsonl", image_dir=source / "images")]
     for path, images in (("t.parquet", None), ("t.jsonl", tmp_path / "images"), ("u.parquet", None)):
         posts = load_posts(tmp_path / path, image_dir=images)
         assert [without(dict(post), "images") for post in posts] == [without(post, "images") for post in whole]

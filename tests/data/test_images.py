@@ -3,21 +3,38 @@
 - `open_image` returns upright RGB images from every type of value that a post may have, real photographs included;
 - `check_image` and `open_image` agree on which images are valid, for every format and wherever a file is cut off;
 - decompression bombs, URLs, pipes, devices, folders and formats that start other programs are refused, with code and post id;
-- no name refers to a file outside the image folder.
+- no name refers to a file outside the image folder;
+- what passes the check opens: broken data behind right checksums is found;
+- transparency is composited on white and grey of more than 8 bits is scaled, for files and for images in memory;
+- the pixels of a post and the scans of a JPEG are bounded; a name of a megabyte takes no time.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import struct
+import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dynkp.data.images import IMAGE_FORMATS, MAX_IMAGE_PIXELS, ImageError, check_image, locate_image, open_image
+from dynkp.data.images import (
+    IMAGE_FORMATS,
+    MAX_IMAGE_PIXELS,
+    ImageError,
+    check_image,
+    check_images,
+    locate_image,
+    open_image,
+    open_images,
+)
+from dynkp.data.rows import normalise_posts
 from tests.support.images import png_claiming
 
 
@@ -210,3 +227,103 @@ def test_real_photographs(shared):
     assert len(paths) == 300
     assert [check_image(path) for path in paths] == [None] * 300
     assert {open_image(path).mode for path in paths[:20]} == {"RGB"}
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks: bytes, color_type: int = 2, depth: int = 8) -> bytes:
+    """A PNG of 16 x 16 pixels with right checksums, whatever its chunks hold."""
+    header = struct.pack(">IIBBBBB", 16, 16, depth, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+ROWS = b"\0" + bytes(48)  # filter type, 16 RGB pixels
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(chunk(b"IDAT", b"no zlib data at all")),
+        png(chunk(b"IDAT", zlib.compress(b"".join(b"\0" + os.urandom(48) for _ in range(16)))[:200])),
+        png(chunk(b"IDAT", zlib.compress((b"\x09" + bytes(48)) * 16))),
+        png(),
+        png(chunk(b"IDAT", zlib.compress(ROWS * 16)), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))),
+    ],
+    ids=["no zlib", "cut data", "unknown filter", "no data", "text bomb"],
+)
+def test_broken_data_behind_right_checksums_is_found(data):
+    refused(data, "unreadable_image")
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(format, mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 4, 8))
+    if (format, mode) in (("TIFF", "P"), ("GIF", "P"), ("GIF", "LA")):
+        mode = "RGBA"  # Pillow writes no other transparency to them
+    data = io.BytesIO()
+    image.convert(mode).save(data, format, **({"lossless": True} if format == "WEBP" else {}))
+    in_memory = normalise_posts([{"image": Image.open(io.BytesIO(data.getvalue()))}])[0]["images"][0]
+    for value in (data.getvalue(), Image.open(io.BytesIO(data.getvalue())), in_memory):
+        opened = open_image(value)
+        assert opened.getpixel((7, 7)) == (255, 255, 255), opened.getpixel((7, 7))
+        assert opened.getpixel((0, 0)) != (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("values", "format"),
+    [
+        (np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8), "PNG"),
+        (np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8), "TIFF"),
+        (np.linspace(0, 1, 64).astype(np.float32).reshape(8, 8), "TIFF"),
+        (np.linspace(0, 255, 64).astype(np.float32).reshape(8, 8), "TIFF"),
+        (np.linspace(-3e6, 3e6, 64).astype(np.int32).reshape(8, 8), "TIFF"),
+    ],
+)
+def test_grey_values_beyond_8_bits_are_scaled(values, format):
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, format)
+    in_memory = normalise_posts([{"image": Image.fromarray(values)}])[0]["images"][0]
+    for value in (data.getvalue(), in_memory):
+        opened = np.asarray(open_image(value))[:, :, 0].astype(int).ravel()
+        np.testing.assert_allclose(opened, np.linspace(0, 255, 64), atol=1.01)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 300.0, float("nan"), float("inf")])
+def test_grey_of_one_value_opens(value):
+    data = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(data, "TIFF")
+    assert open_image(data.getvalue()).mode == "RGB"
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded():
+    data = encoded(size=(2000, 2000), progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    assert check_image(data[:-2] + last * 20 + b"\xff\xd9") is None
+    bomb = data[:-2] + last * 500 + b"\xff\xd9"
+    start = time.process_time()
+    refused(bomb, "decompression_bomb")
+    assert time.process_time() - start < 1
+
+
+def test_the_pixels_of_a_post_are_bounded_before_anything_is_decoded():
+    large = png_claiming(9_000, 9_000)  # its header alone; decoding it would be another error
+    with pytest.raises(ImageError) as caught:
+        open_images([Image.new("1", (9_000, 9_000)), Image.new("1", (9_000, 9_000)), large], post_id="p1")
+    assert caught.value.code == "decompression_bomb" and "post 'p1'" in str(caught.value)
+    small = [Image.new("1", (9_000, 9_000))] * 2
+    assert check_images(small) == []
+    assert [error.code for error in check_images([*small, large])] == ["decompression_bomb"]
+
+
+def test_a_name_of_a_megabyte_takes_no_time():
+    start = time.process_time()
+    for name in ("a" * 1_000_000, "a/" * 500_000, "../" * 300_000, "iVBORw0KGgo" * 100_000, "a+" * 500_000 + "://"):
+        for root in (None, "/srv/pictures"):
+            with pytest.raises(ImageError, match="not a file name"):
+                locate_image(name, root)
+        assert check_image(name) is not None
+    assert time.process_time() - start < 1

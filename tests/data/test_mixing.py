@@ -140,12 +140,14 @@ stopping_strategy: all_exhausted_without_replacement
     assert config.datasets[0] == PostSource(f"{tmp_path}/a.jsonl", weight=2, image_dir=str(tmp_path))
     assert config.datasets[1].weight == 1.0
     with pytest.raises(InvalidPostsError, match="no_keyphrases"):
-        list(load_mixture(config, check_images=False, progress=False))
+        list(load_mixture(config, use_images=False, progress=False))
     mixed = list(
-        load_mixture(config, check_images=False, progress=False, on_invalid="skip", report_file=tmp_path / "invalid.jsonl")
+        load_mixture(config, use_images=False, progress=False, on_invalid="skip", report_file=tmp_path / "invalid.jsonl")
     )
     assert Counter(post["id"][0] for post in mixed) == {"a": 20, "b": 20}
     assert all(len(post["images"]) == (post["id"][0] == "a") for post in mixed)
+    # A name that was not found stays a finding, for a reader that uses images.
+    assert {item["code"] for post in mixed if post["id"][0] == "b" for item in post["load_findings"]} == {"no_image_dir"}
     for number in range(2):
         [finding] = (tmp_path / f"invalid-{number}.jsonl").read_text().splitlines()
         assert json.loads(finding)["code"] == "no_keyphrases"

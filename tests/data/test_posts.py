@@ -3,6 +3,7 @@
 - rows of every kind get the same typed columns, so that datasets can be joined; normalising twice changes nothing;
 - nothing is lost silently: every row of arbitrary input is kept, or has a finding with its id;
 - each kind of invalid post is found under its code, in datasets and in streams, and dropped only if this is asked for;
+- a post that names an image, in whatever column or type, is never used without it in silence;
 - TRL's prompt-completion rows keep exactly their columns;
 - streams stay streams, are read one post at a time, may be read twice, and can be split between workers;
 - a hundred thousand posts take seconds.
@@ -25,7 +26,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from dynkp.data.posts import Finding, InvalidPostsError, PostReport, normalise_posts, open_image, validate_posts
-from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS
+from dynkp.data.rows import CONTENT, IDENTITY, LOAD_FINDINGS, fold_keyphrase, without_images
 from dynkp.mmkp_f1.answers import normalise_phrase
 from tests.support.images import png_claiming
 from tests.support.spellings import SPELLINGS
@@ -151,7 +152,7 @@ def test_image_columns_of_datasets_are_not_decoded(stream, monkeypatch):
         assert next(iter(normal))["images"][0] == {"bytes": picture(), "path": "x.png"}
 
 
-def test_relative_names_without_a_folder_are_ignored_and_announced_once(caplog):
+def test_relative_names_without_a_folder_are_announced_once(caplog):
     rows = [{"text": "t", "image": f"{n}.jpg"} for n in range(3)] + [{"text": "u"}]
     with caplog.at_level(logging.WARNING):
         assert normalise_posts(rows)["images"] == [[]] * 4
@@ -164,6 +165,88 @@ def test_relative_names_without_a_folder_are_ignored_and_announced_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert [row["images"] for row in normalise_posts(IterableDataset.from_generator(lambda: iter(rows)))] == [[]] * 4
     assert caplog.text.count("'0.jpg'") == 1 and len(caplog.records) == 1
+
+
+def relative(name: str = "a.png"):
+    return {"bytes": None, "path": name}
+
+
+@pytest.mark.parametrize("kind", [Image(), Image(decode=False)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_names_in_typed_columns_are_opened_as_datasets_does(kind, stream, image_dir, monkeypatch):
+    """`datasets` reads a relative name in the working folder."""
+    monkeypatch.chdir(image_dir)
+    rows = [{**GOOD, "images": [relative()]}]
+    posts = Dataset.from_list(rows, features=Features({**_TEXT_TYPES, "images": List(kind)}))
+    single = posts.map(lambda post: {"image": relative()}, remove_columns="images", features=_with(image=kind))
+    for data in (posts, single):
+        [post] = validate_posts(data.to_iterable_dataset() if stream else data, progress=False)[0]
+        assert post["images"] == [relative(str(image_dir / "a.png"))]
+    # With a folder, they are relative to it.
+    monkeypatch.chdir("/")
+    [post] = normalise_posts(posts.to_iterable_dataset() if stream else posts, image_dir=image_dir)
+    assert post["images"] == [relative(str(image_dir / "a.png"))]
+    if not stream:
+        with pytest.raises(InvalidPostsError, match="post 'good': missing_file: there is no file '/a.png'"):
+            validate_posts(posts, progress=False)
+
+
+_TEXT_TYPES = {"id": Value("string"), "text": Value("string"), "keyphrases": List(Value("string"))}
+
+
+def _with(**types) -> Features:
+    return Features({**_TEXT_TYPES, **types})
+
+
+@pytest.mark.parametrize(
+    ("columns", "code"),
+    [
+        ({"images": ["a.png"]}, "no_image_dir"),
+        ({"image": {"path": "a.png"}}, "no_image_dir"),
+        ({"images": '["a.png"]'}, "wrong_type"),
+        ({"images": '{"path": "a.png"}'}, "wrong_type"),
+        ({"images": ["iVBORw0KGgo" * 500]}, "unreadable_image"),
+        ({"images": "data:image/png;base64,iVBORw0KGgo"}, "external_url"),
+        ({"images": [{"url": "https://example.com/a.png"}]}, "external_url"),
+        ({"image": {"url": "https://example.com/a.png"}}, "external_url"),
+        ({"images": [{"file": "a.png"}]}, "wrong_type"),
+        ({"image_path": "a.png"}, "unread_image"),
+        ({"img": "a.png"}, "unread_image"),
+        ({"Image": "a.png"}, "unread_image"),
+        ({"image_urls": ["https://example.com/a.png"]}, "unread_image"),
+        ({"picture": b"..."}, "unread_image"),
+        ({"images": [], "photo": "a.png"}, "unread_image"),
+        ({"file_name": "a.png"}, "unread_image"),
+    ],
+)
+def test_a_post_that_names_an_image_is_never_used_without_it_in_silence(columns, code):
+    row = {**GOOD, "id": "p1", **columns}
+    assert codes([row]) == [code]
+    for posts in ([row], Dataset.from_list([row]), normalise_posts(Dataset.from_list([row])), normalise_posts([row])):
+        with pytest.raises(InvalidPostsError, match=f"post 'p1': {code}"):
+            validate_posts(posts, progress=False)
+    if code != "wrong_type":  # that text alone is used may be said
+        posts, report = validate_posts([row], use_images=False, progress=False)
+        assert not report.findings and len(posts) == 1
+        # ... and forgets nothing: a later reader that uses images finds the same.
+        with pytest.raises(InvalidPostsError, match=f"post 'p1': {code}"):
+            validate_posts(posts, progress=False)
+        assert not validate_posts(without_images(posts), progress=False)[1].findings
+
+
+def test_columns_that_only_resemble_images_are_no_finding(image_dir):
+    row = {**GOOD, "image_id": "7", "image_address": "http://x/a.png", "ocr": "img", "image_path": None, "imagery": "a.png"}
+    assert not validate_posts([row, {**row, "id": "2", "image": "a.png", "img": "a.png"}], image_dir=image_dir, progress=False)[
+        1
+    ].findings
+
+
+def test_a_keyphrase_of_a_megabyte_takes_no_time():
+    start = time.process_time()
+    for phrase in ("# " * 500_000, "#" * 1_000_000, "# " * 250_000 + "a" + " #" * 250_000):
+        normalise_phrase(phrase)
+        fold_keyphrase(phrase)
+    assert time.process_time() - start < 1
 
 
 def test_what_is_carried_along_stays_as_it_was():
@@ -528,7 +611,7 @@ def test_a_hundred_thousand_posts_take_seconds():
 def test_real_tweets_are_valid(shared):
     for name, count, keyphrases in (("test", 5372, 7117), ("valid", 5370, 7185)):
         rows = [json.loads(line) for line in (shared / f"data/cmkp/{name}.jsonl").read_text().splitlines()]
-        posts, report = validate_posts(rows, progress=False)
+        posts, report = validate_posts(rows, use_images=False, progress=False)
         assert len(posts) == report.without_image == count and not report.findings
         assert sum(map(len, posts["keyphrases"])) == keyphrases
         assert posts["keyphrases"] == [row["keyphrases"] for row in rows]

@@ -79,12 +79,12 @@ def test_what_is_wrong_with_tombert_rows(tmp_path: Path) -> None:
     file = tmp_path / "train.tsv"
     file.write_text(HEADER + '1\t3\ta.jpg\ta $T$\tb\n2\t1\ta.jpg\tno place\tb\n3\t1\ta.jpg\t$T$ "quoted\t \n4\t2\t\t$T$\tb\n')
     expected = [("train-1", "unknown_label"), ("train-2", "no_place_of_aspect"), ("train-3", "no_aspect")]
-    assert codes(file) == expected
-    posts, report = load(file, on_invalid="skip", report_file=tmp_path / "bad.jsonl")
+    assert codes(file, use_images=False) == expected
+    posts, report = load(file, use_images=False, on_invalid="skip", report_file=tmp_path / "bad.jsonl")
     assert [post["id"] for post in posts] == ["train-4"] and posts[0]["images"] == []
     assert report.dropped == 3 == len((tmp_path / "bad.jsonl").read_text().splitlines())
     # To be predicted, a post needs no label: but what it has must be one.
-    assert codes(file, need_labels=False) == expected
+    assert codes(file, need_labels=False, use_images=False) == expected
     file.write_text(HEADER + "1\t1\ta.jpg\ta $T$ b\n")
     with pytest.raises(ValueError, match=r"train\.tsv, line 2: must have 5 columns .* got 4"):
         load(file)

@@ -170,7 +170,7 @@ def test_missing_ids_are_the_file_and_the_row(tmp_path, streaming):
 def test_extra_columns_and_types_are_the_same_read_at_once_or_as_a_stream(tmp_path):
     rows = [{**ROWS[0], "score": 1, "tags": ["x"]}, {**ROWS[1], "score": 2.5, "mixed": {"a": [1, "b"]}}]
     path = jsonl(tmp_path / "x.jsonl", rows)
-    posts, stream = load_posts(path), load_posts(path, streaming=True)
+    posts, stream = load_posts(path, image_dir=tmp_path), load_posts(path, image_dir=tmp_path, streaming=True)
     assert {name: kind for name, kind in stream.features.items() if name != "load_findings"} == posts.features
     assert [{k: v for k, v in row.items() if k != "load_findings"} for row in stream] == list(posts)
     assert posts[1]["score"] == 2.5 and posts[1]["mixed"] == {"a": [1, "b"]}
@@ -404,7 +404,7 @@ def test_aimkp_conversations(tweets, tmp_path, question, streaming):
         row = {"id": f"{index:07}", "image": tweet["image"], "conversations": turns}
         rows.append(row if question else {**row, "text": tweet["text"]})
     (tmp_path / "test.json").write_text(json.dumps(rows, indent=2))
-    posts, report = validate_posts(load_posts(tmp_path / "test.json", streaming=streaming), progress=False)
+    posts, report = validate_posts(load_posts(tmp_path / "test.json", streaming=streaming), use_images=False, progress=False)
     got = [(post["id"], post["text"], post["keyphrases"]) for post in posts]
     assert got == [(f"{index:07}", row["text"], row["keyphrases"]) for index, row in enumerate(tweets)]
     assert "conversations" not in posts.column_names and report.without_keyphrases == 0
@@ -515,3 +515,61 @@ def test_any_posts_survive_the_file(tmp_path_factory, rows):
     posts = load_posts([{"id": f"p{n}", **row} for n, row in enumerate(rows)])
     write_posts_jsonl(posts, folder / "x.jsonl")
     assert list(load_posts(folder / "x.jsonl")) == list(posts)
+
+
+# --- files that are not rows ---
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_spread_over_several_lines_are_read(tmp_path, streaming):
+    file = tmp_path / "x.jsonl"
+    for text in (
+        "\n\n" + "\n".join(json.dumps(row, indent=2) for row in ROWS) + "\n\n",
+        "".join(json.dumps(row, indent=1) for row in ROWS),
+        "\n" + json.dumps(ROWS, indent=2) + "\n \n",
+    ):
+        file.write_text(text)
+        posts = load_posts(file, image_dir=tmp_path, streaming=streaming)
+        assert [post["text"] for post in posts] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_around_the_rows_is_named(tmp_path, indent):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"version": 1, "data": ROWS}, indent=indent))
+    with pytest.raises(ValueError, match=r"x\.json.*rows under 'data', not a post"):
+        load_posts(file)
+
+
+def test_findings_never_come_from_a_file(tmp_path):
+    """A stream with that column would pass as validated already, names outside the folder included."""
+    rows = [
+        {"id": "1", "text": "t", "keyphrases": ["k"], "images": [{"bytes": None, "path": "../secret.jpg"}], "load_findings": []}
+    ]
+    (tmp_path / "images").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    jsonl(tmp_path / "x.jsonl", [{**rows[0], "load_findings": 7}])
+    for file in ("x.parquet", "x.jsonl"):
+        for streaming in (False, True):
+            posts = load_posts(tmp_path / file, image_dir=tmp_path / "images", streaming=streaming)
+            with pytest.raises(InvalidPostsError, match="path_outside"):
+                list(validate_posts(posts, progress=False)[0])
+
+
+def test_a_post_that_cannot_be_written_is_named_and_leaves_the_old_file(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("old")
+    good = {"id": "good", "text": "t"}
+    cases = [
+        ({"id": "p1", "text": "t", "score": float("nan")}, None, "post 'p1' cannot be written: its column 'score'"),
+        (
+            {"id": "p1", "text": "t", "image": str(tmp_path / "gone.jpg")},
+            tmp_path / "images",
+            "post 'p1' .* its image .*gone.jpg",
+        ),
+        ({"id": "p1", "text": "t", "image": str(tmp_path / "gone.jpg")}, None, "post 'p1' has an image"),
+    ]
+    for bad, folder, message in cases:
+        with pytest.raises(ValueError, match=message):
+            write_posts_jsonl(load_posts([good, bad]), file, image_dir=folder)
+        assert file.read_text() == "old"

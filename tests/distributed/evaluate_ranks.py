@@ -13,9 +13,9 @@ import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
+from tests.support.evaluation_posts import LEARNS, evaluation_posts  # noqa: E402
 from tests.support.posts import rows  # noqa: E402
 from tests.support.trainers import trainer_of  # noqa: E402
-from tests.trainer.test_generative_evaluation import LEARNS, evaluation_posts  # noqa: E402
 
 
 def main(folder: Path) -> None:

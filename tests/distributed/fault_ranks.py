@@ -32,7 +32,7 @@ def train(folder: Path, launcher: str, method: str) -> None:
     """On both ranks: from the last complete checkpoint, if there is one, to the end. Every step writes a checkpoint."""
     from accelerate import PartialState
 
-    from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+    from dynkp.trainer.durable_checkpoints import last_complete_checkpoint
     from tests.support.posts import rows
     from tests.support.trainers import trainer_of
 

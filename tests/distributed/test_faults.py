@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from dynkp.trainer.keyphrase_trainer import last_complete_checkpoint
+from dynkp.trainer.durable_checkpoints import last_complete_checkpoint
 from tests.distributed.fault_ranks import STEPS
 from tests.distributed.train_ranks import LOGS
 from tests.support.launching import RANK_SCRIPTS, build_deepspeed_operations, finish, start

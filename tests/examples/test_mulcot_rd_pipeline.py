@@ -58,8 +58,8 @@ def execute(command: list[str]) -> None:
             arguments = command[1:]
         assert cli.main(arguments) == 0, command
     else:
-        assert command[:2] == ["python", str(SCRIPT.parent / "train.py")]
-        train.main(command[2:])
+        assert command[:4] == ["python", "-m", "dynkp", "train"]
+        train.main(command[4:])
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,6 @@ def test_nan_is_refused_on_demand(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"{\n", r"a.jsonl, line 2: not valid JSON"),
-        (b"\n", "a.jsonl, line 2: not valid JSON"),
         (b"[" * 100_000 + b"\n", "a.jsonl, line 2: not usable JSON"),
         (b'"\xff"\n', "a.jsonl, line 2: not usable JSON"),
         (b'{"id"', "a.jsonl, line 2: not valid JSON .*the line is torn"),
@@ -51,6 +50,14 @@ def test_an_error_names_the_line(tmp_path: Path, line: bytes, message: str) -> N
     (tmp_path / "a.jsonl").write_bytes(b"1\n" + line)
     with pytest.raises(ValueError, match=message):
         list(read_json_lines(tmp_path / "a.jsonl"))
+
+
+def test_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"1\n\n2\n \r\n")
+    assert list(read_json_lines(tmp_path / "a.jsonl")) == [
+        (f"{tmp_path / 'a.jsonl'}, line 1", 1),
+        (f"{tmp_path / 'a.jsonl'}, line 3", 2),
+    ]
 
 
 def test_a_last_line_without_line_end(tmp_path: Path) -> None:

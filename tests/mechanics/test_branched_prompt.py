@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from dynkp.batches.two_task_collator import TwoTaskCollator
 from dynkp.mechanics.branched_prompt import PlainBranches, SharedBranches, everywhere_mask
-from tests.mechanics.test_shared_prompt import TOLERANCE, double
+from tests.support.exact import TOLERANCE, double
 from tests.support.reasoning_trainers import BRIEF, reasoning_rows
 from tests.support.tiny_models import build, exact_float64
 

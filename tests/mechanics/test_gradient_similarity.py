@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,116 +18,28 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.targets import SEQUENCE_INPUTS
 from dynkp.mechanics.gradient_similarity import (
     PlainPostGradients,
     PostGradients,
     _dot_of_products,
     why_gradients_cannot_be_batched,
 )
-from dynkp.mechanics.shared_prompt import SharedPrompt, prompt_positions, score_targets
+from dynkp.mechanics.shared_prompt import SharedPrompt
+from tests.support.post_gradients import (
+    VARIANTS,
+    assert_equal_gradients,
+    delivered,
+    image_tokens,
+    lora_and_projector,
+    variant_losses,
+    weighted,
+    with_all_variants,
+)
 from tests.support.posts import rows
 from tests.support.tiny_models import build, exact_float64
 
 TOLERANCE = 1e-10
 FAMILIES = ("llava", "qwen2_5_vl", "llama")
-VARIANTS = ("full", "text", "image")
-PROJECTORS = ("multi_modal_projector", "visual.merger")
-LANGUAGE_MODEL_LINEARS = r"^(?!.*(vision|visual|projector|connector|lm_head)).*_proj$"
-
-Build = tuple[torch.nn.Module, Any, list[dict[str, Any]]]
-
-
-def lora_and_projector(family: str, dropout: float = 0.0, **changes: Any) -> Build:
-    """LoRA on all linear layers of the language model, away from its zero initialization, and the whole projector."""
-    model, processor = build(family)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEARS, init_lora_weights=False, lora_dropout=dropout, **changes)
-    model = get_peft_model(model, config)
-    for name, weight in model.named_parameters():
-        if any(part in name for part in PROJECTORS):
-            weight.requires_grad = True
-    return model, PairedTargetCollator(processor), rows(family)
-
-
-def image_token(model: torch.nn.Module) -> int:
-    return getattr(model.config, "image_token_id", -1)
-
-
-def image_tokens(model: torch.nn.Module, collator: Any, posts: list[dict[str, Any]]) -> list[int]:
-    return (collator(posts)["prompt"]["input_ids"] == image_token(model)).sum(dim=1).tolist()
-
-
-def variant_losses(
-    model: torch.nn.Module, collator: Any, posts: list[dict[str, Any]], variant: str
-) -> Callable[[Sequence[int]], torch.Tensor]:
-    """Direct answers' mean losses: of whole prompts, without every other text token, without most image tokens.
-
-    Text tokens are dropped and the others keep their positions, which makes the variants' lengths differ.
-    """
-    token = image_token(model)
-    dtype = next(model.parameters()).dtype
-
-    def losses(chosen: Sequence[int]) -> torch.Tensor:
-        batch = collator([posts[post] for post in chosen])
-        prompt, targets = dict(batch["prompt"]), batch["direct"]
-        prompt = {key: value.to(dtype) if value.is_floating_point() else value for key, value in prompt.items()}
-        ids, attended = prompt["input_ids"], prompt["attention_mask"].bool()
-        positions = prompt_positions(model, prompt)
-        places = torch.arange(ids.shape[1]) - (ids.shape[1] - attended.sum(dim=1, keepdim=True))
-        if variant == "image":
-            prompt["attention_mask"] = (attended & ((ids != token) | (places % 3 == 2))).long()
-        if variant == "text":
-            dropped = (ids != token) & (places % 2 == 1)
-            dropped[:, -1] = False
-            order = (attended & ~dropped).long().argsort(dim=1, stable=True)[:, -int((attended & ~dropped).sum(1).max()) :]
-            kept = (attended & ~dropped).gather(1, order)
-            for key in SEQUENCE_INPUTS:
-                if key in prompt:
-                    prompt[key] = prompt[key].gather(1, order)
-            prompt["attention_mask"] = kept.long()
-            positions = positions.gather(-1, order.expand_as(positions[..., : order.shape[1]]))
-        answers, mask = targets["input_ids"], targets["mask"]
-        inputs = dict(prompt)
-        inputs["input_ids"] = torch.cat([prompt["input_ids"], answers[:, :-1]], dim=1)
-        inputs["attention_mask"] = torch.cat([prompt["attention_mask"], mask[:, :-1].long()], dim=1)
-        if "mm_token_type_ids" in prompt:
-            inputs["mm_token_type_ids"] = torch.cat([prompt["mm_token_type_ids"], 0 * answers[:, :-1]], dim=1)
-        following = positions[..., -1:] + torch.arange(1, answers.shape[1])
-        inputs["position_ids"] = torch.cat([positions, following], dim=-1)
-        log_probs = score_targets(model, {**inputs, "use_cache": False}, answers, mask)
-        return -log_probs.sum(dim=1) / mask.sum(dim=1)
-
-    return losses
-
-
-def with_all_variants(way: type, model: torch.nn.Module, collator: Any, posts: list[dict[str, Any]]) -> Any:
-    tokens = image_tokens(model, collator, posts)
-    gradients = way(model, len(posts), tokens)
-    indices_of_variant = {"image": [post for post, count in enumerate(tokens) if count]}
-    for variant in VARIANTS:
-        gradients.add(variant, variant_losses(model, collator, posts, variant), indices_of_variant.get(variant))
-    return gradients
-
-
-def weighted(gradients: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Σ_m Σ_i w_im ℓ_im over the variants in `weights`, with the recorded gradients."""
-    losses = gradients.losses(list(weights))
-    return sum((weight * loss).sum() for weight, loss in zip(weights.values(), losses, strict=True))
-
-
-def delivered(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def assert_equal_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys() and expected
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    assert largest > 1e-3, "gradients that vanish would agree whatever is computed"
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=TOLERANCE * max(1.0, largest), msg=name)
 
 
 def assert_twins_agree(fast: Any, plain: Any, model: torch.nn.Module) -> None:
@@ -441,7 +352,9 @@ def test_what_needs_the_plain_way_is_named_and_the_plain_way_does_it() -> None:
 
 RANK = """
 import sys, torch, torch.distributed as distributed
-from tests.mechanics import test_gradient_similarity as t
+from dynkp.mechanics.gradient_similarity import PostGradients
+from tests.support import post_gradients as t
+from tests.support.tiny_models import exact_float64
 
 class Step(torch.nn.Module):
     def __init__(self, model, collator):
@@ -449,14 +362,14 @@ class Step(torch.nn.Module):
         self.model, self.collator = model, collator
 
     def forward(self, posts):
-        gradients = t.with_all_variants(t.PostGradients, self.model, self.collator, posts)
+        gradients = t.with_all_variants(PostGradients, self.model, self.collator, posts)
         kept = (gradients.cosines("text") > 0.5).double()
         return t.weighted(gradients, {"full": 1 / (1 + kept), "text": kept / (1 + kept), "image": torch.ones(2).double()})
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 model, collator, posts = t.lora_and_projector("llava")
-with t.exact_float64(model):
+with exact_float64(model):
     step = torch.nn.parallel.DistributedDataParallel(Step(model, collator), find_unused_parameters=True)
     step(posts[2 * rank : 2 * rank + 2]).backward()
     ddp = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -31,7 +31,7 @@ from dynkp.mechanics.modality_masking import (
     why_tokens_cannot_be_dropped,
 )
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, prompt_positions
-from tests.mechanics.test_shared_prompt import double
+from tests.support.exact import double
 from tests.support.posts import picture, rows
 from tests.support.tiny_models import build, exact_float64
 
@@ -279,7 +279,7 @@ def test_what_dropping_cannot_do_is_said() -> None:
     batch, layouts = collated(processor, [post])
     prompt, targets = batch["prompt"], batch["direct"]
     width = prompt["input_ids"].shape[1]
-    assert "see 48 tokens back" in str(why_tokens_cannot_be_dropped(model, width))
+    assert "attend to 48 tokens back" in str(why_tokens_cannot_be_dropped(model, width))
     assert why_tokens_cannot_be_dropped(model, 48) is None
     keep = keep_mask(layouts, "text", [2], width)
     with exact_float64(model):

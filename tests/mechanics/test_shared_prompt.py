@@ -17,16 +17,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.batches.targets import Targets, select
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, why_prompts_cannot_be_shared
+from tests.support.exact import double
 from tests.support.posts import rows
 from tests.support.tiny_models import FAMILIES, build, exact_float64
 
 TOLERANCE = 1e-10
-
-
-def double(batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return {key: double(value) for key, value in batch.items()}
-    return batch.double() if isinstance(batch, torch.Tensor) and batch.is_floating_point() else batch
 
 
 def loss_and_gradients(model: torch.nn.Module, prompt_class: type, batch: dict[str, Any], chosen: list[int] | None):

@@ -199,7 +199,7 @@ def test_tasks_by_hand() -> None:
     """The second post has no second task."""
     label = TargetLoss(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 2.0]))
     chain = TargetLoss(torch.tensor([30.0, 0.0]), torch.tensor([10.0, 0.0]))
-    total, denominator = multitask_loss([label, chain], [1.0, 0.5])
+    total, denominator = multitask_loss({"label": label, "chain": chain}, {"chain": 0.5, "label": 1.0})
     assert total.tolist() == [3.5, 3.0] and denominator.tolist() == [1.0, 1.0]
-    total, denominator = multitask_loss([label, chain], [1.0, 0.5], over_tokens=True)
+    total, denominator = multitask_loss({"label": label, "chain": chain}, {"chain": 0.5, "label": 1.0}, over_tokens=True)
     assert total.tolist() == [19.0, 6.0] and denominator.tolist() == [7.0, 2.0]

@@ -26,47 +26,13 @@ from dynkp.objectives.switching import (
     parse_gamma,
     switched_loss,
 )
-from dynkp.objectives.token_loss import TargetLoss, target_loss
+from dynkp.objectives.token_loss import TargetLoss
 
 LOSSES = st.floats(min_value=0.0, max_value=50.0, allow_nan=False)
 STEPS = st.lists(st.lists(LOSSES, min_size=1, max_size=6), min_size=1, max_size=6)
 
 
 # Means over tokens
-
-
-def test_target_loss_by_hand() -> None:
-    log_probs = torch.tensor([[-1.0, -3.0, 0.0], [-0.5, -0.5, -2.0], [0.0, 0.0, 0.0]])
-    weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 4.0], [0.0, 0.0, 0.0]])
-    loss = target_loss(log_probs, weights)
-    assert loss.total.tolist() == [4.0, 9.0, 0.0]
-    assert loss.tokens.tolist() == [2.0, 6.0, 0.0]
-    assert loss.mean.tolist() == [2.0, 1.5, 0.0]
-
-
-def test_a_post_without_target_has_an_exact_zero_and_no_nan_gradient() -> None:
-    log_probs = torch.tensor([[-1.0, -2.0], [0.0, 0.0]], requires_grad=True)
-    target_loss(log_probs, torch.tensor([[1.0, 1.0], [0.0, 0.0]])).mean.sum().backward()
-    assert log_probs.grad.tolist() == [[-0.5, -0.5], [0.0, 0.0]]
-
-
-def test_no_target_at_all() -> None:
-    loss = target_loss(torch.zeros(3, 0), torch.zeros(3, 0))
-    assert loss.mean.tolist() == [0.0, 0.0, 0.0]
-    assert target_loss(torch.zeros(0, 0), torch.zeros(0, 0)).mean.shape == (0,)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_log_probabilities_decide_the_precision(dtype: torch.dtype) -> None:
-    loss = target_loss(torch.tensor([[-1.0]], dtype=dtype), torch.tensor([[1]]))
-    assert loss.total.dtype == loss.tokens.dtype == loss.mean.dtype == dtype
-
-
-def test_answer_weights_move_the_mean() -> None:
-    """Two thinking tokens at 1 nat, one answer token at 4: (1 + 1 + 2 * 4) / (1 + 1 + 2) with weight 2."""
-    log_probs = torch.tensor([[-1.0, -1.0, -4.0]])
-    assert target_loss(log_probs, torch.tensor([[1.0, 1.0, 2.0]])).mean.item() == 2.5
-    assert target_loss(log_probs, torch.tensor([[1.0, 1.0, 0.0]])).mean.item() == 1.0
 
 
 # The switch

@@ -31,23 +31,30 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(config: str | Path, *command: Any, machines: int = 1) -> str:
-    """Run a script on two ranks, of one machine or of two on this one. Returns what they printed, once both succeeded."""
+def launch(config: str | Path, *command: Any, machines: int = 1, folder: Path = REPOSITORY) -> str:
+    """Run a script on two ranks, of one machine or of two on this one. Returns what they printed, once both succeeded.
+
+    Args:
+        config: an Accelerate configuration, by its name in examples/accelerate or its path.
+        command: the script and its arguments, or `-m`, a module and its arguments.
+        machines: 2 for two launchers.
+        folder: where to start; the configurations in examples/ name each other from the repository's root.
+    """
     config = REPOSITORY / "examples" / "accelerate" / config
     if "zero" in config.name:
         build_deepspeed_operations()
     options = ["--config_file", config, "--num_processes", 2, "--main_process_port", free_port()]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options]
     if machines == 1:
-        return finish([start([*launcher, *command])])
+        return finish([start([*launcher, *command], folder)])
     ranks = [["--num_machines", machines, "--machine_rank", rank] for rank in range(machines)]
-    return finish([start([*launcher, *rank, *command]) for rank in ranks])
+    return finish([start([*launcher, *rank, *command], folder) for rank in ranks])
 
 
-def start(command: Sequence[Any]) -> subprocess.Popen[str]:
+def start(command: Sequence[Any], folder: Path = REPOSITORY) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(part) for part in command],
-        cwd=REPOSITORY,  # the configurations name each other from there
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

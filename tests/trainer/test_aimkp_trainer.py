@@ -4,16 +4,14 @@ Holds: a step equals a reference that goes through its posts one at a time with 
 each (float64, 1e-10), batched and plain, for strides 1 to 16, kept and dropped variants, every masking pattern and ablation,
 with and without gradient checkpointing; without masks it is plain fine-tuning; accumulation changes nothing; strides follow
 the authors' rule step by step; a resumed run, also one that was killed, is the uninterrupted one; another dataset's strides
-are an error; what cannot be right is refused.
+are an error; posts, collators and models that are not supported are refused.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -26,253 +24,23 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from dynkp.batches.collators import PairedTargetCollator
-from dynkp.batches.prompt_layout import locate
-from dynkp.data.sources import load_posts
 from dynkp.mechanics.gradient_similarity import VariantGradients
-from dynkp.mechanics.modality_masking import MODALITIES, random_keep_mask, why_tokens_cannot_be_dropped
-from dynkp.mechanics.shared_prompt import prompt_positions
-from dynkp.objectives.switching import below_threshold
-from dynkp.trainer.aimkp_config import AimKPConfig
+from dynkp.mechanics.modality_masking import why_tokens_cannot_be_dropped
 from dynkp.trainer.aimkp_trainer import AimKPTrainer
-from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPConfig, DynamicAimKPTrainer
+from dynkp.trainer.dynamic_aimkp_trainer import DynamicAimKPConfig
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
+from tests.support.aimkp_reference import assert_step
+from tests.support.aimkp_trainers import AIMKP, BOTH, aimkp, killable, lora, read_visits, resumable
 from tests.support.posts import picture, rows
 from tests.support.tiny_models import build, exact_float64
-from tests.support.trainers import largest_difference, losses, trainer_of, weights
-from tests.trainer.test_dynamic_cot_trainer import Gradients, ReportedLoss, StopAt, history
-
-EXACT = 1e-10
-AIMKP = (AimKPTrainer, AimKPConfig)
-BOTH = (DynamicAimKPTrainer, DynamicAimKPConfig)
-PROJECTOR = {"llava": "multi_modal_projector", "qwen2_5_vl": "merger", "internvl": "multi_modal_projector"}
-
-
-def lora(family: str, dropout: float = 0.0) -> LoraConfig:
-    """The paper's: all linear layers of the language model, and the projector in full."""
-    modules = r"^(?!.*(vision|visual|projector|connector|lm_head)).*_proj$"
-    saved = [PROJECTOR[family]] if family in PROJECTOR else None
-    return LoraConfig(r=4, target_modules=modules, modules_to_save=saved, init_lora_weights=False, lora_dropout=dropout)
-
-
-def aimkp(family: str, folder: Path, posts: Any = None, classes: Any = AIMKP, **options: Any) -> AimKPTrainer:
-    """With masking from the first step; `adapters=False` trains all weights."""
-    if options.pop("adapters", True):
-        torch.manual_seed(0)
-        options.setdefault("peft_config", lora(family))
-    return trainer_of(family, folder, posts, classes=classes, **{"warmup_epochs": 0, **options})
-
-
-def force_strides(trainer: AimKPTrainer, strides: dict[str, dict[str, int]]) -> None:
-    """As if the posts' earlier visits had led to these strides."""
-    visited = {name: {post: [stride, stride, -1, 0] for post, stride in strides[name].items()} for name in MODALITIES}
-    schedule = trainer.new_schedule()
-    schedule.load_state({**schedule.state(), "visited": visited})
-    trainer.new_schedule = lambda: schedule  # type: ignore[method-assign]  # what training begins with
-
-
-def read_visits(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "visits.jsonl").read_text().splitlines()]
-
+from tests.support.trainers import EXACT, Gradients, StopAt, history, largest_difference, losses, trainer_of, weights
 
 # (a) one optimizer step against a naive reference
-
-
-def kept_by_hand(layout: Any, modality: str, stride: int, width: int) -> torch.Tensor:
-    """Eq. 2, cell by cell."""
-    keep = torch.ones(width, dtype=torch.bool)
-    if modality == "text":
-        text = list(layout.text)
-        chosen = [slot for k, slot in enumerate(text) if k % stride == stride - 1] or text[-1:]
-        keep[text] = False
-        keep[chosen] = True
-        return keep
-    for grid in layout.grids:
-        cells = [divmod(index, grid.width) for index in range(len(grid.slots))]
-        chosen = [
-            slot
-            for slot, (a, b) in zip(grid.slots, cells, strict=True)
-            if a % stride == stride - 1 and b % stride == stride - 1
-        ] or [grid.slots[-1]]
-        keep[list(grid.slots)] = False
-        keep[chosen] = True
-    return keep
-
-
-def reference_gradients(
-    model: torch.nn.Module, collator: PairedTargetCollator, post: dict[str, Any], kind: str, strides: dict[str, int], args: Any
-) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Per view of one post: Σ nll of its target, and that sum's gradient, by an ordinary forward and backward of its own."""
-    batch = collator([post])
-    target, prompt = batch[kind]["input_ids"], batch["prompt"]
-    prompt = {key: value.double() if value.is_floating_point() else value for key, value in prompt.items()}
-    [layout] = locate(collator.renderer, [post], [len(post["images"])], prompt, args.modalities)
-    positions, width = prompt_positions(model, prompt), prompt["input_ids"].shape[1]
-    following = positions[..., -1:] + torch.arange(1, target.shape[1])
-    found = {}
-    for view in ("full", *strides):
-        if view != "full" and not layout.has(view):
-            continue
-        keep = torch.ones(width, dtype=torch.bool)
-        if view != "full" and args.mask_pattern == "strided":
-            keep = kept_by_hand(layout, view, strides[view], width)
-        elif view != "full" and args.mask_pattern == "pooled":
-            found[view] = pooled_by_hand(model, prompt, layout, view, strides[view], target)
-            continue
-        elif view != "full":
-            options = {"post_ids": [post["id"]], "visits": [0], "seed": args.seed}
-            keep = random_keep_mask([layout], view, [strides[view]], width, **options)[0]
-        inputs = dict(prompt)
-        inputs["input_ids"] = torch.cat([prompt["input_ids"], target[:, :-1]], dim=1)
-        inputs["attention_mask"] = torch.cat([keep[None].long(), torch.ones_like(target[:, :-1])], dim=1)
-        for key in ("token_type_ids", "mm_token_type_ids"):
-            if key in inputs:
-                inputs[key] = torch.cat([inputs[key], torch.zeros_like(target[:, :-1])], dim=1)
-        if "cross_attention_mask" in inputs:
-            last = inputs["cross_attention_mask"][:, -1:].expand(-1, target.shape[1] - 1, -1, -1)
-            inputs["cross_attention_mask"] = torch.cat([inputs["cross_attention_mask"], last], dim=1)
-        inputs["position_ids"] = torch.cat([positions, following], dim=-1)
-        logits = model(**inputs, use_cache=False).logits[0, width - 1 :]
-        nll = -torch.log_softmax(logits, dim=-1)[torch.arange(target.shape[1]), target[0]].sum()
-        model.zero_grad()
-        nll.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-        found[view] = (nll.detach(), gradients)
-    model.zero_grad()
-    return found
-
-
-def pooled_by_hand(
-    model: torch.nn.Module, prompt: dict[str, Any], layout: Any, modality: str, stride: int, target: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """LLaVA's embeddings, token by token: those of a stride replaced by their mean, positions counted anew."""
-    llava = model.get_base_model()
-    embeddings = llava.get_input_embeddings()(prompt["input_ids"])[0]
-    images = [slot for grid in layout.grids for slot in grid.slots]
-    if images:
-        features = torch.cat(list(llava.model.get_image_features(pixel_values=prompt["pixel_values"]).pooler_output))
-        embeddings = embeddings.index_copy(0, torch.tensor(images), features)
-    groups = [[slot] for slot in range(len(embeddings))]
-    if modality == "text":
-        slots = list(layout.text)
-        blocks = max(1, len(slots) // stride)
-        groups = [group for group in groups if group[0] not in slots]
-        groups += [slots[stride * b : stride * (b + 1) if b + 1 < blocks else None] for b in range(blocks)]
-    for grid in layout.grids if modality == "image" else ():
-        groups = [group for group in groups if group[0] not in grid.slots]
-        rows_, columns = max(1, grid.height // stride), max(1, grid.width // stride)
-        if grid.height < stride or grid.width < stride:
-            rows_ = columns = 1
-        cells: dict[tuple[int, int], list[int]] = {}
-        for index, slot in enumerate(grid.slots):
-            a, b = divmod(index, grid.width)
-            cells.setdefault((min(a // stride, rows_ - 1), min(b // stride, columns - 1)), []).append(slot)
-        groups += [cells[key] for key in sorted(cells)]
-    groups.sort(key=lambda group: group[0])
-    short = torch.stack([embeddings[group].mean(dim=0) for group in groups])
-    answer = llava.get_input_embeddings()(target[0, :-1])
-    logits = model(inputs_embeds=torch.cat([short, answer])[None], use_cache=False).logits[0, len(short) - 1 :]
-    nll = -torch.log_softmax(logits, dim=-1)[torch.arange(target.shape[1]), target[0]].sum()
-    model.zero_grad()
-    nll.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return nll.detach(), gradients
-
-
-def cosine(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    dot = sum((one[name] * other[name]).sum().item() for name in one.keys() & other.keys())
-    norms = [math.sqrt(sum(gradient.square().sum().item() for gradient in side.values())) for side in (one, other)]
-    return min(1.0, dot / (norms[0] * norms[1]))
-
-
-def reference_step(
-    model: torch.nn.Module,
-    collator: PairedTargetCollator,
-    posts: list[dict[str, Any]],
-    strides: dict[str, dict[str, int]],
-    args: Any,
-    kinds: list[str],
-) -> tuple[float, dict[str, torch.Tensor], dict[tuple[str, str], tuple[float, bool]]]:
-    """The step's loss and gradients, and per post and modality the cosine and whether the variant was kept."""
-    loss, total, tokens, visits = 0.0, {}, 0.0, {}
-    lengths = [collator([post])[kind]["lengths"][0] for post, kind in zip(posts, kinds, strict=True)]
-    for post, kind, length in zip(posts, kinds, lengths, strict=True):
-        masked = {name: strides[name][post["id"]] for name in args.modalities}
-        views = reference_gradients(model, collator, post, kind, masked, args)
-        scale = 1.0 if args.loss_normalization == "token" else 1.0 / length
-        tokens += length * scale
-        kept = ["full"]
-        for name in args.modalities:
-            if name in views:
-                alike = cosine(views["full"][1], views[name][1])
-                visits[post["id"], name] = (alike, not args.filter_gradients or alike > args.threshold(name))
-                kept += [name] * visits[post["id"], name][1]
-        share = scale / (len(kept) if args.variant_reduction == "mean" else 1)
-        for view in kept:
-            loss += share * views[view][0].item()
-            for name, gradient in views[view][1].items():
-                total[name] = total.get(name, 0) + share * gradient
-    return loss / tokens, {name: gradient / tokens for name, gradient in total.items()}, visits
-
-
-def assert_step(family: str, folder: Path, classes: Any = AIMKP, count: int = 5, **options: Any) -> list[dict[str, Any]]:
-    """One optimizer step of micro-batches of 2, 2 and 1, against the reference; returns the log of visits."""
-    posts = rows(family, count)
-    # Every stride of the list somewhere; several pictures, none, no text, and a grid smaller than the stride among them.
-    numbers = itertools.cycle(options.pop("strides", (2, 3, 4, 8, 16, 1, 5)))
-    strides = {name: {post["id"]: next(numbers) for post in posts} for name in MODALITIES}
-    model, processor = build(family)
-    if options.get("adapters", True):
-        torch.manual_seed(0)
-        model = get_peft_model(model, lora(family))
-    with exact_float64(model):
-        gradients = Gradients()
-        trainer = aimkp(
-            family, folder, posts, classes, gradient_accumulation_steps=3, max_steps=1, callbacks=[gradients], log_visits=True,
-            **options,
-        )  # fmt: skip
-        trainer.model.double()
-        model.load_state_dict(trainer.model.state_dict())  # the adapters' random weights
-        for weight, ours in zip(model.parameters(), trainer.model.parameters(), strict=True):
-            weight.requires_grad = ours.requires_grad
-        collator = PairedTargetCollator(processor, task=trainer.args.task)
-        kinds = ["direct"] * count
-        if classes is BOTH:
-            kinds = chosen_targets(model, collator, posts, trainer)
-        loss, expected, visits = reference_step(model, collator, posts, strides, trainer.args, kinds)
-        force_strides(trainer, strides)
-        reported = ReportedLoss(trainer)
-        trainer.train()
-    [actual] = gradients.steps
-    assert reported.total == pytest.approx(loss, rel=EXACT)
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    assert largest > 1e-3
-    for name in expected.keys() | actual.keys():
-        zero = torch.zeros((), dtype=torch.float64)
-        difference = (actual.get(name, zero) - expected.get(name, zero)).abs().max().item()
-        assert difference <= EXACT * max(1.0, largest), name
-    logged = read_visits(folder) if visits else []
-    assert {(row["id"], row["modality"]) for row in logged} == visits.keys()
-    for row in logged:
-        alike, kept = visits[row["id"], row["modality"]]
-        assert row["cosine"] == pytest.approx(alike, abs=EXACT) and row["kept"] == kept
-        assert row["stride"] == strides[row["modality"]][row["id"]]
-    return logged
-
-
-def chosen_targets(model: Any, collator: Any, posts: list[dict[str, Any]], trainer: Any) -> list[str]:
-    """What Dynamic CoT teaches each post, by plain forwards."""
-    kinds = []
-    for post in posts:
-        views = reference_gradients(model, collator, post, "direct", {}, trainer.args)
-        mean = views["full"][0] / collator([post])["direct"]["lengths"][0]
-        easy = trainer.args.strategy == "dynamic" and bool(below_threshold(mean, trainer.gamma.value))
-        kinds.append("reasoning" if post["rationale"] and easy else "direct")
-    return kinds
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
@@ -338,26 +106,7 @@ def test_pooled_batches_equal_pooled_posts(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found["batched"][1][name], gradient, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("gamma", ["0", "between", "inf"])
-@pytest.mark.parametrize("backend", ["batched", "plain"])
-def test_both_methods_in_one_step(backend: str, gamma: str, tmp_path: Path) -> None:
-    """The target is Dynamic CoT's choice; cosines, filter and update are AimKP's for this target."""
-    options = {"similarity_backend": backend, "log_choices": True, "count": 6}
-
-    def choices(folder: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (folder / "choices.jsonl").read_text().splitlines()]
-
-    expected = {"0": 0, "inf": 5}.get(gamma)
-    if expected is None:  # somewhere among the posts that have a rationale, where rounding does not decide
-        assert_step("llava", tmp_path / "all", classes=BOTH, gamma="inf", **options)
-        observed = sorted(row["direct_loss"] for row in choices(tmp_path / "all") if row["choice"] == "reasoning")
-        expected = max(range(1, 5), key=lambda index: observed[index] - observed[index - 1])
-        gamma = str((observed[expected] + observed[expected - 1]) / 2)
-    assert_step("llava", tmp_path, classes=BOTH, gamma=gamma, **options)
-    assert [row["choice"] for row in choices(tmp_path)].count("reasoning") == expected
-
-
-# (b) without masks it is plain fine-tuning; both methods without one of them are the other
+# (b) without masks it is plain fine-tuning
 
 
 def test_the_warm_up_is_plain_fine_tuning(tmp_path: Path) -> None:
@@ -376,16 +125,6 @@ def test_the_warm_up_is_plain_fine_tuning(tmp_path: Path) -> None:
         runs.append((losses(trainer), weights(trainer)))
     for run in runs[:2]:
         assert run[0] == runs[2][0] and largest_difference(run[1], runs[2][1]) == 0
-
-
-def test_direct_targets_under_both_are_aimkp(tmp_path: Path) -> None:
-    common = {"task": "aimkp", "loss_normalization": "token", "max_steps": 4, "image_threshold": 0.0}
-    one = aimkp("llava", tmp_path / "one", **common)
-    two = aimkp("llava", tmp_path / "two", classes=BOTH, strategy="direct", **common)
-    for trainer in (one, two):
-        trainer.train()
-    assert losses(one) == losses(two) and largest_difference(weights(one), weights(two)) == 0
-    assert one.schedule.state() == two.schedule.state()
 
 
 # (c) batches
@@ -515,14 +254,6 @@ def test_the_log_tells_cosines_shares_strides_and_cost(tmp_path: Path) -> None:
 # (e) resume
 
 
-def resumable(folder: Path, posts: Any = None, max_steps: int = 10, family: str = "llava", **options: Any) -> AimKPTrainer:
-    """Steps of two posts over six: a warm-up of three, then masking; the checkpoints at 4 and 8 lie within an epoch."""
-    settings = {"save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3}
-    settings |= {"lr_scheduler_type": "cosine", "max_steps": max_steps, "log_visits": True, "warmup_epochs": 1}
-    settings |= {"image_threshold": 0.6, "projector_learning_rate": 1e-4}
-    return aimkp(family, folder, rows(family, 6) if posts is None else posts, **{**settings, **options})
-
-
 def measured(trainer: AimKPTrainer) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name != "step_cost"} for entry in history(trainer)]
 
@@ -568,21 +299,10 @@ def test_a_checkpoint_of_another_trainer_has_no_strides(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from tests import conftest
-from tests.trainer.test_aimkp_trainer import killable
+from tests.support.aimkp_trainers import killable
 from pathlib import Path
 killable(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])).train()
 """
-
-
-def killable(kind: str, shared: Path, folder: Path) -> AimKPTrainer:
-    """Three epochs and a checkpoint every other step: of drawn posts, or of real photographs in all their aspect ratios."""
-    if kind == "drawn":
-        return resumable(folder, max_steps=16, save_steps=2)
-    masc = shared / "data/masc_t15"
-    posts = load_posts(masc / "test.jsonl", image_dir=masc / "images")
-    posts = posts.filter(bool, input_columns=["images"]).select(range(30))
-    options = {"per_device_train_batch_size": 5, "num_train_epochs": 3, "image_threshold": 0.5, "text_threshold": 0.5}
-    return resumable(folder, posts, family="qwen2_5_vl", max_steps=-1, save_steps=2, **options)
 
 
 @pytest.mark.parametrize("kind", ["drawn", "photographs"])
@@ -660,20 +380,7 @@ def test_training_twice_begins_twice(tmp_path: Path) -> None:
     assert sorted(used[0]) == sorted(used[1]) and {stride for _, _, stride in used[0]} == {2, 4}
 
 
-# (g) options and refusals
-
-
-def test_the_projector_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
-    trainer = aimkp("llava", tmp_path, projector_learning_rate=0.01, weight_decay=0.1, max_steps=1)
-    trainer.train()
-    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert rates.keys() == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    for name, rate in rates.items():
-        assert rate == (0.01 if "projector" in name else 0.1), name
-    bare = aimkp("llava", tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), projector_learning_rate=0.01)
-    with pytest.raises(ValueError, match="modules_to_save"):
-        bare.create_optimizer()
+# (g) backends and refusals
 
 
 def test_a_model_that_needs_the_plain_way_gets_it_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -704,7 +411,7 @@ def test_adapters_without_layers_of_their_own_take_the_plain_way(kind: str, tmp_
     assert losses(trainer, "text_cosine")
 
 
-def test_a_window_nobody_names_layers_of_is_a_window_of_all() -> None:
+def test_a_window_without_layer_types_is_a_window_of_all_layers() -> None:
     """Mistral, Phi-3, Starcoder2: `sliding_window` without `layer_types`."""
     config = MistralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -717,30 +424,10 @@ def test_a_window_nobody_names_layers_of_is_a_window_of_all() -> None:
 
 
 def test_a_window_shorter_than_the_prompt_is_masked_not_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Gemma 3's sliding window counts slots: dropping would let it see further."""
+    """Gemma 3's sliding window counts columns: with dropped tokens it would reach further."""
     with caplog.at_level(logging.WARNING, logger="dynkp"):
         assert_step("gemma3", tmp_path, peft_config=lora("gemma3"))
     assert any("masked, not left out" in record.getMessage() for record in caplog.records)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fp16": True, "bf16": False}, "fp16"),
-        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
-        ({"text_threshold": 2.0}, "text_threshold"),
-        ({"initial_stride": 1}, "initial_stride"),
-        ({"warmup_epochs": -1}, "warmup_epochs"),
-        ({"stride_schedule": "quadratic"}, "stride_schedule"),
-        ({"mask_pattern": "blurred"}, "mask_pattern"),
-        ({"variant_reduction": "max"}, "variant_reduction"),
-        ({"similarity_backend": "fast"}, "similarity_backend"),
-        ({"projector_learning_rate": -1.0}, "projector_learning_rate"),
-    ],
-)
-def test_what_cannot_be_right_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        AimKPConfig(output_dir=str(tmp_path), use_cpu=True, **{"bf16": False, **options})
 
 
 def test_streams_and_foreign_collators_are_refused(tmp_path: Path) -> None:

@@ -23,19 +23,9 @@ from dynkp import cli, generate_keyphrases, load_posts, score_keyphrases
 from dynkp.data.sources import write_posts_jsonl
 from dynkp.trainer.generative_evaluation import generative_metrics, gold_keyphrases
 from tests.conftest import REPOSITORY
+from tests.support.evaluation_posts import LEARNS, evaluation_posts
 from tests.support.posts import rows
 from tests.support.trainers import losses, trainer_of
-
-LEARNS: dict[str, Any] = {
-    "strategy": "direct",
-    "optim": "adamw_torch",
-    "learning_rate": 1e-2,
-    "per_device_train_batch_size": 6,
-    "max_steps": 60,
-    "logging_steps": 20,
-    "eval_generation_posts": None,
-    "eval_max_new_tokens": 24,
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +35,6 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Any:
     trainer = trainer_of("llava", tmp_path_factory.mktemp("learned"), posts, eval_dataset=evaluation_posts(), **LEARNS)
     trainer.train()
     return trainer
-
-
-def evaluation_posts() -> list[dict[str, Any]]:
-    """The six posts, two of them with another gold answer: a perfect memory scores below 1."""
-    posts = rows("llava", 6)
-    posts[0]["keyphrases"] = ["arsenal"]
-    posts[1]["keyphrases"] = ["summer holidays", "sea", "work"]
-    return posts
 
 
 def test_metrics_are_those_of_predicting_and_scoring(learned: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from dynkp.mechanics import shared_prompt
 from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
 from tests.support.reasoning_trainers import BRIEF, LABELS, reasoning_rows, reasoning_trainer
 from tests.support.tiny_models import build, exact_float64
-from tests.support.trainers import largest_difference, losses, weights
-from tests.trainer.test_dynamic_cot_trainer import EXACT, Gradients, ReportedLoss
+from tests.support.trainers import EXACT, Gradients, ReportedLoss, largest_difference, losses, weights
 
 TASKS = ("label", "chain")
 
@@ -432,45 +430,6 @@ def test_keyphrases_are_a_task_too(tmp_path: Path) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"distillation_weight": 1.5}, "`distillation_weight` is 1.5"),
-        ({"temperature": 0.0}, "`temperature` is 0.0"),
-        ({"task": "dynamic_cot"}, "`task` is 'dynamic_cot'"),
-        ({"kd_positions": "prompt"}, "`kd_positions` is 'prompt'"),
-        ({"kd_positions": "all", "soft_labels": "x"}, "`kd_positions` is 'all', but `soft_labels`"),
-        ({"separator": ", "}, "`separator` is ', '"),
-        ({"assistant_dtype": "int8"}, "`assistant_dtype` is 'int8'"),
-        ({"task_weights": {"chain": 1.0}}, "`task_weights` is"),
-        ({"task_weights": {"chain": 1.0, "label": 0.0}}, "The label's must be above 0"),
-        ({"task_weights": {"chain": 1.0, "label": 1.0, "other": 1.0}}, "`task_weights` is"),
-        ({"task_weights": "chain"}, "`task_weights` is 'chain'"),
-        ({"task_weights": {"chain": float("inf"), "label": 1.0}}, "`task_weights` is"),
-    ],
-)
-def test_options_out_of_range_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        MulCoTRDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"metric_for_best_model": "accuracy"}, {"mode": "max", "factor": 0.5, "patience": 2}),
-        ({}, {"mode": "min", "factor": 0.5, "patience": 2}),  # on the loss, which is to fall
-        (
-            {"metric_for_best_model": "accuracy", "lr_scheduler_kwargs": '{"patience": 5}'},
-            {"mode": "max", "factor": 0.5, "patience": 5},
-        ),
-    ],
-)
-def test_the_plateau_is_the_metric_s(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", **given}
-    args = MulCoTRDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
-    assert args.lr_scheduler_kwargs == expected
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_step_leaves_anything_behind(checkpointing: bool, tmp_path: Path) -> None:
     """Tensors and cached keys that Python still holds after 12 steps are no more than after 4."""
@@ -512,12 +471,3 @@ def test_posts_without_answer_are_found_before_the_training(fault: dict[str, Any
     assert len(reasoning_trainer("llama", tmp_path, posts, on_invalid="skip").train_dataset) == 3
     with pytest.raises(ValueError, match="1 of 1 eval posts"):
         reasoning_trainer("llama", tmp_path, eval_dataset=posts[2:3], on_invalid="skip")
-
-
-def test_the_options_reach_the_command_line(tmp_path: Path) -> None:
-    from trl import TrlParser
-
-    parser = TrlParser((MulCoTRDConfig,))
-    given = ["--output_dir", str(tmp_path), "--task_weights", json.dumps({"chain": 2, "label": 1}), "--bf16", "false"]
-    [args] = parser.parse_args_and_config([*given, "--use_cpu", "true", "--temperature", "3"])
-    assert args.parsed_task_weights == {"label": 1.0, "chain": 2.0} and args.temperature == 3.0

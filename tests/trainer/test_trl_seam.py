@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dynkp.batches.collators import PairedTargetCollator
 from dynkp.mechanics.shared_prompt import PlainPrompt, SharedPrompt, score_targets
-from dynkp.trainer.keyphrase_trainer import fused_score_targets
+from dynkp.trainer.post_trainer import fused_score_targets
 from tests.support.posts import rows
 from tests.support.tiny_models import FAMILIES, build
 from tests.support.trainers import trainer_of

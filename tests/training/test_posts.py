@@ -1,7 +1,8 @@
 """The posts of a run.
 
 Holds: a specialist is trained on posts that have its modality, and on nothing of the other; what could not be scored after the
-training is found before it; a mixture takes the task's separator; a file that is not there is named.
+training is found before it; a mixture takes the task's separator; a file that is not there is named; images that are named and
+not found, or missing from a whole set, are an error unless text alone is meant.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from dynkp.cli import train
+from dynkp.data.posts import InvalidPostsError, validate_posts
 from dynkp.data.sources import load_posts
-from dynkp.training.posts import only
+from dynkp.training.posts import check_images_present, only
 from tests.support.training_runs import QUICK, TINY, head, read_jsonl, write_jsonl
 
 
@@ -39,7 +41,7 @@ def test_mixture_in_yaml(shared: Path, tmp_path: Path) -> None:
     first = head(shared / "data/cmkp/valid.jsonl", 30, tmp_path / "first.jsonl")
     second = head(shared / "data/cmkp/train_tiny.jsonl", 30, tmp_path / "second.jsonl")
     datasets = [{"path": str(first), "weight": 3}, {"path": str(second), "weight": 1}]
-    config = {"datasets": datasets, "stopping_strategy": "all_exhausted", "strategy": "direct"}
+    config = {"datasets": datasets, "stopping_strategy": "all_exhausted", "strategy": "direct", "modality": "text"}
     config |= {"output_dir": str(tmp_path / "o"), "max_steps": 2, "bf16": False}
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(config))
     train.main(["--config", str(tmp_path / "mix.yaml"), *QUICK, *TINY])
@@ -66,3 +68,32 @@ def test_a_mixture_takes_the_tasks_separator(tmp_path: Path) -> None:
     arguments = ["--config", str(tmp_path / "recipe.yaml"), "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
     train.main([*arguments, *QUICK, *TINY, "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+ROWS = [
+    {"id": "1", "text": "a", "keyphrases": ["k"], "image": "a.jpg", "image_url": "http://x/a.jpg"},
+    {"id": "2", "text": "b", "keyphrases": ["k"], "image_url": "http://x/b.jpg"},
+    {"id": "3", "text": "", "keyphrases": ["k"], "image": "c.jpg"},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_alone_may_be_meant(streaming: bool) -> None:
+    posts = load_posts(ROWS, streaming=streaming)
+    with pytest.raises(InvalidPostsError, match="post '1': no_image_dir"):
+        list(validate_posts(posts, progress=False)[0])
+    kept = list(validate_posts(only(posts, "text"), progress=False)[0])
+    assert [post["id"] for post in kept] == ["1", "2"] and not any(post["images"] for post in kept)
+
+
+def test_posts_whose_image_was_not_found_stay_for_the_error() -> None:
+    with pytest.raises(InvalidPostsError, match="3 invalid posts"):
+        validate_posts(only(load_posts(ROWS), "image"), progress=False)
+
+
+def test_a_set_without_any_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"none of the 1 training posts has one.*--modality text"):
+        check_images_present(load_posts([{"id": "1", "text": "a"}]), "training")
+    check_images_present(load_posts([{"id": "1", "text": "a"}, {"id": "2", "image": b"..."}]), "training")
+    check_images_present(load_posts([{"prompt": [], "completion": []}]), "training")
+    check_images_present(load_posts([{"id": "1", "text": "a"}], streaming=True), "training")

@@ -24,7 +24,8 @@ from tests.support.training_runs import QUICK, TINY, head, read_jsonl, write_jso
 def tweets(shared: Path, tmp_path: Path) -> list[str]:
     train_file = head(shared / "data/cmkp/valid.jsonl", 48, tmp_path / "train.jsonl")
     eval_file = head(shared / "data/cmkp/test.jsonl", 20, tmp_path / "eval.jsonl")
-    return ["--train_file", str(train_file), "--eval_file", str(eval_file), "--output_dir", str(tmp_path / "out")]
+    files = ["--train_file", str(train_file), "--eval_file", str(eval_file), "--output_dir", str(tmp_path / "out")]
+    return [*files, "--modality", "text"]  # the tweets name images that are not here
 
 
 def test_real_tweets_direct(tweets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,8 +35,8 @@ def test_real_tweets_direct(tweets: list[str], tmp_path: Path, capsys: pytest.Ca
     assert all(row.keys() >= {"id", "keyphrases", "raw", "reasoned", "output_tokens"} for row in predictions)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     names = list(metrics["systems"])
-    assert names[0] == "direct" and names[1].startswith("most frequent") and names[2].startswith("nearest")
-    assert metrics["systems"]["direct"]["subsets"]["all"]["posts"] == 20
+    assert names[0] == "direct, text only" and names[1].startswith("most frequent") and names[2].startswith("nearest")
+    assert metrics["systems"]["direct, text only"]["subsets"]["all"]["posts"] == 20
     assert "nearest neighbour in text" in capsys.readouterr().out
     assert (tmp_path / "out/model.safetensors").exists() and (tmp_path / "out/processor_config.json").exists()
 
@@ -126,10 +127,12 @@ def test_a_run_ends_with_scores_whatever_the_training_posts_are(kind: str, small
     arguments = ["--train_file", write_jsonl(tmp_path / "train.jsonl", rows), "--max_steps", "1", "--strategy", "direct"]
     arguments += ["--eval_file", write_jsonl(tmp_path / "eval.jsonl", posts), "--output_dir", str(tmp_path / "out")]
     arguments += ["--model_name_or_path", small_model, "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
-    train.main([*arguments, *QUICK, "--streaming", str(kind == "stream")])
+    train.main([*arguments, *QUICK, "--modality", "text", "--streaming", str(kind == "stream")])
     systems = json.loads((tmp_path / "out/metrics.json").read_text())["systems"]
-    assert list(systems) == (["direct", "most frequent keyphrase (mufc)"] if kind == "stream" else ["direct"])
-    assert ("seen" in systems["direct"]["subsets"]) == (kind == "stream")
+    assert list(systems) == (
+        ["direct, text only", "most frequent keyphrase (mufc)"] if kind == "stream" else ["direct, text only"]
+    )
+    assert ("seen" in systems["direct, text only"]["subsets"]) == (kind == "stream")
 
 
 @pytest.mark.parametrize(
