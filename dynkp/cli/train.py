@@ -93,6 +93,7 @@ class TrainParser(OneLineErrors, TrlParser):
             epilog=EPILOG,
             formatter_class=_Formatter,
             add_help=False,
+            allow_abbrev=False,  # the defaults depend on which options are named, by their whole names
         )
         _add_selection(self)
         (debug,) = (action for action in self._actions if action.dest == "debug")

@@ -37,6 +37,12 @@ def train(options: TrainingOptions) -> None:
     if options.draws_posts:
         if options.trainer_class is not DynamicCoTTrainer:
             raise ValueError(f"`method` is {method!r}, and posts are drawn for dynamic_cot only: give a `train_file`.")
+        if unused := options.unused_without_posts():
+            given = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} given"
+            raise ValueError(
+                f"--train_file is missing, but {given}: name the training posts. Without these options, posts are drawn and a "
+                "small model is trained on them."
+            )
         drawn_posts.compare_on_drawn_posts(options.args, options.prediction.predict_batch_size)
         return
     if options.prediction.eval_modalities and options.trainer_class is MulCoTRDTrainer:

@@ -199,6 +199,15 @@ def status_of(arguments: list[str]) -> int | str | None:
         (["--train_file", "pots.jsonl"], "='pots.jsonl': there is no such file or folder. Did you mean 'posts.jsonl'?"),
         (["--image_dir", "imges", "--train_file", "POSTS"], "--image_dir='imges': there is no such folder. Did you mean"),
         (["--method", "aimkp"], "posts are drawn for dynamic_cot only: give a `train_file`."),
+        # An abbreviation would be read with the defaults of another run: those of a model from scratch, or of drawn posts.
+        (["--model_name", "m", "--train_file", "POSTS"], "no option --model_name. Did you mean '--model_name_or_path'?"),
+        (["--train_fil", "POSTS"], "There is no option --train_fil. Did you mean '--train_file'?"),
+        (["--recip", "mmkp_dynamic_cot_qwen2_5_vl_3b"], "There is no option --recip. Did you mean '--recipe'?"),
+        (["--meth", "aimkp"], "There is no option --meth. Did you mean '--method'?"),
+        # Drawn posts are for a model from scratch: what names a model or data would have no effect.
+        (["--eval_file", "POSTS"], "--train_file is missing, but --eval_file is given"),
+        (["--eval_file", "POSTS", "--image_dir", "images"], "--train_file is missing, but --eval_file, --image_dir are given"),
+        (["--model_name_or_path", "images"], "--model_name_or_path"),
         (["--method", "mulcot_rd", "--train_file", "POSTS", "--assistant", "./nowhere"], "--assistant='./nowhere': "),
     ],
 )  # fmt: skip
