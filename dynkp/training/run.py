@@ -68,7 +68,7 @@ def train(options: TrainingOptions) -> None:
     named = options.model.model_name_or_path
     if named and data.modality == "both" and isinstance(trainer.processing_class, ProcessorMixin):
         check_images_present(train_posts, "training")
-        if eval_posts is not None:
+        if eval_posts is not None and "prompt" not in (train_posts.column_names or ()):
             check_images_present(eval_posts, "evaluation")
     trainer.modality = cast(Modality, data.modality)  # saved with the model
     announce(trainer, method, data.modality)
