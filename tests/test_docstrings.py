@@ -16,10 +16,6 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Modules with examples that fail today.
-NOT_YET: set[str] = set()
-# Rooms with arguments of classes that are not documented today.
-ARGUMENTS_NOT_YET = {"chat"}
 MODULES = [
     ".".join(file.relative_to(REPOSITORY).with_suffix("").parts)
     for file in sorted((REPOSITORY / "dynkp").rglob("*.py"))
@@ -27,7 +23,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in NOT_YET])
+@pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
@@ -64,8 +60,7 @@ def test_arguments_of_public_classes_are_documented() -> None:
     missing = {
         module: arguments
         for module in (REPOSITORY / "dynkp").rglob("*.py")
-        if module.parent.name not in ARGUMENTS_NOT_YET
-        and (arguments := undocumented_arguments(module.read_text(encoding="utf-8")))
+        if (arguments := undocumented_arguments(module.read_text(encoding="utf-8")))
     }
     assert missing == {}
 

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from dynkp.chat.http import AnswerTooLarge, bounded_http_client, is_loopback
 from dynkp.chat.pacing import AdaptiveConcurrency
 from dynkp.chat.request import ChatAnswer, ChatRequest, read_answer
+from dynkp.files.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,7 @@ class ChatClient:
         """An error's text without the API key and control characters, on one line, at most 500 characters."""
         text = self._redacted(str(error) or type(error).__name__)
         text = " ".join(_LOOKS_LIKE_A_KEY.sub(_REDACTED, text).split())[:500]
-        return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)[:500]
+        return printable(text)[:500]
 
     def _redacted(self, text: str) -> str:
         return self._key_pattern.sub(_REDACTED, text) if self._key_pattern else text

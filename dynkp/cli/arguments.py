@@ -44,7 +44,8 @@ class OneLineErrors(argparse.ArgumentParser):
         """The suggestion for the first word that looks like an option and is none, as the rest of an error."""
         known = self.option_names()
         options = (word.partition("=")[0] for word in self._given if word.startswith("--"))
-        unknown = next((option for option in options if not any(name.startswith(option) for name in known)), "")
+        abbreviated = str.startswith if self.allow_abbrev else str.__eq__
+        unknown = next((option for option in options if not any(abbreviated(name, option) for name in known)), "")
         hint = did_you_mean(unknown, known)
         return f". There is no option {unknown}.{hint}" if hint else ""
 

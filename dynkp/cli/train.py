@@ -93,6 +93,7 @@ class TrainParser(OneLineErrors, TrlParser):
             epilog=EPILOG,
             formatter_class=_Formatter,
             add_help=False,
+            allow_abbrev=False,  # the defaults depend on which options are named, by their whole names
         )
         _add_selection(self)
         (debug,) = (action for action in self._actions if action.dest == "debug")
@@ -108,7 +109,7 @@ class TrainParser(OneLineErrors, TrlParser):
         return self._help(everything=True)
 
     def format_own_help(self) -> str:
-        """Write the help of what only this method has, or sets otherwise than TRL."""
+        """Write the help of the options that only this method has, or whose defaults it changes."""
         actions = {action.dest: action for action in reversed(self._actions) if not isinstance(action, _STORE_FALSE)}
         formatter = self._get_formatter()
         formatter.start_section(f"dynkp train --method {self.method}")
@@ -120,7 +121,7 @@ class TrainParser(OneLineErrors, TrlParser):
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        # Not the `--no_x` that stands beside each `--x` which is true by default.
+        # Without the `--no_x` that HfArgumentParser adds to each `--x` which is true by default.
         actions = {action.dest: action for action in reversed(self._actions) if not isinstance(action, _STORE_FALSE)}
         for title, names in self._sections(everything):
             formatter.start_section(title)
@@ -146,7 +147,7 @@ class TrainParser(OneLineErrors, TrlParser):
             yield "training (TRL and transformers)", _names(self.config_class)
 
     def _of_method(self) -> list[str]:
-        """What the method's configurations declare themselves: first what only they have, then what they set otherwise."""
+        """The options that the method's configurations declare: first those that only they have, then changed defaults."""
         ancestors = [cls for cls in self.config_class.__mro__ if issubclass(cls, PostConfig) and cls is not PostConfig]
         declared = [name for cls in ancestors for name in inspect.get_annotations(cls) if not name.startswith("_")]
         return sorted(declared, key=lambda name: name in PostConfig.__dataclass_fields__)
@@ -315,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(options)
     except KeyboardInterrupt as error:
-        raise Interrupted(how_to_continue(argv, options.args.output_dir)) from error
+        how = "the same command starts again" if options.draws_posts else how_to_continue(argv, options.args.output_dir)
+        raise Interrupted(how) from error
     except torch.OutOfMemoryError as error:
         raise RunFailedError(
             f"out of memory ({' '.join(str(error).split())[:200]}). Lower --per_device_train_batch_size and raise "
@@ -325,11 +327,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def how_to_continue(argv: Sequence[str], output_dir: str) -> str:
-    """Word how an interrupted run is continued, for the end of the sentence "interrupted; ...".
+    """Describe how an interrupted run is continued.
 
     Args:
         argv: the arguments of the run.
-        output_dir: where its checkpoints are.
+        output_dir: the folder of its checkpoints.
+
+    Returns:
+        The rest of the sentence "interrupted; ...".
     """
     from dynkp.trainer.durable_checkpoints import last_complete_checkpoint
 

@@ -244,7 +244,7 @@ class KeyphraseReasoningTask(ReasoningTask):
     """
 
     labels: tuple[str, ...] = ()
-    keyphrase_task: KeyphraseTask = KeyphraseTask("keyphrases", "")
+    keyphrase_task: KeyphraseTask = KeyphraseTask("keyphrases", "")  # noqa: RUF009 (frozen)
 
     def answer(self, row: Mapping[str, Any]) -> str:
         """Return the gold keyphrases, joined; as `ReasoningTask.answer`."""

@@ -20,6 +20,9 @@ from dynkp.judging.ranks import CRITERIA
 from dynkp.rationales.prompts import Template
 
 _LONGEST_REPLY = 2000  # characters of an invalid answer that are sent back
+# Bounds on the search for ranks, which would otherwise take time quadratic in the answer's length: a ranking has some hundred
+# characters, and every brace may begin one.
+_LONGEST_ANSWER, _MOST_OBJECTS = 65_536, 200
 
 # Our wording of the prompt of Table 8 of the Dynamic CoT paper.
 RANKING_TEMPLATE = Template(
@@ -76,18 +79,27 @@ def read_ranks(text: str, count: int) -> dict[str, list[float]]:
         Criterion -> rank of each candidate, in their order.
 
     Raises:
-        ValueError: If there is no valid ranking, or several different ones; the message is addressed to the judge.
+        ValueError: If there is no valid ranking, or several different ones, or the answer has more than 65,536 characters or
+            200 braces that begin no ranking; the message is addressed to the judge.
 
     Example:
         >>> read_ranks('{"correctness": {"A": 2, "B": 1}, "relevance": {"A": 1, "B": 1}, "usefulness": {"A": 1, "B": 2}}', 2)
         {'correctness': [2, 1], 'relevance': [1, 1], 'usefulness': [1, 2]}
     """
+    if len(text) > _LONGEST_ANSWER:
+        raise ValueError(f"it has more than {_LONGEST_ANSWER:,} characters")
     found: list[dict[str, list[float]]] = []
+    objects = 0
     problem = "there is no JSON object"
     decoder = json.JSONDecoder(object_pairs_hook=_unique_names)
     place = text.find("{")
     while place >= 0:
         end = place + 1
+        objects += 1
+        if objects > _MOST_OBJECTS:
+            if found:  # what follows might be another ranking
+                raise ValueError(f"there are more than {_MOST_OBJECTS} braces")
+            break
         try:
             value, end = decoder.raw_decode(text, place)
             ranks = checked_ranks(value, count)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dynkp.files.terminal import printable
 from dynkp.mmkp_f1.significance import Interval, quantiles, resampled_means
 from dynkp.report.tables import markdown_table
 
@@ -357,7 +358,7 @@ def rank_tables(report: Mapping[str, Any]) -> str:
     systems = sorted(report["mean_ranks"].items(), key=lambda item: item[1][OVERALL]["mean"])
     rows = [["mean rank", *MEASURES]]
     for system, measures in systems:
-        rows.append([system, *(_with_interval(measures[name]) for name in MEASURES)])
+        rows.append([printable(system), *(_with_interval(measures[name]) for name in MEASURES)])
     parts = [
         markdown_table(rows),
         f"1 is best, {report['confidence']:.0%} intervals over {report['judged']:,} posts, ties {report['ties']}; on "

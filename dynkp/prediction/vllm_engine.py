@@ -91,7 +91,7 @@ class VllmEngine:
         self.llm = LLM(**{**options, **(llm_options or {})})
         bias = None
         if (forbidden := task.forbidden_tokens()) is not None:
-            bias = {index: _FORBIDDEN for index in sorted(forbidden.at_start | forbidden.anywhere)}
+            bias = dict.fromkeys(sorted(forbidden.at_start | forbidden.anywhere), _FORBIDDEN)
         self._sampling_params = SamplingParams
         self.options = {
             "max_tokens": max_new_tokens,

@@ -151,6 +151,20 @@ class TrainingOptions(NamedTuple):
         """Whether no posts are named, so that the package draws some."""
         return not self.data.train_file and not self.data.datasets
 
+    def unused_without_posts(self) -> list[str]:
+        """Return the given options that have no effect on drawn posts, by their names on the command line."""
+        given = {
+            "--model_name_or_path": self.model.model_name_or_path,
+            "--use_peft": self.model.use_peft,
+            "--eval_file": self.data.eval_file,
+            "--eval_posts": self.data.eval_posts,
+            "--image_dir": self.data.image_dir,
+            "--modality": self.data.modality != "both",
+            "--eval_modalities": self.prediction.eval_modalities,
+            "--resume_from_checkpoint": self.args.resume_from_checkpoint,
+        }
+        return [name for name, value in given.items() if value]
+
     @property
     def trainer_class(self) -> type[PostTrainer]:
         """The method's trainer."""

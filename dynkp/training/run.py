@@ -41,6 +41,12 @@ def train(options: TrainingOptions) -> None:
     if options.draws_posts:
         if options.trainer_class is not DynamicCoTTrainer:
             raise ValueError(f"`method` is {method!r}, and posts are drawn for dynamic_cot only: give a `train_file`.")
+        if unused := options.unused_without_posts():
+            given = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} given"
+            raise ValueError(
+                f"--train_file is missing, but {given}: name the training posts. Without these options, posts are drawn and a "
+                "small model is trained on them."
+            )
         drawn_posts.compare_on_drawn_posts(options.args, options.prediction.predict_batch_size)
         return
     if options.prediction.eval_modalities and options.trainer_class is MulCoTRDTrainer:
@@ -66,7 +72,7 @@ def train(options: TrainingOptions) -> None:
     named = options.model.model_name_or_path
     if named and data.modality == "both" and isinstance(trainer.processing_class, ProcessorMixin):
         check_images_present(train_posts, "training")
-        if eval_posts is not None:
+        if eval_posts is not None and "prompt" not in (train_posts.column_names or ()):
             check_images_present(eval_posts, "evaluation")
     trainer.modality = cast(Modality, data.modality)  # saved with the model
     announce(trainer, method, data.modality)

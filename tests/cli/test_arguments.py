@@ -73,8 +73,7 @@ def test_every_command_has_the_debug_option_and_a_reference(command: str) -> Non
     module = importlib.import_module(COMMANDS[command][0])
     text = module.parser().format_help()
     assert "--debug" in text and "traceback of an error" in " ".join(text.split())
-    if command != "train":  # whose options are the trainers'
-        assert "picture" not in text.lower()
+    assert "picture" not in text.lower()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,10 @@ def test_the_recipes_are_installed(dynkp: Dynkp) -> None:
     assert "cmkp_aimkp_llava_1_5_7b  aimkp  llava-hf/llava-1.5-7b-hf" in dynkp("recipes")
     file = Path(yaml.safe_load(dynkp("recipes", "zero2"))["deepspeed_config"]["deepspeed_config_file"])
     assert file.is_file() and "site-packages" in file.parts and not file.is_relative_to(REPOSITORY)
-    assert (file.parents[2] / "mmkp_f1/README.md").is_file() and (file.parents[2] / "py.typed").is_file()
+    installed = file.parents[2]
+    others = [path.relative_to(REPOSITORY / "dynkp") for path in (REPOSITORY / "dynkp").rglob("*") if path.is_file()]
+    others = [path for path in others if path.suffix not in (".py", ".pyc")]
+    assert len(others) > 15 and [path for path in others if not (installed / path).is_file()] == []
 
 
 @pytest.mark.timeout(600)

@@ -88,15 +88,17 @@ def test_it_trains_from_another_folder(program: list[str], posts: list[str], tmp
 def test_it_trains_with_a_recipe(recipe: str, posts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option of the recipe reaches the trainer's configuration; the model is not looked for."""
     monkeypatch.setattr(train, "check_available", lambda *args: None)
-    options = train.read_options(["--recipe", recipe, *posts, "--use_cpu", "true", "--bf16", "false", "--logging_steps", "7"])
+    more = [*posts, "--use_cpu", "true", "--bf16", "false", "--logging_steps", "7"]
+    options = train.read_options(["--recipe", recipe, *more])
     assert options is not None and options.args.logging_steps == 7
+    # As users of a checkout name it.
+    as_a_file = train.read_options(["--config", str(REPOSITORY / f"examples/recipes/{recipe}.yaml"), *more])
+    assert as_a_file is not None and as_a_file.args.to_dict() == options.args.to_dict()
     found = next(one for one in recipes("training") if one.name == recipe)
     assert (options.data.method, options.model.model_name_or_path) == (found.method, found.model)
     settings = yaml.safe_load(found.path.read_text())
-    assert (
-        options.args.num_train_epochs == settings["num_train_epochs"]
-        and options.args.learning_rate == settings["learning_rate"]
-    )
+    for name in ("num_train_epochs", "learning_rate"):
+        assert getattr(options.args, name) == settings[name]
 
 
 def test_a_recipe_trains_a_saved_model(posts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -201,6 +203,15 @@ def status_of(arguments: list[str]) -> int | str | None:
         (["--train_file", "pots.jsonl"], "='pots.jsonl': there is no such file or folder. Did you mean 'posts.jsonl'?"),
         (["--image_dir", "imges", "--train_file", "POSTS"], "--image_dir='imges': there is no such folder. Did you mean"),
         (["--method", "aimkp"], "posts are drawn for dynamic_cot only: give a `train_file`."),
+        # An abbreviation would be read with the defaults of another run: those of a model from scratch, or of drawn posts.
+        (["--model_name", "m", "--train_file", "POSTS"], "no option --model_name. Did you mean '--model_name_or_path'?"),
+        (["--train_fil", "POSTS"], "There is no option --train_fil. Did you mean '--train_file'?"),
+        (["--recip", "mmkp_dynamic_cot_qwen2_5_vl_3b"], "There is no option --recip. Did you mean '--recipe'?"),
+        (["--meth", "aimkp"], "There is no option --meth. Did you mean '--method'?"),
+        # Drawn posts are for a model from scratch: what names a model or data would have no effect.
+        (["--eval_file", "POSTS"], "--train_file is missing, but --eval_file is given"),
+        (["--eval_file", "POSTS", "--image_dir", "images"], "--train_file is missing, but --eval_file, --image_dir are given"),
+        (["--model_name_or_path", "images"], "--model_name_or_path"),
         (["--method", "mulcot_rd", "--train_file", "POSTS", "--assistant", "./nowhere"], "--assistant='./nowhere': "),
     ],
 )  # fmt: skip

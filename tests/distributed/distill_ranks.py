@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
-from tests import conftest  # noqa: E402, F401  no network, no telemetry, one thread
-from tests.support.reasoning_trainers import reasoning_rows, reasoning_trainer  # noqa: E402
-from tests.support.soft_labels import assistant_model  # noqa: E402
+from tests import conftest  # noqa: F401  no network, no telemetry, one thread
+from tests.support.reasoning_trainers import reasoning_rows, reasoning_trainer
+from tests.support.soft_labels import assistant_model
 
 # A loss that falls is no progress here, so that the rate is halved at every evaluation but the first.
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "greater_is_better": True}

@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
-from tests.support.evaluation_posts import LEARNS, evaluation_posts  # noqa: E402
-from tests.support.posts import rows  # noqa: E402
-from tests.support.trainers import trainer_of  # noqa: E402
+from tests.support.evaluation_posts import LEARNS, evaluation_posts
+from tests.support.posts import rows
+from tests.support.trainers import trainer_of
 
 
 def main(folder: Path) -> None:

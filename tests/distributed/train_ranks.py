@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from peft import LoraConfig
+from safetensors.torch import save_file
 
-from dynkp import AimKPConfig, AimKPTrainer, DynamicCoTConfig, DynamicCoTTrainer  # noqa: E402
-from tests import conftest  # noqa: E402, F401  no network, no telemetry, one thread
-from tests.support.posts import rows  # noqa: E402
-from tests.support.trainers import trainer_of  # noqa: E402
+from dynkp import AimKPConfig, AimKPTrainer, DynamicCoTConfig, DynamicCoTTrainer
+from tests import conftest  # noqa: F401  no network, no telemetry, one thread
+from tests.support.posts import rows
+from tests.support.trainers import trainer_of
 
 METHODS: dict[str, tuple[type, type]] = {
     "dynamic_cot": (DynamicCoTTrainer, DynamicCoTConfig),

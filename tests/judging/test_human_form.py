@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from dynkp.chat.post_stream import PostStream
 from dynkp.judging.candidates import Candidate, draw_candidates
 from dynkp.judging.human_form import key_path, read_answers, write_form, write_judgements
-from dynkp.judging.ranks import CRITERIA, agreement, mean_ranks
+from dynkp.judging.ranks import CRITERIA, agreement, mean_ranks, rank_tables
 from tests.support.posts import picture
 
 EVIL = "</script><script>document.title = 'evil'</script><b>&amp;"
@@ -111,6 +113,24 @@ def report(found: Any) -> dict[str, Any]:
     from dynkp.judging.ranks import rank_report
 
     return rank_report(found.judgements, found.systems, resamples=10)
+
+
+@pytest.mark.parametrize("control", ["\0", "\r", "\r\n", "\x1b[2J", "\x9b", "\u2028", "\ufeff", "'\"><b>"])
+def test_ids_with_control_characters_come_back(tmp_path: Path, control: str) -> None:
+    post_id = f"a{control}b"
+    (tmp_path / "posts.jsonl").write_text(json.dumps({"id": post_id, "text": "x", "keyphrases": ["gold"]}) + "\n")
+    form = tmp_path / "form.html"
+    candidates = {post_id: draw_candidates(post_id, {"a": ["gold"], f"b{control}": ["cats"]})}
+    write_form(form, PostStream(tmp_path / "posts.jsonl"), candidates)
+    page = form.read_text()
+    (attribute,) = re.findall("<section data-post='([^']*)'>", page)
+    # As a browser reads it: the attribute has no character that HTML replaces, and its JSON is the id.
+    assert attribute.isprintable() and json.loads(html.unescape(attribute)) == post_id
+    found = read_answers([answer(form, "Ann", "a")], [key_path(form)])
+    assert [judgement.post for judgement in found.judgements] == [post_id]
+    write_judgements(tmp_path / "human.jsonl", found.judgements, report(found))
+    assert rank_tables(report(read_answers([answer(form, "Ben", "a")], [key_path(form)]))).replace("\n", "").isprintable()
+    assert json.loads((tmp_path / "human.jsonl").read_text())["id"] == post_id
 
 
 def test_unfinished_posts_do_not_count(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any
 
 import pytest
@@ -95,6 +96,19 @@ def test_asked_again_until_it_is_a_ranking() -> None:
     with pytest.raises(StopIteration):
         steps.send(ChatAnswer(json.dumps(valid(1, 2))))
     assert len(list(itertools.islice(conversation(("a",), ("b",), max_replies=1)(post()), 1))) == 1
+
+
+@pytest.mark.parametrize("piece", ["{", '{"a":', '{"correctness":{', '{"a":[1,', "[{", '{"', "\\{", "{}", "x"])
+def test_the_time_for_an_answer_of_a_megabyte_is_bounded(piece: str) -> None:
+    for length in (60_000, 1 << 20):
+        began = time.process_time()
+        with pytest.raises(ValueError):
+            read_ranks(piece * (length // len(piece)), 3)
+        with pytest.raises(ValueError):
+            read_ranks('{"a":' * 300 + "[" + "1," * ((length - 2000) // 2), 3)
+        assert time.process_time() - began < 1
+    text = "There are {braces} in this. " * 20 + json.dumps(valid(1, 2))
+    assert read_ranks(text, 2) == read_ranks(json.dumps(valid(1, 2)), 2)
 
 
 @pytest.mark.parametrize("rank", [10**400, -(10**400), 10**18, 1e308, float("inf"), float("nan")])

@@ -300,3 +300,26 @@ def test_settings_that_cannot_work(tmp_path: Path, options: dict[str, Any], erro
         run(tmp_path, "http://127.0.0.1:9/v1", files, **options)
     with pytest.raises(ValueError, match="base_url is missing"):
         run(tmp_path, "", files)
+
+
+def test_no_answer_ends_a_run_of_judging(tmp_path: Path) -> None:
+    def ranks(rank: Any) -> str:
+        return json.dumps({name: {"A": rank, "B": 1} for name in CRITERIA})
+
+    contents = [ranks(10**400), ranks(float("inf")), ranks([[1]]), "{" * (1 << 20), '{"a":' * 5000, ranks(2) * 5000, "\x1b[2J"]
+    count = 2 * len(contents)
+    files = write(tmp_path, {"a": ["good"] * count, "b": ["bad"] * count}, load_findings=[{"message": 7}])
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        if is_probe(body):
+            return {"content": "{}"}
+        number = int(re.findall(r'Text: "post (\d+)"', json.dumps(body).replace('\\"', '"'))[0])
+        return by_taste(body) if number % 2 else {"content": contents[number // 2]}
+
+    with serve(reply=reply) as (url, server):
+        for _ in range(2):
+            outcome, report = run(tmp_path, url, files, max_replies=2)
+            assert outcome.stopped is None
+            assert (report["ranked"], report["invalid_ranks"], report["open"]) == (len(contents), len(contents), 0)
+        assert len(server.bodies) == 1 + 3 * len(contents)
+    assert {row["id"] for row in read(tmp_path / "r.errors.jsonl")} == {f"p{n}" for n in range(0, count, 2)}

@@ -162,3 +162,36 @@ def test_logits_that_the_model_transforms_are_scored_as_transformed() -> None:
         for prompt_class in (SharedPrompt, PlainPrompt):
             scored = prompt_class(model, prompt).log_probs(targets)
             torch.testing.assert_close(scored.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_class", [SharedPrompt, PlainPrompt])
+@pytest.mark.parametrize("chosen", [None, [0, 1, 2, 3], [1, 3], [2], []], ids=str)
+def test_losses_are_scattered_to_the_batch(chosen: list[int] | None, prompt_class: type) -> None:
+    """Sums of the token losses where the mask is True; elsewhere an exact zero without gradient, tokens included."""
+    model, processor = build("llava")
+    batch = double(PairedTargetCollator(processor, answer_weight=3.0)(rows("llava")))
+    mask = None if chosen is None else torch.zeros(4).bool().index_fill(0, torch.tensor(chosen, dtype=torch.long), True)
+    with exact_float64(model):
+        loss = prompt_class(model, batch["prompt"]).loss(batch["reasoning"], mask)
+        with torch.no_grad():
+            log_probs = PlainPrompt(model, batch["prompt"]).log_probs(batch["reasoning"])
+    counts = torch.ones(4).bool() if mask is None else mask
+    expected = -(log_probs * batch["reasoning"]["weights"]).sum(dim=1) * counts
+    torch.testing.assert_close(loss.total.double(), expected, rtol=0, atol=TOLERANCE)
+    assert loss.tokens.tolist() == (batch["reasoning"]["weights"].sum(dim=1) * counts).tolist()
+    assert loss.total[~counts].tolist() == [0.0] * int((~counts).sum())
+    assert loss.total[2] == 0 and loss.mean[2] == 0, "this post has no rationale"
+    assert loss.total.requires_grad == (counts.any().item() and chosen != [2])
+
+
+def test_posts_outside_the_mask_cost_nothing() -> None:
+    """The language model computes the continuations of the chosen posts only, and none where no post is chosen."""
+    model, processor = build("llava")
+    batch = PairedTargetCollator(processor)(rows("llava"))
+    prompt = SharedPrompt(model, batch["prompt"])
+    sizes: list[int] = []
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(args[0])), with_kwargs=True)
+    for mask in ([True, True, False, True], [False, True, False, False], [False] * 4):
+        prompt.loss(batch["reasoning"], torch.tensor(mask))
+    assert sizes == [3, 1]

@@ -21,6 +21,7 @@ from dynkp.trainer.mulcot_rd_config import MulCoTRDConfig
         ({"kd_positions": "prompt"}, "`kd_positions` is 'prompt'"),
         ({"kd_positions": "all", "soft_labels": "x"}, "`kd_positions` is 'all', but `soft_labels`"),
         ({"separator": ", "}, "`separator` is ', '"),
+        ({"trailing_template_tokens": False}, "`trailing_template_tokens` is False"),
         ({"assistant_dtype": "int8"}, "`assistant_dtype` is 'int8'"),
         ({"task_weights": {"chain": 1.0}}, "`task_weights` is"),
         ({"task_weights": {"chain": 1.0, "label": 0.0}}, "The label's must be above 0"),

@@ -3,6 +3,11 @@ const form = document.body.dataset.form, storageKey = "dynkp-judge-" + form;
 const annotator = document.querySelector("#annotator"), progress = document.querySelector("#progress");
 const sections = [...document.querySelectorAll("section")];
 
+// The id is JSON, because HTML replaces some control characters in attributes.
+function postId(section) {
+  return JSON.parse(section.dataset.post);
+}
+
 function ranks(section) {
   const ranks = {};
   for (const select of section.querySelectorAll("select")) {
@@ -17,7 +22,7 @@ function isComplete(section) {
 }
 
 function answers() {
-  const posts = sections.map((section) => ({ id: section.dataset.post, ranks: ranks(section), complete: isComplete(section) }));
+  const posts = sections.map((section) => ({ id: postId(section), ranks: ranks(section), complete: isComplete(section) }));
   return { form, annotator: annotator.value.trim(), answers: posts };
 }
 
@@ -44,7 +49,7 @@ function restore() {
   const byPost = new Map(saved.answers.map((answer) => [answer.id, answer.ranks]));
   for (const section of sections)
     for (const select of section.querySelectorAll("select"))
-      select.value = byPost.get(section.dataset.post)?.[select.dataset.criterion]?.[select.dataset.label] ?? "";
+      select.value = byPost.get(postId(section))?.[select.dataset.criterion]?.[select.dataset.label] ?? "";
 }
 
 document.addEventListener("input", save);
