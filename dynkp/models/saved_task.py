@@ -17,7 +17,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.utils import cached_file
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 import dynkp
 from dynkp.data.choices import did_you_mean
@@ -153,6 +154,8 @@ def find_saved_task(checkpoint: Checkpoint) -> SavedTask | None:
 
     Raises:
         ValueError: as `SavedTask.read`.
+        ConnectionError: if the Hub cannot be asked for the file of a model of its own, and the file was not downloaded
+            before. The model may have been saved with a task, so the default would be a guess.
     """
     for place in (checkpoint.adapter, checkpoint.model):
         if place is None or os.path.isfile(place):
@@ -160,11 +163,31 @@ def find_saved_task(checkpoint: Checkpoint) -> SavedTask | None:
         if os.path.isdir(place):
             file: str | None = os.path.join(place, FILE)
         else:
-            quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            file = cached_file(place, FILE, _raise_exceptions_for_gated_repo=False, **quietly)
+            file = _from_hub(place)
         if file is not None and os.path.isfile(file):
             return SavedTask.read(file)
     return None
+
+
+def _from_hub(name: str) -> str | None:
+    """The file of a model on the Hub; None if the model has none, as the Hub says now or said before."""
+    try:
+        return hf_hub_download(name, FILE)
+    except Exception as error:  # whatever the HTTP client's own classes are
+        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if missing or _known_to_be_missing(name):
+            return None
+        raise ConnectionError(
+            f"{name!r}: the Hub could not be asked for {FILE}, the task that the model was trained with "
+            f"({type(error).__name__}); name the task with --task and add {IGNORE}, or try again with a connection."
+        ) from error
+
+
+def _known_to_be_missing(name: str) -> bool:
+    try:
+        return try_to_load_from_cache(name, FILE) is _CACHED_NO_EXIST
+    except ValueError:  # not a Hub id
+        return False
 
 
 def task_to_use(

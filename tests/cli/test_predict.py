@@ -476,14 +476,14 @@ def test_a_contradiction_is_refused(
 def test_prompts_longer_than_in_training_are_counted(
     aimkp_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    f1_at_1(aimkp_model, tmp_path / "usual.jsonl")
+    f1_at_1(aimkp_model, tmp_path / "usual.jsonl", "--modality", "text")
     assert "max_length" not in caplog.text
     lengths = sorted(row["prompt_tokens"] for row in read(tmp_path / "usual.jsonl"))
     (tmp_path / "posts.jsonl").write_text((aimkp_model / "posts.jsonl").read_text())
     shutil.copytree(aimkp_model / "model", tmp_path / "model")
     saved = json.loads((tmp_path / "model/dynkp_task.json").read_text())
     (tmp_path / "model/dynkp_task.json").write_text(json.dumps({**saved, "max_length": lengths[0] - 1}))
-    f1_at_1(tmp_path, tmp_path / "long.jsonl")
+    f1_at_1(tmp_path, tmp_path / "long.jsonl", "--modality", "text")
     assert f"24 prompts have more than the {lengths[0] - 1} tokens (max_length)" in caplog.text
 
 

@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from peft import LoraConfig
 
@@ -149,7 +150,7 @@ def test_an_adapter_has_it_too(tmp_path: Path) -> None:
 def test_a_model_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dynkp")
     checkpoint = Checkpoint(str(tmp_path))
-    assert find_saved_task(checkpoint) is None and find_saved_task(Checkpoint("someone/model")) is None
+    assert find_saved_task(checkpoint) is None
     assert task_to_use(None, checkpoint) == TASKS["dynamic_cot"]
     (record,) = caplog.records
     assert "has no dynkp_task.json, so task 'dynamic_cot' is taken" in record.message
@@ -158,6 +159,34 @@ def test_a_model_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert modality_to_use(None, checkpoint) == "both" and modality_to_use(None, checkpoint, "image") == "image"
     with pytest.raises(ValueError, match=r"task='aimpk' is not known: .*msc.*Did you mean 'aimkp'"):
         task_to_use(None, checkpoint, "aimpk")
+
+
+def cached(folder: Path, file: str, content: str | None) -> Checkpoint:
+    """A Hub model in the cache of this test, with one file; with content None, the Hub has said that there is no such file."""
+    repository = folder / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    for place in ("snapshots", ".no_exist"):
+        (repository / place / ("0" * 40)).mkdir(parents=True)
+    (repository / (".no_exist" if content is None else "snapshots") / ("0" * 40) / file).write_text(content or "")
+    return Checkpoint("someone/model")
+
+
+def test_a_hub_model_that_cannot_be_asked_for_its_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: weights that were downloaded without the file, and a model that is not in the cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for checkpoint in (Checkpoint("someone/else"), cached(tmp_path, "config.json", "{}"), Checkpoint("base", "someone/model")):
+        with pytest.raises(ConnectionError, match="the Hub could not be asked for dynkp_task.json.*--task and add --ignore"):
+            find_saved_task(checkpoint)
+
+
+def test_a_hub_model_whose_task_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "with"))
+    SavedTask(TASKS["aimkp"]).write(tmp_path)
+    found = find_saved_task(cached(tmp_path / "with", FILE, (tmp_path / FILE).read_text()))
+    assert found is not None and found.task == TASKS["aimkp"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "without"))
+    assert find_saved_task(cached(tmp_path / "without", FILE, None)) is None
 
 
 @pytest.mark.parametrize(
