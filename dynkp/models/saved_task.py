@@ -79,6 +79,20 @@ class SavedTask:
         kind = next((kind for kind, cls in _KINDS.items() if type(self.task) is cls), "other")
         return {**dataclasses.asdict(self), "task": {"kind": kind, **_fields(self.task)}}
 
+    def check_writable(self) -> None:
+        """Check that the task can be written as JSON, before a training that would fail at its first checkpoint.
+
+        Raises:
+            ValueError: naming the task's class and the fields that are no JSON values.
+        """
+        try:
+            json.dumps(self._content())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"`task` {getattr(self.task, 'name', None)!r} of class {type(self.task).__name__} cannot be saved as JSON "
+                f"({error}): give its fields values of JSON (text, numbers, lists, dicts)."
+            ) from error
+
     def check_resumption(self, folder: str | os.PathLike[str]) -> None:
         """Check that a checkpoint was trained with this task: a run that continues must not change it.
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
@@ -113,6 +115,7 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.task = self.task_of(args, task)
+        SavedTask(self.task).check_writable()
         takes_images = isinstance(processing_class, ProcessorMixin)
         self._refuses_size = SizeCheck(processing_class) if takes_images else None
         train_dataset = self.prepare(train_dataset, "train", args, takes_images)
@@ -391,6 +394,9 @@ class PostTrainer(DurableCheckpoints, GenerativeEvaluation, PostStreams, SFTTrai
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         self.saved_task().write(output_dir or self.args.output_dir)
+        # transformers pushes a checkpoint to the Hub from `output_dir`, to which it copies only files that it knows.
+        if output_dir is not None and Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            self.saved_task().write(self.args.output_dir)
 
     def saved_task(self) -> SavedTask:
         """Return what is saved beside the model about its task, so that predictions use the same prompts and targets."""

@@ -93,6 +93,23 @@ def test_every_save_of_every_method_has_it(method: str, tmp_path: Path) -> None:
         assert (saved.modality, saved.max_length, saved.template_date) == ("both", None, None)
 
 
+def test_output_dir_has_it_as_soon_as_a_checkpoint_has(tmp_path: Path) -> None:
+    """Trainer pushes checkpoints to the Hub from there, and copies only the files that it knows."""
+    trainer_of("aimkp", tmp_path).train()
+    assert SavedTask.read(tmp_path / FILE) == SavedTask.read(tmp_path / "checkpoint-2" / FILE)
+
+
+def test_a_task_that_cannot_be_saved_is_refused_before_the_training(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Odd(KeyphraseTask):
+        words: Any = None
+
+    odd = Odd("odd", "Which tags?", words={1, 2})
+    with pytest.raises(ValueError, match="`task` 'odd' of class Odd cannot be saved as JSON .*set.*: give its fields values"):
+        trainer_of("aimkp", tmp_path, task=odd)
+    assert trainer_of("aimkp", tmp_path, task=dataclasses.replace(odd, words=[1, 2])).task.words == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
