@@ -196,6 +196,7 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
     from transformers import ProcessorMixin
 
     from dynkp.models.checkpoints import check_available, find_checkpoint
+    from dynkp.models.released_adapters import SUFFIXES
     from dynkp.prediction.empty_outputs import advice_on_empty_outputs
     from dynkp.prediction.loading import run_settings
     from dynkp.prediction.posts import load_posts_to_predict
@@ -208,6 +209,8 @@ def _predict(command: CommandParser, arguments: argparse.Namespace, process: Any
             f"'{{\"tensor_parallel_size\": {process.num_processes}}}' uses as many GPUs"
         )
     check_available(arguments.model, "--model")
+    if arguments.adapter is not None and not arguments.adapter.endswith(SUFFIXES):  # not a released file
+        check_available(arguments.adapter, "--adapter")
     check_inputs(arguments, "posts", "image_dir")
     checkpoint = find_checkpoint(arguments.model, arguments.adapter)
     question, saved = _question(command, arguments, checkpoint)

@@ -55,6 +55,7 @@ class SavedTask:
         max_length: the longest prompt plus target in tokens; None for no limit.
         template_date: reserved for the date that is passed to a chat template which prints one; None so far.
         dynkp_version: the version of the package that saved it.
+        found_in: the model or adapter that `find_saved_task` found it with, for messages; it is not written.
     """
 
     task: KeyphraseTask | ReasoningTask
@@ -64,6 +65,7 @@ class SavedTask:
     max_length: int | None = None
     template_date: str | None = None
     dynkp_version: str = dynkp.__version__
+    found_in: str | None = dataclasses.field(default=None, compare=False)
 
     @property
     def taught_reasoning(self) -> bool:
@@ -77,7 +79,9 @@ class SavedTask:
     def _content(self) -> dict[str, Any]:
         """The content of the file."""
         kind = next((kind for kind, cls in _KINDS.items() if type(self.task) is cls), "other")
-        return {**dataclasses.asdict(self), "task": {"kind": kind, **_fields(self.task)}}
+        content = {**dataclasses.asdict(self), "task": {"kind": kind, **_fields(self.task)}}
+        del content["found_in"]
+        return content
 
     def check_writable(self) -> None:
         """Check that the task can be written as JSON, before a training that would fail at its first checkpoint.
@@ -179,7 +183,7 @@ def find_saved_task(checkpoint: Checkpoint) -> SavedTask | None:
         else:
             file = _from_hub(place)
         if file is not None and os.path.isfile(file):
-            return SavedTask.read(file)
+            return dataclasses.replace(SavedTask.read(file), found_in=place)
     return None
 
 
@@ -234,7 +238,7 @@ def task_to_use(
         Traceback (most recent call last):
         ValueError: 'out' was trained with task 'aimkp', not 'dynamic_cot': leave --task out, or add --ignore-saved-task
     """
-    where = checkpoint.adapter or checkpoint.model
+    where = _where(saved, checkpoint)
     if saved is None:
         task = _resolve(default if name is None else name)
         if name is None:
@@ -269,7 +273,7 @@ def check_mode(saved: SavedTask | None, checkpoint: Checkpoint, mode: str) -> No
     if mode == "think" and saved is not None and not saved.taught_reasoning:
         strategy = f" with strategy {saved.strategy!r}" if saved.strategy else ""
         raise ValueError(
-            f"{checkpoint.adapter or checkpoint.model!r} was trained by {saved.method}{strategy}, without reasoning, so --mode "
+            f"{_where(saved, checkpoint)!r} was trained by {saved.method}{strategy}, without reasoning, so --mode "
             f"{mode!r} fails: leave --mode out, or add {IGNORE}"
         )
 
@@ -300,12 +304,17 @@ def modality_to_use(saved: SavedTask | None, checkpoint: Checkpoint, modality: M
     if saved is None:
         return modality or "both"
     if modality is not None and saved.modality not in ("both", modality):
-        where = checkpoint.adapter or checkpoint.model
+        where = _where(saved, checkpoint)
         raise ValueError(
             f"{where!r} was trained on the posts' {saved.modality} alone, not on modality {modality!r}: leave --modality out, "
             f"or add {IGNORE}"
         )
     return modality or saved.modality
+
+
+def _where(saved: SavedTask | None, checkpoint: Checkpoint) -> str:
+    """The model or adapter that messages name: the one that the task was saved with."""
+    return (saved.found_in if saved is not None else None) or checkpoint.adapter or checkpoint.model
 
 
 def _resolve(name: str) -> KeyphraseTask | ReasoningTask:

@@ -360,6 +360,8 @@ def test_arguments_that_do_not_fit(
         (["--model", "./nowhere"], "model='./nowhere': there is no such folder"),
         (["--model", "IMAGES"], "neither a config.json nor an adapter_config.json"),
         (["--merge-adapter"], "there is no adapter for"),
+        (["--adapter", "nope"], "--adapter='nope': there is no such folder, and the Hub cannot be reached"),
+        (["--adapter", "IMAGES"], "neither a config.json nor an adapter_config.json"),
         (["--task", "tags"], "task='tags' is not known"),
         (["--separator", "and"], "separator='and' must be one punctuation mark"),
         (["--posts", "/nowhere.jsonl"], "/nowhere.jsonl"),

@@ -162,6 +162,9 @@ def test_an_adapter_has_it_too(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2" / FILE).unlink()
     found = find_saved_task(Checkpoint(str(base), str(tmp_path / "checkpoint-2")))
     assert found is not None and found.task == TASKS["dynamic_cot"], "the base model's, where the adapter has none"
+    with pytest.raises(ValueError, match=r"base' was trained with task 'dynamic_cot', not 'aimkp'"):  # not the adapter
+        task_to_use(found, Checkpoint(str(base), str(tmp_path / "checkpoint-2")), "aimkp")
+    assert "found_in" not in (base / FILE).read_text()
 
 
 def test_a_model_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
