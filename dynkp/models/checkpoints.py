@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -197,12 +198,23 @@ def load_model(
         The model in evaluation mode; with an adapter that is not merged, a PEFT model.
 
     Raises:
-        ValueError: if there is no adapter to merge.
+        ValueError: if there is no adapter to merge, or a file of weights is damaged.
     """
     if merge_adapter and checkpoint.adapter is None:
         raise ValueError(
             f"merge_adapter=True, but there is no adapter for {checkpoint.model!r}; name one, or leave merge_adapter out"
         )
+    try:
+        model = _load_weights(checkpoint, dtype, merge_adapter)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{_damaged_file(checkpoint)} is no file of weights ({error}): it is damaged, or a pointer of Git LFS; copy or "
+            "download it again."
+        ) from error
+    return model.to(device).eval()
+
+
+def _load_weights(checkpoint: Checkpoint, dtype: str, merge_adapter: bool) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.model)
     takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     family: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
@@ -216,4 +228,16 @@ def load_model(
             model = PeftModel.from_pretrained(model, checkpoint.adapter)
         if merge_adapter:
             model = model.merge_and_unload()
-    return model.to(device).eval()
+    return model
+
+
+def _damaged_file(checkpoint: Checkpoint) -> str:
+    """The first file of a local model or adapter that safetensors cannot open, or the model's name."""
+    for folder in (checkpoint.model, checkpoint.adapter):
+        for file in sorted(Path(folder).glob("*.safetensors")) if folder and os.path.isdir(folder) else ():
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError:
+                return str(file)
+    return f"a safetensors file of {checkpoint.adapter or checkpoint.model!r}"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor
 
-from dynkp.models.checkpoints import Checkpoint, load_processor, load_processor_by_name, pad_images_to_squares
+from dynkp.models.checkpoints import Checkpoint, load_model, load_processor, load_processor_by_name, pad_images_to_squares
 from dynkp.trainer.dynamic_cot_config import DynamicCoTConfig
 from dynkp.trainer.dynamic_cot_trainer import DynamicCoTTrainer
 from tests.support.posts import picture, rows
@@ -79,3 +80,15 @@ def test_options_of_the_processor_reach_it(tmp_path: Path) -> None:
         batch = trainer.data_collator([rows("qwen2_vl", 1)[0]])
         grids.append(batch["prompt"]["image_grid_thw"][0].prod().item() / 4)
     assert grids[0] == pytest.approx(16, rel=0.3) and grids[1] == pytest.approx(64, rel=0.3), "tokens of a picture"
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"\0" * 4])
+@pytest.mark.parametrize("damaged", ["model", "adapter"])
+def test_damaged_weights_are_named(content: bytes, damaged: str, tmp_path: Path) -> None:
+    model, _ = build("llava")
+    model.save_pretrained(tmp_path / "model")
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    name = "model.safetensors" if damaged == "model" else "adapter_model.safetensors"
+    (tmp_path / damaged / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is no file of weights .*: it is damaged, or a pointer of Git LFS; copy"):
+        load_model(Checkpoint(str(tmp_path / "model"), str(tmp_path / "adapter")))
