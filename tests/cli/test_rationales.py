@@ -187,7 +187,8 @@ def test_batches_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(arguments(tmp_path, "--batch-dir", str(batch), action="export")) == 0
     assert "5 requests in 1 files" in capsys.readouterr().out
     requests = read(batch / "batch-00001.jsonl")
-    body = {"choices": [{"message": {"content": "one two three four five six seven eight nine ten"}}]}
+    message = {"content": "one two three four five six seven eight nine ten"}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}]}
     results = [{"custom_id": row["custom_id"], "response": {"status_code": 200, "body": body}} for row in requests]
     (tmp_path / "results").write_text("".join(json.dumps(row) + "\n" for row in results[:4]))
     given = arguments(tmp_path, "--results", str(tmp_path / "results"), action="import")
@@ -261,7 +262,7 @@ def test_an_invalid_post_is_to_be_corrected_and_a_dead_server_is_named(
         pass
     assert cli.main(arguments(tmp_path, "--base-url", url)) == RUN_FAILED
     said = capsys.readouterr()
-    assert "3 posts in a row failed" in said.err and "The same command goes on" in said.err
+    assert "3 posts in a row failed" in said.err and "The same command continues" in said.err
     with serve() as (url, server):
         assert cli.main(arguments(tmp_path, "--base-url", url)) == SOME_FAILED
         said = capsys.readouterr()
