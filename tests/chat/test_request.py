@@ -124,7 +124,7 @@ def test_a_broken_image_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
-def test_a_line_is_a_image(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_line_is_an_image(tmp_path: Path, size: tuple[int, int]) -> None:
     _, data = encode_image(saved(tmp_path, "line.png", size), 100)
     assert sorted(Image.open(io.BytesIO(data)).size) == [1, 100]
 
@@ -138,7 +138,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
         encode_image(str(tmp_path / "missing.png"), 64)
 
 
-def test_a_image_is_encoded_once_for_all_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_encoded_once_for_all_posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = []
     monkeypatch.setattr(chat_request, "encode_image", lambda *given: encoded.append(given) or ("image/png", b"x" * 100))
     images = chat_request._EncodedImages(max_bytes=1000)

@@ -56,7 +56,7 @@ def refused(value, code: str) -> str:
 
 
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
-def test_every_formatat_opens_as_rgb_and_passes_the_check(format):
+def test_every_format_opens_as_rgb_and_passes_the_check(format):
     data = encoded(format)
     image = open_image(data)
     assert (image.mode, image.size) == ("RGB", (64, 48))
