@@ -22,13 +22,19 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
 
 def test_gold_columns_are_gone(tmp_path: Path) -> None:
     file = write(tmp_path / "posts.jsonl", {"id": "1", "text": "a", **GOLD}, {"id": "2", "text": "b"})
-    posts = load_posts_to_predict(file, TASKS["dynamic_cot"], progress=False)
+    posts = load_posts_to_predict(file, TASKS["dynamic_cot"], use_images=False, progress=False)
     assert posts["id"][:] == ["1", "2"] and set(posts.column_names) <= {"id", "text", "images", "prompt"}
+
+
+def test_a_model_that_reads_images_is_not_shown_text_alone_in_silence(tmp_path: Path) -> None:
+    file = write(tmp_path / "posts.jsonl", {"id": "1", "text": "a"})
+    with pytest.raises(ValueError, match="none of the 1 posts has one.* give --modality text"):
+        load_posts_to_predict(file, TASKS["dynamic_cot"], progress=False)
 
 
 def test_an_aspect_is_part_of_the_question(tmp_path: Path) -> None:
     file = write(tmp_path / "posts.jsonl", {"id": "1", "text": "Go Cubs", "aspect": "Cubs", "label": "positive"})
-    posts = load_posts_to_predict(file, REASONING_TASKS["masc"], progress=False)
+    posts = load_posts_to_predict(file, REASONING_TASKS["masc"], use_images=False, progress=False)
     assert posts[0]["aspect"] == "Cubs" and "label" not in posts.column_names
 
 
@@ -43,5 +49,5 @@ def test_or_is_left_out(tmp_path: Path) -> None:
     options: dict[str, Any] = {"image_dir": str(tmp_path), "progress": False}
     posts = load_posts_to_predict(file, TASKS["dynamic_cot"], on_invalid="skip", **options)
     assert posts["id"][:] == ["2"]
-    posts = load_posts_to_predict(file, TASKS["dynamic_cot"], check_images=False, **options)
+    posts = load_posts_to_predict(file, TASKS["dynamic_cot"], use_images=False, **options)
     assert posts["id"][:] == ["1", "2"], "a prompt of text alone shows no image"

@@ -9,6 +9,7 @@ import base64
 import fnmatch
 import hashlib
 import io
+import json
 import re
 import tracemalloc
 from pathlib import Path
@@ -65,7 +66,9 @@ def test_values_are_escaped(tmp_path):
     write_page(tmp_path / "page.html", "human_form.html", package="dynkp.judging", **{**FORM, "title": evil}, posts=[post])
     page = (tmp_path / "page.html").read_text()
     assert evil not in page and page.count("</main>") == page.count("</script>") == 1 and page.count("<b ") == 0
-    assert page.count("&lt;/main&gt;&lt;/script&gt;&lt;b title=&#34;x&#34;&gt;&amp;amp; &#39;") == 7
+    assert page.count("&lt;/main&gt;&lt;/script&gt;&lt;b title=&#34;x&#34;&gt;&amp;amp; &#39;") == 6
+    (post_id,) = re.findall(r"data-post='([^']*)'", page)  # as JSON, which keeps control characters
+    assert json.loads(post_id) == evil and not set("<>&") & set(post_id)
     assert "Is it &lt;right&gt;?" in page and '<span class="note">nothing</span>' in page
 
 
