@@ -248,15 +248,17 @@ def test_accumulation_changes_nothing(family: str, gamma: str, normalization: st
             loss_normalization=normalization,
             log_choices=True,
         )
-        trainer.train()
+        with exact_float64(trainer.model):
+            trainer.train()
         runs.append(trainer)
     first = runs[0]
     choices = [sorted(read_choices(tmp_path / str(size)), key=lambda row: (row["step"], row["id"])) for size in (4, 1)]
     assert {row["choice"] for row in choices[0]} == {"direct", "reasoning"}
     assert len(losses(first)) == 4
     for trainer, chosen in zip(runs[1:], choices[1:], strict=True):
-        assert losses(trainer) == pytest.approx(losses(first), abs=1e-6, rel=1e-6)
-        assert largest_difference(weights(trainer), weights(first)) < 1e-6
+        # Trainer adds up the losses that it logs in float32, here of sums over all tokens; the weights are exact.
+        assert losses(trainer) == pytest.approx(losses(first), rel=5e-6)
+        assert largest_difference(weights(trainer), weights(first)) < 1e-9
         for name in ("reasoning_share", "direct_loss", "direct_tokens"):
             assert losses(trainer, name) == pytest.approx(losses(first, name), rel=1e-6), name
         assert [(r["id"], r["step"], r["choice"]) for r in chosen] == [(r["id"], r["step"], r["choice"]) for r in choices[0]]
