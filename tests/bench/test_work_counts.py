@@ -175,15 +175,15 @@ def test_aimkp_s_flops(tmp_path: Path) -> None:
 @contextmanager
 def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable[[], list[tuple[int, str]]]]:
     """The process and the post of every image that the collator decodes, workers' included."""
-    stock = renderers.open_image
+    stock = renderers.open_images
 
-    def noting(image: Any, *, post_id: str) -> Any:
-        with file.open("a") as notes:  # a line this short is written at once
-            notes.write(f"{os.getpid()} {post_id}\n")
-        return stock(image, post_id=post_id)
+    def noting(values: list[Any], *, post_id: str) -> Any:
+        with file.open("a") as notes:  # lines this short are written at once
+            notes.write(f"{os.getpid()} {post_id}\n" * len(values))
+        return stock(values, post_id=post_id)
 
     with monkeypatch.context() as patch:
-        patch.setattr(renderers, "open_image", noting)
+        patch.setattr(renderers, "open_images", noting)
 
         def notes() -> list[tuple[int, str]]:
             lines = file.read_text().splitlines() if file.exists() else []
