@@ -10,7 +10,7 @@ any; a resumed epoch decodes no image of the posts it skips.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -177,10 +177,10 @@ def decoded_by(monkeypatch: pytest.MonkeyPatch, file: Path) -> Iterator[Callable
     """The process and the post of every image that the collator decodes, workers' included."""
     stock = renderers.open_images
 
-    def noting(values: list[Any], *, post_id: str) -> Any:
+    def noting(images: Sequence[Any], *, post_id: str) -> Any:
         with file.open("a") as notes:  # lines this short are written at once
-            notes.write(f"{os.getpid()} {post_id}\n" * len(values))
-        return stock(values, post_id=post_id)
+            notes.write(f"{os.getpid()} {post_id}\n" * len(images))
+        return stock(images, post_id=post_id)
 
     with monkeypatch.context() as patch:
         patch.setattr(renderers, "open_images", noting)
