@@ -39,7 +39,7 @@ def run_suites(names: Sequence[str], setting: Setting, file: Path | None = None)
     """
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
-        # PEFT and TRL read attributes of transformers that are deprecated, which is no news to who reads ratios.
+        # Raised by PEFT and TRL, which read deprecated attributes of transformers; users of the bench cannot act on them.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         for name in names:
             _measure(name, setting, rows, file)
